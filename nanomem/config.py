@@ -1,0 +1,214 @@
+"""
+Every setting of train.py with its default, and the command line that changes it.
+
+    python train.py --key=value ...      python train.py --help
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+
+def setting(default, help, choices=None, group=None):
+    """A dataclass field with a line of help; `group` begins a group of --help."""
+    return field(default=default, metadata={"help": help, "choices": choices, "group": group})
+
+
+class UserError(Exception):
+    """Something the user can mend: shown as one line, without a traceback."""
+
+
+@dataclass
+class GPTConfig:
+    """The model's shape."""
+
+    vocab_size: int = setting(2048, "tokens to train a tokenizer=bpe with; otherwise the tokenizer decides", group="Model")
+    n_layer: int = setting(4, "layers")
+    n_head: int = setting(4, "attention heads")
+    n_embd: int = setting(128, "width of the model")
+    block_size: int = setting(128, "tokens the model sees at once")
+    dropout: float = setting(0.0, "share of activations dropped while training")
+    ffn: str = setting("memory", "feed-forward layers: memory puts memory layers in mem_layers", ("memory", "dense"))
+    ffn_hidden: int = setting(0, "width of a feed-forward layer; 0: 8/3 n_embd, and for ffn=dense as many FLOPs as with memory")
+
+    mem_layers: str = setting("1,2", "layers, counted from 0, whose feed-forward is a memory layer", group="Memory")
+    mem_n_keys: int = setting(128, "keys a half; the memory has mem_n_keys**2 slots")
+    mem_heads: int = setting(4, "lookups a token in each memory layer")
+    mem_knn: int = setting(16, "slots read by each head")
+    mem_k_dim: int = setting(0, "length of a query and of a key, even; 0: n_embd")
+    mem_v_dim: int = setting(0, "length of a value; 0: n_embd")
+    mem_gated: bool = setting(True, "multiply what was read by silu(W_gate x)")
+    mem_qk_norm: bool = setting(True, "normalise queries and keys")
+    mem_share_values: bool = setting(True, "one table of values for all memory layers")
+
+    def replace(self, **changes):
+        """A copy with other settings."""
+        return dataclasses.replace(self, **changes)
+
+    @classmethod
+    def groups(cls, *titles):
+        """The fields in the groups of these titles, as --help shows them."""
+        chosen, title = [], None
+        for f in dataclasses.fields(cls):
+            title = f.metadata["group"] or title
+            chosen += [f] if title in titles else []
+        return chosen
+
+    def memory_layer_numbers(self):
+        """The layers of mem_layers, as numbers."""
+        try:
+            return [int(part) for part in self.mem_layers.split(",") if part.strip()]
+        except ValueError:
+            raise ValueError(f"mem_layers must be layer numbers such as 1,2, got {self.mem_layers!r}") from None
+
+    def check(self):
+        """Raises ValueError naming the first setting that can't be."""
+        for name in ("vocab_size", "n_layer", "n_head", "n_embd", "block_size", "mem_n_keys", "mem_heads", "mem_knn"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        for name in ("ffn_hidden", "mem_k_dim", "mem_v_dim"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if self.n_embd % (2 * self.n_head):
+            raise ValueError(f"n_embd must be a multiple of 2 * n_head = {2 * self.n_head}, got {self.n_embd}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be from 0 to under 1, got {self.dropout}")
+        numbers = self.memory_layer_numbers()
+        if self.ffn == "memory" and not numbers:
+            raise ValueError("mem_layers must name at least one layer where ffn=memory")
+        if any(not 0 <= i < self.n_layer for i in numbers) or len(set(numbers)) < len(numbers):
+            raise ValueError(f"mem_layers must be different layers from 0 to {self.n_layer - 1}, got {self.mem_layers!r}")
+        if self.mem_knn > self.mem_n_keys:
+            raise ValueError(f"mem_knn must be at most mem_n_keys = {self.mem_n_keys}, got {self.mem_knn}")
+        if (self.mem_k_dim or self.n_embd) % 2:
+            raise ValueError(f"mem_k_dim must be even, got {self.mem_k_dim}")
+
+
+@dataclass
+class Config(GPTConfig):
+    """All settings of train.py."""
+
+    data: str = setting("world", "world (cities), people (invented), or the path of a .jsonl file of facts or of a text file", group="Data")
+    n_entities: int = setting(1000, "cities or people to learn about")
+    zipf: float = setting(0.6, "the entity of rank r is mentioned in proportion to r ** -zipf")
+    tokenizer: str = setting("auto", "bytes, bpe (trained on the data), a .tiktoken file, or an encoding of tiktoken such as gpt2; "
+                                     "auto: the one beside world and people, bytes for your own files")
+
+    batch_size: int = setting(16, "sequences a forward and backward pass, over all processes", group="Training")
+    gradient_accumulation_steps: int = setting(1, "passes an update")
+    max_iters: int = setting(1500, "updates")
+    learning_rate: float = setting(3e-3, "peak learning rate of all but the tables")
+    mem_lr: float = setting(1e-2, "peak learning rate of the tables' values")
+    min_lr: float = setting(3e-4, "learning rate at the end; the values' falls in the same proportion")
+    warmup_iters: int = setting(100, "updates over which the learning rates rise from 0")
+    weight_decay: float = setting(0.1, "AdamW's weight decay, for matrices")
+    grad_clip: float = setting(1.0, "largest norm of the gradient, of tables and others apart; 0: no limit")
+
+    out_dir: str = setting("auto", "folder for checkpoint, config and metrics; auto: out/DATA-FFN", group="Run")
+    resume: bool = setting(False, "go on from the checkpoint in out_dir, with its settings")
+    device: str = setting("auto", "cpu, cuda, cuda:1, mps; auto: the first of cuda, mps and cpu that is there")
+    dtype: str = setting("auto", "of the matrix products; auto: bfloat16 on cuda, else float32", ("auto", "float32", "bfloat16"))
+    compile: bool = setting(False, "torch.compile the model")
+    deterministic: bool = setting(False, "on cuda too, the same run bit for bit from the same seed")
+    seed: int = setting(1337, "of the weights, the batches and data=people")
+    eval_interval: int = setting(250, "updates between evaluations, each followed by a checkpoint")
+    eval_iters: int = setting(10, "batches an evaluation")
+    log_interval: int = setting(10, "updates between lines of metrics")
+
+    def check(self):
+        """Raises ValueError naming the first setting that can't be."""
+        super().check()
+        for name in ("batch_size", "gradient_accumulation_steps", "eval_interval", "eval_iters", "log_interval"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        for name in ("max_iters", "warmup_iters", "learning_rate", "mem_lr", "min_lr", "weight_decay", "grad_clip", "zipf", "seed"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+
+
+# ------------------------------------------------------------------------------------------------
+# The command line
+
+
+def convert(setting, text):
+    """The value of a setting from the command line's text. Raises UserError naming the setting and what it takes."""
+    choices = setting.metadata["choices"]
+    if setting.type is bool and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    if choices and text not in choices:
+        raise UserError(f"--{setting.name} must be one of {', '.join(choices)}; got {text!r}{nearest(text, choices)}")
+    try:
+        if setting.type is not bool:
+            return setting.type(text)
+    except ValueError:
+        pass
+    kind = {int: "a whole number", float: "a number", bool: "true or false"}[setting.type]
+    raise UserError(f"--{setting.name} must be {kind}, such as {default_text(setting)}; got {text!r}")
+
+
+def default_text(setting):
+    """How a setting's default looks on the command line."""
+    return str(setting.default).lower() if setting.type is bool else str(setting.default)
+
+
+def nearest(name, names):
+    """' (did you mean X?)' for the most similar name, or nothing."""
+    close = difflib.get_close_matches(name.replace("-", "_"), names, n=1, cutoff=0.5)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def parse(cls, argv):
+    """The settings given on a command line, as {name: value}. cls is a dataclass made of `setting`s.
+
+    Raises UserError for an unknown name or a value that can't be; prints help and exits for --help.
+    """
+    settings = {f.name: f for f in dataclasses.fields(cls)}
+    given = {}
+    for argument in argv:
+        name, equals, text = argument.removeprefix("--").partition("=")
+        if argument in ("-h", "--help"):
+            print_help(cls)
+            sys.exit(0)
+        if not argument.startswith("--"):
+            raise UserError(f"expected --key=value, got {argument!r}")
+        if name not in settings:
+            raise UserError(f"unknown setting --{name}{nearest(name, settings)}; --help lists them all")
+        if not equals and settings[name].type is not bool:
+            raise UserError(f"--{name} needs a value: --{name}={default_text(settings[name])}")
+        given[name] = convert(settings[name], text if equals else "true")
+    return given
+
+
+def print_help(cls):
+    """Every setting with its default and meaning, in groups."""
+    print(f"usage: python {sys.argv[0]} [--key=value ...]")
+    for f in dataclasses.fields(cls):
+        if f.metadata["group"]:
+            print(f"\n{f.metadata['group']}")
+        choices = f" ({'|'.join(f.metadata['choices'])})" if f.metadata["choices"] else ""
+        print(f"  --{f.name + '=' + default_text(f):<34} {f.metadata['help']}{choices}")
+
+
+def pick_device(name):
+    """The torch device of --device. Raises UserError for one this machine doesn't have."""
+    found = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    if name == "auto":
+        return torch.device(found[0])
+    if name.split(":")[0] not in found:
+        raise UserError(f"--device={name} is not on this machine, which has {', '.join(found)}")
+    return torch.device(name)
+
+
+@contextlib.contextmanager
+def one_line_errors():
+    """A user's mistake ends the program with one line on stderr and exit code 2, without a traceback."""
+    try:
+        yield
+    except (UserError, ValueError, OSError, ModuleNotFoundError) as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,350 @@
+"""
+The product-key memory layer of "Memory Layers at Scale" (Berges et al. 2024, arXiv 2412.09764).
+
+A memory layer is a key-value lookup with trainable keys and values. It takes the place of a
+feed-forward layer and holds far more parameters than one, since a token reads only a few of them:
+
+    q   = W_q x                              a query per head
+    I   = the k best of <q, K_i>             among N = n_keys**2 slots
+    s   = softmax(<q, K_I>)                  over the k slots chosen, per head
+    y   = sum of s_i V_i                     over all heads' chosen slots
+    out = W_out (y * silu(W_gate x))         Memory+'s input-dependent gate
+
+Read it in this order:
+    product_key_topk    finds the best k of N slots in sqrt(N) time, exactly
+    memory_read         sums the chosen values; its gradients touch only the rows that were read
+    MemoryTable         owns the values, so that several layers can share them
+    ProductKeyMemory    the layer; every part of Memory+ can be switched off
+"""
+
+import contextlib
+import functools
+import math
+import warnings
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# ------------------------------------------------------------------------------------------------
+# The lookup's arithmetic is one form, linear in each of its three arguments,
+#
+#     T(table, weights, x) = sum over tokens t and lookups l of  weights[t, l] * <table[rows[t, l]], x[t]>
+#
+# and its three derivatives are the three functions below. Reading values is the derivative by x; what
+# flows back is the other two. The key scores have the same gradients, so the keys use them as well.
+
+
+def _read(table, rows, weights):
+    """dT/dx: out[t] = sum over l of weights[t, l] * table[rows[t, l]].
+
+    table (n_rows, dim), rows (n, lookups) int64, weights (n, lookups) -> (n, dim)
+    """
+    return F.embedding_bag(rows, table, per_sample_weights=weights, mode="sum")
+
+
+def _dot(table, rows, x):
+    """dT/dweights: out[t, l] = <table[rows[t, l]], x[t]>.
+
+    table (n_rows, dim), rows (n, lookups) int64, x (n, dim) -> (n, lookups)
+    """
+    n, lookups = rows.shape
+    if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and rows.numel():
+        # x @ table.T, computed only where a sparse matrix has its entries: the rows looked up. On 2 cores
+        # 8 times faster than gathering the rows, whatever the chunk. (Its "beta" warning says nothing here.)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            starts = torch.arange(0, n * lookups + 1, lookups)
+            wanted = torch.sparse_csr_tensor(starts, rows.flatten(), x.new_zeros(n * lookups), (n, len(table)),
+                                             check_invariants=False)
+            return torch.sparse.sampled_addmm(wanted, x, table.t(), beta=0.0).values().view(n, lookups)
+    # One lookup of every token at a time, so that no (n, lookups, dim) tensor is ever built.
+    return torch.stack([(table[rows[:, l]] * x).sum(-1) for l in range(lookups)], dim=1)
+
+
+def _scatter(rows, weights, x):
+    """dT/dtable, of the rows that occur: sums[i] = sum over all (t, l) with rows[t, l] == unique[i] of weights[t, l] * x[t].
+
+    rows (n, lookups) int64, weights (n, lookups), x (n, dim) -> unique (u,) int64 ascending, sums (u, dim)
+
+    Sorting the lookups by row puts each row's share in one segment, and summing a segment is a read again,
+    with tokens and rows swapped: no atomics, the same result every time, and nothing larger than `sums`.
+    """
+    rows, order = torch.sort(rows.flatten(), stable=True)  # stable integer sorts use a radix sort on a CPU
+    first = torch.ones_like(rows, dtype=torch.bool)
+    first[1:] = rows[1:] != rows[:-1]
+    starts = first.nonzero().squeeze(1)
+    tokens = order // weights.shape[1]
+    sums = F.embedding_bag(tokens, x, offsets=starts, per_sample_weights=weights.flatten()[order], mode="sum")
+    return rows[starts], sums
+
+
+# ------------------------------------------------------------------------------------------------
+# Finding slots
+
+
+@functools.lru_cache
+def _candidate_pairs(knn, device):
+    """Ranks (a, b) of first and second halves that can be among the best knn sums: two (n_pairs,) int64 tensors.
+
+    Both lists of half scores are sorted, so the pair at ranks (a, b) is beaten or equalled by all
+    (a + 1) * (b + 1) - 1 pairs of no higher ranks. It is needed only if they leave room for it: 119 pairs
+    instead of 1,024 for knn = 32. Row a of the table of pairs keeps its first knn // (a + 1) entries.
+    """
+    pairs = [(a, b) for a in range(knn) for b in range(knn // (a + 1))]
+    return torch.tensor(pairs, device=device).unbind(1)
+
+
+class _ProductKeyTopK(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, queries, keys, knn):
+        n, heads, _, half = queries.shape
+        n_keys = keys.shape[2]
+        flat_keys = keys.reshape(heads * 2, n_keys, half)
+        # 256 tokens at a time, so that the scores (heads * 2, tokens, n_keys) stay in cache: a fifth faster.
+        best = [torch.bmm(chunk.flatten(1, 2).transpose(0, 1), flat_keys.transpose(1, 2)).topk(knn)
+                for chunk in queries.split(256 if queries.device.type == "cpu" else max(n, 1))]
+        half_scores, half_indices = (torch.cat(parts, dim=1).view(heads, 2, n, knn) for parts in zip(*best))
+
+        a, b = _candidate_pairs(knn, queries.device)
+        sums = half_scores[:, 0].index_select(-1, a) + half_scores[:, 1].index_select(-1, b)
+        scores, chosen = sums.topk(knn)  # (heads, n, knn)
+        first = half_indices[:, 0].gather(-1, a[chosen]).transpose(0, 1)
+        second = half_indices[:, 1].gather(-1, b[chosen]).transpose(0, 1)
+        indices = first * n_keys + second
+
+        ctx.save_for_backward(queries, keys, torch.stack([first, second], dim=2))
+        ctx.mark_non_differentiable(indices)
+        return scores.transpose(0, 1).contiguous(), indices
+
+    @staticmethod
+    def backward(ctx, grad_scores, _):
+        # A score is <q1, K1[i]> + <q2, K2[j]> for the slot (i, j) chosen. Only the chosen ones have a gradient,
+        # so the queries' is a read of the keys and the keys' a scatter of the queries, weighted by grad_scores.
+        queries, keys, half_indices = ctx.saved_tensors
+        n, heads, _, half = queries.shape
+        n_keys, knn = keys.shape[2], grad_scores.shape[-1]
+        base = torch.arange(heads * 2, device=keys.device).view(heads, 2, 1) * n_keys
+        rows = (half_indices + base).view(n * heads * 2, knn)
+        weights = grad_scores.to(keys.dtype).unsqueeze(2).expand(n, heads, 2, knn).reshape(rows.shape)
+        grad_queries = grad_keys = None
+        if ctx.needs_input_grad[0]:
+            grad_queries = _read(keys.reshape(-1, half), rows, weights).view(queries.shape).to(queries.dtype)
+        if ctx.needs_input_grad[1]:
+            unique, sums = _scatter(rows, weights, queries.reshape(-1, half).to(keys.dtype))
+            grad_keys = torch.zeros_like(keys).view(-1, half).index_copy_(0, unique, sums).view(keys.shape)
+        return grad_queries, grad_keys, None
+
+
+@torch.compiler.disable
+def product_key_topk(queries, keys, knn):
+    """The knn slots with the highest scores among n_keys**2, exactly (Lample et al. 2019, section 3.2).
+
+    Slot (i, j), numbered i * n_keys + j, has the key [keys[h, 0, i] ; keys[h, 1, j]], so its score is the sum of
+    two halves. The best knn sums are made of the best knn of each half: 2 * n_keys scores, not n_keys**2.
+
+    Args:
+        queries: (n, heads, 2, k_dim / 2), the two halves of each head's query.
+        keys: (heads, 2, n_keys, k_dim / 2), of the same dtype.
+        knn: how many slots to choose for each token and head.
+    Returns:
+        scores (n, heads, knn), sorted from high to low, differentiable in queries and keys, and
+        indices (n, heads, knn) int64: distinct slots that have these scores.
+    Raises:
+        ValueError: shapes that don't fit each other, or knn outside 1..n_keys.
+    """
+    if queries.dim() != 4 or keys.dim() != 4 or queries.shape[1:3] != keys.shape[:2] or queries.shape[3] != keys.shape[3] \
+            or queries.shape[2] != 2:
+        raise ValueError("expected queries (n, heads, 2, k_dim/2) and keys (heads, 2, n_keys, k_dim/2), "
+                         f"got {tuple(queries.shape)} and {tuple(keys.shape)}")
+    if not 1 <= knn <= keys.shape[2]:
+        raise ValueError(f"knn must be from 1 to n_keys = {keys.shape[2]}, got {knn}")
+    return _ProductKeyTopK.apply(queries, keys, knn)
+
+
+# ------------------------------------------------------------------------------------------------
+# Reading them
+
+
+class _MemoryRead(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values, indices, weights, sparse_grad):
+        ctx.save_for_backward(values, indices, weights)
+        ctx.sparse_grad = sparse_grad
+        return _read(values, indices, weights)
+
+    @staticmethod
+    def backward(ctx, grad):
+        values, indices, weights = ctx.saved_tensors
+        grad = grad.contiguous()
+        grad_values = grad_weights = None
+        if ctx.needs_input_grad[0]:
+            rows, sums = _scatter(indices, weights, grad)
+            if ctx.sparse_grad:
+                grad_values = torch.sparse_coo_tensor(rows[None], sums, values.shape, is_coalesced=True,
+                                                      check_invariants=False)
+            else:
+                grad_values = torch.zeros_like(values).index_copy_(0, rows, sums)
+        if ctx.needs_input_grad[2]:
+            grad_weights = _dot(values, indices, grad)
+        return grad_values, None, grad_weights, None
+
+
+@torch.compiler.disable
+def memory_read(values, indices, weights, sparse_grad=False):
+    """The weighted sum of the rows each token looks up: out[t] = sum over l of weights[t, l] * values[indices[t, l]].
+
+    Args:
+        values: (n_slots, v_dim).
+        indices: (n, lookups) int64; a slot may occur several times.
+        weights: (n, lookups), of the values' dtype.
+        sparse_grad: the gradient of values becomes a sparse tensor of the rows read, each row once, so that the
+            cost doesn't grow with n_slots. Off by default, as in torch.nn.functional.embedding; MemoryTable turns it on.
+    Returns:
+        (n, v_dim), differentiable in values and weights.
+    Raises:
+        ValueError: shapes that don't fit each other.
+    """
+    if values.dim() != 2 or indices.dim() != 2 or indices.shape != weights.shape or indices.shape[1] == 0:
+        raise ValueError("expected values (n_slots, v_dim), indices and weights (n, lookups) with one lookup or more, "
+                         f"got {tuple(values.shape)}, {tuple(indices.shape)} and {tuple(weights.shape)}")
+    return _MemoryRead.apply(values, indices, weights, sparse_grad)
+
+
+# ------------------------------------------------------------------------------------------------
+# The modules
+
+
+class MemoryTable(nn.Module):
+    """The values of a memory: n_slots rows of v_dim numbers. Several layers may share one table, as in Memory+.
+
+    Train it with `nanomem.optim.build_optimizer`, whose update touches only the rows read. With
+    sparse_grad=False its gradient is dense and any torch optimizer will do, at a cost that grows with n_slots.
+    """
+
+    def __init__(self, n_slots, v_dim, sparse_grad=True):
+        super().__init__()
+        self.n_slots, self.v_dim, self.sparse_grad = n_slots, v_dim, sparse_grad
+        self.values = nn.Parameter(torch.empty(n_slots, v_dim))
+        nn.init.normal_(self.values, std=v_dim**-0.5)
+
+    def forward(self, indices, weights):
+        """indices (n, lookups) int64 and weights (n, lookups) -> (n, v_dim)"""
+        return memory_read(self.values, indices, weights.to(self.values.dtype), self.sparse_grad)
+
+
+class ProductKeyMemory(nn.Module):
+    """The memory layer: (batch, time, dim) -> (batch, time, dim), in place of a feed-forward layer.
+
+    With the defaults it is the paper's Memory+ (section 3.3); with qk_norm=False and gated=False the plain
+    product-key memory of Lample et al. 2019. Layers given the same table share their values; the keys and
+    projections are each layer's own.
+
+    Args:
+        dim: the model's width.
+        table: a MemoryTable with a square number of slots, n_keys**2.
+        heads: independent lookups a token; their results are summed.
+        knn: slots read by each head.
+        k_dim: length of a query and of a key, even; None for dim.
+        qk_norm: compare directions: halves of queries and keys are scaled to unit length, times a learned scale a head.
+        gated: multiply what was read by silu(W_gate x) before the output projection.
+    Raises:
+        ValueError: a setting that can't be.
+    """
+
+    def __init__(self, dim, table, heads=4, knn=32, k_dim=None, qk_norm=True, gated=True):
+        super().__init__()
+        k_dim = dim if k_dim is None else k_dim
+        n_keys = math.isqrt(table.n_slots)
+        if n_keys**2 != table.n_slots:
+            raise ValueError(f"the table must have a square number of slots, such as {n_keys}**2 = {n_keys**2}, got {table.n_slots}")
+        if not 1 <= knn <= n_keys:
+            raise ValueError(f"knn must be from 1 to n_keys = {n_keys}, got {knn}")
+        if k_dim < 2 or k_dim % 2:
+            raise ValueError(f"k_dim must be even, to be split into two halves, got {k_dim}")
+        if heads < 1:
+            raise ValueError(f"heads must be 1 or more, got {heads}")
+        self.dim, self.heads, self.knn, self.k_dim, self.n_keys = dim, heads, knn, k_dim, n_keys
+        self.table = table
+
+        # Initialised as the paper's code does.
+        self.query_proj = nn.Linear(dim, heads * k_dim)
+        nn.init.xavier_uniform_(self.query_proj.weight)
+        self.keys = nn.Parameter(torch.empty(heads, 2, n_keys, k_dim // 2).uniform_(-(k_dim**-0.5), k_dim**-0.5))
+        self.qk_scale = nn.Parameter(torch.full((heads,), k_dim**0.5)) if qk_norm else None
+        self.gate_proj = self.out_proj = None
+        if gated:
+            self.gate_proj = nn.Linear(dim, table.v_dim)
+            nn.init.normal_(self.gate_proj.weight, std=dim**-0.5)
+        if gated or table.v_dim != dim:
+            self.out_proj = nn.Linear(table.v_dim, dim)
+            nn.init.normal_(self.out_proj.weight, std=dim**-0.5)
+        self.observer = None  # set by `observe_lookups`
+
+    def lookup(self, x):
+        """x (n, dim) -> the slots to read and their weights: indices (n, heads, knn) int64, weights (n, heads, knn)."""
+        queries = self.query_proj(x).view(len(x), self.heads, 2, self.k_dim // 2)
+        keys = self.keys
+        if self.qk_scale is not None:
+            queries = F.normalize(queries, dim=-1) * self.qk_scale.view(1, -1, 1, 1)
+            keys = F.normalize(keys, dim=-1)
+        scores, indices = product_key_topk(queries.to(keys.dtype), keys, self.knn)
+        return indices, F.softmax(scores.float() if scores.dtype != torch.float64 else scores, dim=-1)
+
+    def forward(self, x):
+        shape, x = x.shape, x.reshape(-1, self.dim)
+        indices, weights = self.lookup(x)
+        if self.observer is not None:
+            self.observer(indices, weights)
+        y = self.table(indices.flatten(1), weights.flatten(1)).to(x.dtype)  # the heads' sums are summed: one read
+        if self.gate_proj is not None:
+            y = y * F.silu(self.gate_proj(x))
+        if self.out_proj is not None:
+            y = self.out_proj(y)
+        return y.view(shape)
+
+    def flops_per_token(self):
+        """Multiply-adds * 2 of the forward pass for a token. Grows with n_keys, the square root of the number of slots."""
+        linear = sum(m.weight.numel() for m in (self.query_proj, self.gate_proj, self.out_proj) if m is not None)
+        key_scores = self.heads * self.n_keys * self.k_dim
+        read = self.heads * self.knn * self.table.v_dim
+        return 2 * (linear + key_scores + read)
+
+
+# ------------------------------------------------------------------------------------------------
+# Looking inside
+
+
+@contextlib.contextmanager
+def observe_lookups(model, observer):
+    """While open, each memory layer of the model calls observer(layer, indices, weights) at each forward pass,
+    with indices and weights (n, heads, knn) of its n tokens.
+    """
+    layers = [m for m in model.modules() if isinstance(m, ProductKeyMemory)]
+    for layer in layers:
+        layer.observer = functools.partial(observer, layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.observer = None
+
+
+class SlotUsage:
+    """An observer that measures how evenly the slots are used (Lample et al. 2019, section 4.4): see `usage` and `kl`."""
+
+    def __init__(self):
+        self.weight = {}  # table -> (n_slots,) sum of the weights each slot was read with
+
+    def __call__(self, layer, indices, weights):
+        total = self.weight.setdefault(layer.table, torch.zeros(layer.table.n_slots, dtype=torch.float64))
+        total += torch.bincount(indices.flatten().cpu(), weights.detach().flatten().double().cpu(), minlength=len(total))
+
+    def usage(self):
+        """The share of slots read at least once, over all tables."""
+        return sum((w > 0).sum().item() for w in self.weight.values()) / sum(map(len, self.weight.values()))
+
+    def kl(self):
+        """The Kullback-Leibler divergence of the slots' shares of weight from uniform, in nats, mean over tables."""
+        shares = [w / w.sum() for w in self.weight.values()]
+        return sum(math.log(len(z)) + torch.special.xlogy(z, z).sum().item() for z in shares) / len(shares)

@@ -1,0 +1,210 @@
+"""
+A Llama-style transformer whose feed-forward layers may be memory layers.
+
+- RMSNorm before each part, rotary positions (RoPE), SwiGLU feed-forward, no biases, tied embeddings
+- scaled_dot_product_attention, with a plain key-value cache for generation
+- ffn="dense" and ffn="memory" differ in the layers of mem_layers and nowhere else
+- parameters and FLOPs are counted from the modules
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from nanomem.config import GPTConfig
+from nanomem.memory import MemoryTable, ProductKeyMemory
+
+
+def rope_tables(length, dim, base=10000.0):
+    """Cosines and sines of rotary positions (Su et al. 2021): two (length, dim / 2) tensors."""
+    frequencies = base ** -(torch.arange(0, dim, 2).float() / dim)
+    angles = torch.outer(torch.arange(length).float(), frequencies)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, cos, sin):
+    """Rotates each pair (x[i], x[i + dim/2]) by its position's angle: x (batch, head, time, dim)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, self.dropout, self.block_size = config.n_head, config.dropout, config.block_size
+        self.qkv_proj = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
+        self.out_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+
+    def forward(self, x, cos, sin, cache=None):
+        """x (batch, time, n_embd); cache, if any, is a list of the keys and values so far, extended in place."""
+        B, T, C = x.shape
+        q, k, v = self.qkv_proj(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            if cache:
+                k, v = torch.cat((cache[0], k), dim=2), torch.cat((cache[1], v), dim=2)
+            cache[:] = k, v
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, dropout_p=self.dropout if self.training else 0.0)
+        return self.out_proj(y.transpose(1, 2).reshape(B, T, C))
+
+    def flops_per_token(self):
+        """Projections, and block_size scores and weighted values, as nanoGPT and PaLM count them."""
+        n_embd = self.out_proj.in_features
+        return 2 * (4 * n_embd**2) + 4 * self.block_size * n_embd
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer 2020): W_down (silu(W_gate x) * W_up x)."""
+
+    def __init__(self, n_embd, hidden):
+        super().__init__()
+        self.gate_proj = nn.Linear(n_embd, hidden, bias=False)
+        self.up_proj = nn.Linear(n_embd, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, n_embd, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+    def flops_per_token(self):
+        return 2 * sum(p.numel() for p in self.parameters())
+
+
+class Block(nn.Module):
+    """Attention, then a feed-forward or memory layer, each on a normalised copy of the residual stream."""
+
+    def __init__(self, config, ffn):
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.n_embd)
+        self.attention = Attention(config)
+        self.ffn_norm = nn.RMSNorm(config.n_embd)
+        self.ffn = ffn
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, cos, sin, cache=None):
+        x = x + self.dropout(self.attention(self.attention_norm(x), cos, sin, cache))
+        return x + self.dropout(self.ffn(self.ffn_norm(x)))
+
+
+class GPT(nn.Module):
+    """The language model. Raises ValueError for a config that can't be (config.check says which setting)."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        config.check()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        self.blocks = nn.ModuleList(Block(config, ffn) for ffn in feed_forwards(config))
+        self.norm = nn.RMSNorm(config.n_embd)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head.weight = self.embedding.weight
+        cos, sin = rope_tables(config.block_size, config.n_embd // config.n_head)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        self._init_weights()
+
+    def _init_weights(self):
+        # As GPT-2: normal(0.02), and the projections into the residual stream smaller by the root of their number.
+        # Memory layers keep the initialisation of the paper's code, which they gave themselves.
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        for block in self.blocks:
+            dense = [block.attention] + ([block.ffn] if isinstance(block.ffn, FeedForward) else [])
+            for module in dense:
+                for name, p in module.named_parameters():
+                    residual = name.startswith(("out_proj", "down_proj"))
+                    nn.init.normal_(p, std=0.02 / (2 * len(self.blocks)) ** 0.5 if residual else 0.02)
+
+    def forward(self, idx, targets=None, cache=None):
+        """Logits of the next token at each position, and the mean loss in nats.
+
+        Args:
+            idx: (batch, time) int64 tokens, time at most block_size.
+            targets: (batch, time) int64, -1 where there is nothing to predict.
+            cache: from `new_cache`, when generating: idx then continues the tokens that went before.
+        Returns:
+            logits (batch, time, vocab_size), and the loss, None without targets.
+        """
+        start = cache[0][0].shape[2] if cache and cache[0] else 0
+        cos, sin = self.cos[start:start + idx.shape[1]], self.sin[start:start + idx.shape[1]]
+        x = self.embedding(idx)
+        for i, block in enumerate(self.blocks):
+            x = block(x, cos, sin, cache[i] if cache else None)
+        logits = self.lm_head(self.norm(x))
+        if targets is None:
+            return logits, None
+        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+
+    def new_cache(self):
+        """An empty key-value cache for `forward`: a list for each layer."""
+        return [[] for _ in self.blocks]
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, stop=None, generator=None):
+        """Yields the next token, (batch, 1) int64, max_new_tokens times or until every row has said `stop`.
+
+        idx (batch, time) int64 is what to go on from; temperature 0 takes the likeliest token. Past block_size
+        tokens the model sees the last half of its window, and the cache starts anew from there.
+        """
+        was_training = self.training
+        self.eval()
+        cache, unread = self.new_cache(), idx[:, -self.config.block_size:]
+        window, stopped = unread, torch.zeros(len(idx), 1, dtype=torch.bool, device=idx.device)
+        for _ in range(max_new_tokens):
+            if window.shape[1] > self.config.block_size:
+                window = window[:, -max(self.config.block_size // 2, 1):]
+                cache, unread = self.new_cache(), window
+            logits = self(unread, cache=cache)[0][:, -1].float()
+            if temperature == 0:
+                unread = logits.argmax(-1, keepdim=True)
+            else:
+                if top_k:
+                    least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+                    logits = logits.masked_fill(logits < least, -float("inf"))
+                unread = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1, generator=generator)
+            window = torch.cat((window, unread), dim=1)
+            yield unread
+            stopped |= unread == stop if stop is not None else False
+            if stopped.all():
+                break
+        self.train(was_training)
+
+    def memory_layers(self):
+        """{layer number: ProductKeyMemory}"""
+        return {i: block.ffn for i, block in enumerate(self.blocks) if isinstance(block.ffn, ProductKeyMemory)}
+
+    def count_parameters(self):
+        """(parameters outside memory tables, parameters in them), each counted once."""
+        in_tables = sum(m.values.numel() for m in self.modules() if isinstance(m, MemoryTable))
+        return sum(p.numel() for p in self.parameters()) - in_tables, in_tables
+
+    def flops_per_token(self):
+        """FLOPs of the forward pass for one token of a full block: 2 a multiply-add. Training takes three times as many."""
+        return 2 * self.lm_head.weight.numel() + sum(b.attention.flops_per_token() + b.ffn.flops_per_token() for b in self.blocks)
+
+
+def feed_forwards(config):
+    """A feed-forward module for each layer: memory in mem_layers if ffn is "memory", SwiGLU elsewhere."""
+    hidden = config.ffn_hidden or default_hidden(config)
+    modules, table = [], None
+    for i in range(config.n_layer):
+        if config.ffn != "memory" or i not in config.memory_layer_numbers():
+            modules.append(FeedForward(config.n_embd, hidden))
+            continue
+        if table is None or not config.mem_share_values:
+            table = MemoryTable(config.mem_n_keys**2, config.mem_v_dim or config.n_embd)
+        modules.append(ProductKeyMemory(config.n_embd, table, config.mem_heads, config.mem_knn,
+                                        config.mem_k_dim or config.n_embd, config.mem_qk_norm, config.mem_gated))
+    return modules
+
+
+def default_hidden(config):
+    """The feed-forward width where none is set: Llama's 8/3 n_embd beside memory layers. For ffn="dense" the width
+    at which the model takes as many FLOPs a token as with memory, so that comparing the two is fair by default.
+    """
+    llama = max(8, 8 * round(config.n_embd / 3))
+    if config.ffn == "memory":
+        return llama
+    with torch.device("meta"):  # counts without allocating
+        memory = [m for m in feed_forwards(config.replace(ffn="memory", ffn_hidden=llama))]
+    return max(1, round(sum(m.flops_per_token() for m in memory) / (config.n_layer * 6 * config.n_embd)))

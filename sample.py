@@ -1,0 +1,187 @@
+"""
+Talk to a model that train.py made.
+
+    python sample.py                                        a prompt; answers as you ask
+    python sample.py --start="In which country is Lagos?"
+    python sample.py --start="In which country is Lagos?" --trace      and which memory slots each token read
+"""
+
+import sys
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from nanomem import checkpoint
+from nanomem.config import Config, UserError, one_line_errors, parse, pick_device, setting
+from nanomem.data import open_data
+from nanomem.memory import observe_lookups
+from nanomem.model import GPT
+
+console = Console(highlight=False)
+
+
+@dataclass
+class SampleConfig:
+    """The settings of sample.py."""
+
+    out_dir: str = setting("auto", "folder of the run; auto: the latest in out/", group="Settings")
+    start: str = setting("", "what to go on from; without it, a prompt where there is a terminal")
+    max_new_tokens: int = setting(100, "tokens to write at most")
+    temperature: float = setting(-1.0, "0 takes the likeliest token, higher is bolder; -1: 0 for facts, 0.8 for text")
+    top_k: int = setting(200, "choose among the top_k likeliest tokens; 0: among all")
+    num_samples: int = setting(1, "how many continuations")
+    seed: int = setting(1337, "of the choice of tokens")
+    device: str = setting("auto", "cpu, cuda, cuda:1, mps; auto: the first of cuda, mps and cpu that is there")
+    trace: bool = setting(False, "show the memory slots each token read, and what else reads them")
+
+
+def latest_run():
+    """The folder in out/ with the newest checkpoint."""
+    found = sorted(Path("out").glob(f"*/{checkpoint.FILE}"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise UserError(f"no run in out/: train one with python train.py, or name its folder with --out_dir")
+    return found[-1].parent
+
+
+def open_run(config):
+    """(model, data) of the run in config.out_dir. Raises UserError where there is none."""
+    out_dir = latest_run() if config.out_dir == "auto" else Path(config.out_dir)
+    header = checkpoint.read_header(out_dir)
+    if header is None:
+        raise UserError(f"no {checkpoint.FILE} in {out_dir}; --out_dir must name the folder of a run of train.py")
+    device = pick_device(config.device)
+    run = Config(**header["config"])
+    data = open_data(run, out_dir / "tokenizer.tiktoken")
+    model = GPT(run)
+    checkpoint.load(out_dir, model)
+    console.print(f"[dim]{out_dir}: {run.data}, {run.ffn}, {header['iteration']} iterations[/]")
+    return model.to(device).eval(), data
+
+
+def tokens_of(text, data):
+    """(1, time) tokens of a prompt. Facts begin as documents do, after <|endoftext|>."""
+    end = data.encoding.eot_token
+    tokens = data.encoding.encode_ordinary(text)
+    return torch.tensor([[end] + tokens if data.facts or not tokens else tokens])
+
+
+def write(model, data, prompt, config, generator):
+    """Streams one continuation of prompt (1, time) to the screen; returns all its tokens, (1, time)."""
+    end = data.encoding.eot_token if data.facts else None
+    temperature = config.temperature if config.temperature >= 0 else (0.0 if data.facts else 0.8)
+    console.print(f"[bold]{escape(data.encoding.decode([t for t in prompt[0].tolist() if t != data.encoding.eot_token]))}[/]", end="")
+    pending, tokens = b"", [prompt]
+    for token in model.generate(prompt, config.max_new_tokens, temperature, config.top_k or None, end, generator):
+        if token.item() == data.encoding.eot_token:
+            continue
+        tokens.append(token)
+        # A character may span several tokens: it is shown once its last byte is there.
+        pending += data.encoding.decode_single_token_bytes(token.item())
+        text = pending.decode("utf-8", errors="ignore")
+        if text or len(pending) > 3:
+            console.print(escape(text), end="")
+            pending = b""
+    console.print()
+    return torch.cat(tokens, dim=1)
+
+
+# ------------------------------------------------------------------------------------------------
+# --trace
+
+
+def lookups_of(model, tokens):
+    """{layer number: (slots, weights)} for the last sequence: each (time, lookups), a token's weights summing to heads."""
+    number_of = {layer: number for number, layer in model.memory_layers().items()}
+    seen = {}
+
+    def keep(layer, indices, weights):
+        seen[number_of[layer]] = indices.flatten(1).cpu(), weights.flatten(1).float().cpu()
+
+    with torch.no_grad(), observe_lookups(model, keep):
+        model(tokens)
+    return seen
+
+
+def readers(model, data, slots, batches=20, batch_size=16):
+    """Which tokens of the training data read these slots with most weight: {(layer, slot): Counter of token in context}."""
+    found = defaultdict(Counter)
+    wanted = {layer: torch.tensor(sorted(s for other, s in slots if other == layer)) for layer in {layer for layer, _ in slots}}
+    for i in range(batches):
+        x, _ = data.batch("train", 10**9 + i, batch_size)  # far from the batches it was trained on: fresh blocks
+        for layer, (indices, weights) in lookups_of(model, x.to(next(model.parameters()).device)).items():
+            for position, lookup in torch.isin(indices, wanted[layer]).nonzero().tolist():
+                row, column = divmod(position, x.shape[1])
+                context = data.encoding.decode(x[row, max(0, column - 3):column + 1].tolist()).split("<|endoftext|>")[-1]
+                found[layer, indices[position, lookup].item()][context] += weights[position, lookup].item()
+    return found
+
+
+def trace(model, data, tokens, shown=4):
+    """Prints the slots each token read, most weight first, and the training tokens that read the top slots most."""
+    looked_up = lookups_of(model, tokens[:, -model.config.block_size:])
+    if not looked_up:
+        raise UserError("--trace shows memory slots, and this model has no memory layers (ffn=dense)")
+    words = [escape(data.encoding.decode([t])) for t in tokens[0, -model.config.block_size:].tolist()]
+    table = Table(title=f"Slots read, and their weights within a head (the {shown} heaviest of "
+                        f"{model.config.mem_heads} heads x {model.config.mem_knn} slots)")
+    for title in ("token", *(f"layer {layer}" for layer in looked_up)):
+        table.add_column(title)
+    top = {}  # (layer, slot) -> its largest weight
+    for t, word in enumerate(words):
+        cells = []
+        for layer, (indices, weights) in looked_up.items():
+            weight, lookup = weights[t].topk(min(shown, weights.shape[1]))
+            slots = indices[t, lookup].tolist()
+            cells.append("  ".join(f"{slot}: {w:.2f}" for slot, w in zip(slots, weight.tolist())))
+            for slot, w in zip(slots[:1], weight.tolist()):
+                top[layer, slot] = max(w, top.get((layer, slot), 0.0))
+        table.add_row(repr(word)[1:-1].replace(" ", "·"), *cells)
+    console.print(table)
+
+    table = Table(title="What else reads each token's heaviest slot: the training tokens with most weight, after what came before them")
+    for title in ("layer", "slot", "read by"):
+        table.add_column(title)
+    found = readers(model, data, top)
+    for layer, slot in sorted(top):
+        contexts = "  |  ".join(repr(escape(context))[1:-1] for context, _ in found[layer, slot].most_common(5))
+        table.add_row(str(layer), str(slot), contexts or "nothing in the sample")
+    console.print(table)
+
+
+# ------------------------------------------------------------------------------------------------
+
+
+def answer(model, data, text, config, generator):
+    """Writes num_samples continuations of text, and traces the last of them if asked to."""
+    prompt = tokens_of(text, data).to(next(model.parameters()).device)
+    for _ in range(config.num_samples):
+        tokens = write(model, data, prompt, config, generator)
+    if config.trace:
+        trace(model, data, tokens)
+
+
+with one_line_errors():
+    config = SampleConfig(**parse(SampleConfig, sys.argv[1:]))
+    if config.max_new_tokens < 1 or config.num_samples < 1 or config.top_k < 0:
+        raise UserError("max_new_tokens and num_samples must be 1 or more, and top_k 0 or more")
+    model, data = open_run(config)
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(config.seed)
+    if config.start or not sys.stdin.isatty():
+        answer(model, data, config.start, config, generator)
+    else:
+        console.print("Ask it something it was taught, or give it a beginning; Ctrl-D ends.")
+        if data.facts:
+            a = data.facts.attributes[0]
+            console.print(f"For example: {((a.questions or a.statements)[0]).replace('{}', data.facts.entities[0])}")
+        while True:
+            try:
+                text = console.input("[cyan]> [/]")
+            except (EOFError, KeyboardInterrupt):
+                break
+            if text.strip():
+                answer(model, data, text, config, generator)

@@ -1,0 +1,285 @@
+"""
+Trains a small language model with memory layers, and tells what it has learned.
+
+    python train.py                          five facts each about 1,000 of the world's cities, on a laptop
+    python train.py --ffn=dense              the same without memory, at equal FLOPs
+    python train.py --data=facts.jsonl       your own facts;   --data=book.txt   your own text
+    python train.py --help                   every setting
+
+- one file, read from top to bottom: settings, data, model, optimizers, loop, report
+- out_dir gets config.json, metrics.jsonl and a checkpoint; --resume goes on as if never stopped, bit for bit
+- Ctrl-C saves before it stops
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from nanomem import checkpoint, facts, optim, tokenizer
+from nanomem.config import Config, UserError, one_line_errors, parse, pick_device
+from nanomem.data import open_data
+from nanomem.memory import SlotUsage, observe_lookups
+from nanomem.model import GPT
+
+console = Console(highlight=False)
+
+
+# ------------------------------------------------------------------------------------------------
+# Settings
+
+
+def settings(argv):
+    """The run's settings and, with --resume, its checkpoint's header (None if there is no checkpoint yet).
+
+    With --resume the settings are those of the run in out_dir, changed by the command line's.
+    """
+    given = parse(Config, argv)
+    config = Config(**given)
+    out_dir = Path(config.out_dir if config.out_dir != "auto" else f"out/{Path(config.data).stem}-{config.ffn}")
+    header = None
+    if config.resume:
+        header = checkpoint.read_header(out_dir)
+        before = header["config"] if header else checkpoint.read_json(out_dir / "config.json")
+        for name in before and {f.name for f in config.groups("Model", "Memory", "Data")} & given.keys():
+            if given[name] != before[name]:
+                raise UserError(f"--{name}={given[name]} can't change on --resume: the run in {out_dir} has {name}={before[name]}")
+        config = Config(**before or {}).replace(**given)
+    config.out_dir = str(out_dir)
+    config.check()
+    return config, header
+
+
+def make_room(out_dir):
+    """What an earlier run left in out_dir moves to out_dir.previous, so that one mistake loses nothing."""
+    if (out_dir / checkpoint.FILE).exists():
+        previous = out_dir.with_name(out_dir.name + ".previous")
+        shutil.rmtree(previous, ignore_errors=True)
+        out_dir.rename(previous)
+        console.print(f"moved the earlier run in {out_dir} to {previous}")
+    out_dir.mkdir(parents=True, exist_ok=True)
+
+
+# ------------------------------------------------------------------------------------------------
+# Watching
+
+
+class Metrics:
+    """metrics.jsonl: one JSON object a line. A resumed run drops the lines written after its checkpoint."""
+
+    def __init__(self, path, step):
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        whole = [line for line in lines if line.endswith("\n") and json.loads(line)["iter"] <= step]
+        checkpoint.write_text(path, "".join(whole))
+        self.file = open(path, "a", encoding="utf-8")
+
+    def write(self, row):
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+
+
+class Display:
+    """A live progress bar on a terminal, plain lines elsewhere."""
+
+    def __init__(self, config, step):
+        self.max_iters, self.shown = config.max_iters, {}
+        self.bar = Progress(
+            TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn(),
+            TextColumn("{task.fields[shown]}"), console=console, disable=not console.is_terminal)
+        self.task = self.bar.add_task("training", total=config.max_iters, completed=step, shown="")
+
+    def update(self, step, **shown):
+        """Moves the bar and changes what it shows; None shows nothing."""
+        self.shown |= {name.replace("_", " "): text for name, text in shown.items() if text is not None}
+        self.bar.update(self.task, completed=step, shown="  ".join(f"{k} {v}" for k, v in self.shown.items()))
+
+    def line(self, row):
+        """A line that stays, for an evaluation."""
+        percents = [f"{name} {row[key]:.1%}" for name, key in (("recall", "recall"), ("slots in use", "mem_usage")) if row.get(key) is not None]
+        left = row["elapsed_s"] / row["iter"] * (self.max_iters - row["iter"])
+        console.print(f"iter {row['iter']:>5}/{self.max_iters}  train loss {row['train_loss']:.3f}  val loss {row['val_loss']:.3f}  "
+                      + "  ".join(percents + [f"{row['tokens_per_sec']:,.0f} tokens/s", f"{minutes(left)} left"]))
+
+
+def percent(share):
+    """0.123 -> '12.3%', None -> None"""
+    return None if share is None else f"{share:.1%}"
+
+
+def minutes(seconds):
+    """125 -> '2:05'"""
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
+
+
+@torch.no_grad()
+def evaluate(most):
+    """val loss, recall (over at most `most` facts of a kind) and slot usage, for metrics.jsonl."""
+    model.eval()
+    usage, losses = SlotUsage(), []
+    with observe_lookups(model, usage), autocast:
+        for i in range(config.eval_iters):
+            x, y = data.batch("val", i, config.batch_size)
+            losses.append(model(x.to(device), y.to(device))[1].item())
+        recalled = facts.measure(model, data.sentences, most) if data.facts else {}
+    model.train()
+    row = {"val_loss": sum(losses) / len(losses)}
+    if not data.facts:
+        row["bits_per_byte"] = row["val_loss"] / math.log(2) / data.bytes_per_token
+    else:
+        main = recalled.get("report", recalled["taught"])  # facts with no questions: recall of the taught prompts
+        row |= {"recall": main["all"]} | {f"recall_{band}": main[band] for band in ("head", "torso", "tail")}
+        row |= {f"recall_{kind}": recalled[kind]["all"] for kind in ("select", "taught") if kind in recalled}
+    if usage.weight:
+        row |= {"mem_usage": usage.usage(), "mem_kl": usage.kl()}
+    return row, recalled
+
+
+def tell_what_it_knows(recalled):
+    """A table of recall, and a few questions with the model's answers."""
+    columns = [(kind, title) for kind, title in (("report", "never asked"), ("taught", "taught wording")) if kind in recalled]
+    table = Table(title="Recall: whole answers, decoded greedily")
+    for title in ["", *(title for _, title in columns), "always the most frequent"]:
+        table.add_column(title, justify="right" if title else "left")
+    frequent = data.facts.most_frequent_scores()
+    baseline = {a.name: score for a, score in zip(data.facts.attributes, frequent)} | {"all": frequent.mean()}
+    names = [a.name for a in data.facts.attributes] + ["head", "torso", "tail", "all"]
+    for name in names:
+        numbers = [recalled[kind][name] for kind, _ in columns] + [baseline.get(name)]
+        table.add_row(name, *("" if x is None else f"{x:.1%}" for x in numbers), end_section=name in (names[-5], "tail"))
+    console.print(table)
+
+    answers = Table(title="Questions it was never asked" if "report" in recalled else "What it was taught")
+    for title in ("prompt", "its answer", "truth"):
+        answers.add_column(title, overflow="fold")
+    pairs = np.argwhere(data.facts.role == (facts.REPORT if "report" in recalled else facts.ASKED))
+    for e, a in pairs[:: max(1, len(pairs) // 8)][:8]:
+        attribute = data.facts.attributes[a]
+        wording = (attribute.questions or attribute.statements)[0]
+        prompt = torch.tensor([[data.sentences.end] + data.sentences.prompt(e, wording)], device=device)[:, -config.block_size:]
+        tokens = torch.cat(list(model.generate(prompt, 32, temperature=0, stop=data.sentences.end)), dim=1)[0].tolist()
+        answer = data.encoding.decode([t for t in tokens if t != data.sentences.end]).strip()
+        right = answer in data.facts.answers(e, a)
+        answers.add_row(wording.replace("{}", data.facts.entities[e]), f"[{'green' if right else 'red'}]{escape(answer)}[/]",
+                        data.facts.answers(e, a)[0])
+    console.print(answers)
+
+
+# ------------------------------------------------------------------------------------------------
+# Setting up: whatever is wrong with the settings or the data ends here, with one line
+
+with one_line_errors():
+    config, header = settings(sys.argv[1:])
+    device = pick_device(config.device)
+    half = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
+    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=half)
+    torch.use_deterministic_algorithms(config.deterministic)
+    torch.manual_seed(config.seed)
+
+    out_dir = Path(config.out_dir)
+    data = open_data(config, out_dir / "tokenizer.tiktoken" if header else None)
+    config.vocab_size = data.encoding.n_vocab
+    model = GPT(config).to(device)
+    optimizers = optim.build_optimizer(model, config.learning_rate, config.mem_lr, config.weight_decay)
+    if header:
+        checkpoint.load(out_dir, model, optimizers)
+    else:
+        make_room(out_dir)
+    checkpoint.write_text(out_dir / "config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    if header is None:
+        tokenizer.save(data.encoding, out_dir / "tokenizer.tiktoken")
+
+step, elapsed = (header["iteration"], header["elapsed_s"]) if header else (0, 0.0)
+metrics = Metrics(out_dir / "metrics.jsonl", step)
+forward = torch.compile(model) if config.compile else model
+
+core, in_tables = model.count_parameters()
+console.print(f"{config.data}, {config.ffn}: {core:,} parameters + {in_tables:,} in memory tables, "
+              f"{model.flops_per_token() / 1e6:.3f} million FLOPs a token, on {device} -> {out_dir}")
+if data.facts:
+    console.print(f"{len(data.facts.entities):,} entities x {len(data.facts.attributes)} attributes = {data.facts.codes.size:,} facts")
+if config.resume:
+    console.print(f"going on from iteration {step}" if header else f"no checkpoint in {out_dir} yet: starting from the beginning")
+
+# ------------------------------------------------------------------------------------------------
+# Training
+
+interrupted = False
+
+
+def interrupt(signum, frame):
+    """The first Ctrl-C lets the step in progress finish; a second one stops at once."""
+    global interrupted
+    interrupted = True
+    signal.signal(signum, signal.SIG_DFL)
+
+
+signal.signal(signal.SIGINT, interrupt)
+signal.signal(signal.SIGTERM, interrupt)
+
+tokens_an_update = config.batch_size * config.gradient_accumulation_steps * config.block_size
+started, spent_evaluating, window = time.perf_counter() - elapsed, 0.0, (step, time.perf_counter())
+recalled, row = {}, {}
+display = Display(config, step)
+with display.bar:
+    while step < config.max_iters and not interrupted:
+        ratio = optim.schedule(step, config.warmup_iters, config.max_iters, config.min_lr / max(config.learning_rate, config.min_lr, 1e-30))
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["lr"] = group["peak_lr"] * ratio
+
+        train_loss = 0.0
+        for i in range(config.gradient_accumulation_steps):
+            x, y = data.batch("train", step * config.gradient_accumulation_steps + i, config.batch_size)
+            with autocast:
+                loss = forward(x.to(device), y.to(device))[1] / config.gradient_accumulation_steps
+            loss.backward()
+            train_loss += loss.item()
+        if not math.isfinite(train_loss):
+            sys.exit(f"the loss is {train_loss} at iteration {step + 1}; the last good checkpoint is "
+                     f"{out_dir / checkpoint.FILE}. A lower learning_rate or mem_lr may help.")
+        if config.grad_clip:
+            optim.clip_gradients(model, config.grad_clip)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        step += 1
+
+        evaluates = step % config.eval_interval == 0 or step == config.max_iters
+        if step % config.log_interval == 0 or evaluates or interrupted:
+            now = time.perf_counter()
+            row = {"iter": step, "tokens": step * tokens_an_update, "elapsed_s": now - started,
+                   "tokens_per_sec": (step - window[0]) * tokens_an_update / (now - window[1]), "train_loss": train_loss}
+            display.update(step, loss=f"{train_loss:.3f}", tokens_per_s=f"{row['tokens_per_sec']:,.0f}")
+            if evaluates:
+                # All facts at the end, 400 of each kind on the way: a second instead of ten.
+                result, recalled = evaluate(most=20_000 if step == config.max_iters else 400)
+                row |= result
+                display.update(step, recall=percent(row.get("recall")), slots=percent(row.get("mem_usage")))
+                display.line(row)
+            metrics.write(row)
+            window = (step, time.perf_counter())
+        if evaluates or interrupted:
+            with one_line_errors():
+                checkpoint.save(out_dir, model, optimizers, {
+                    "config": dataclasses.asdict(config), "iteration": step, "elapsed_s": time.perf_counter() - started})
+
+# ------------------------------------------------------------------------------------------------
+# What came of it
+
+if interrupted:
+    console.print(f"stopped at iteration {step}, all saved. To go on: python train.py --resume --out_dir={out_dir}")
+    sys.exit(130)
+if data.facts:
+    tell_what_it_knows(recalled or evaluate(most=20_000)[1])
+    console.print(f"Ask it: python sample.py --out_dir={out_dir}")
