@@ -29,7 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from nanomem import checkpoint, facts, optim, tokenizer
-from nanomem.config import Config, UserError, one_line_errors, parse, pick_device
+from nanomem.config import Config, UserError, keep_freed_memory, one_line_errors, parse, pick_device
 from nanomem.data import open_data
 from nanomem.memory import SlotUsage, observe_lookups
 from nanomem.model import GPT
@@ -182,6 +182,7 @@ def tell_what_it_knows(recalled):
 with one_line_errors():
     config, header = settings(sys.argv[1:])
     device = pick_device(config.device)
+    keep_freed_memory()
     half = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=half)
     torch.use_deterministic_algorithms(config.deterministic)

@@ -5,6 +5,7 @@ Every setting of train.py with its default, and the command line that changes it
 """
 
 import contextlib
+import ctypes
 import dataclasses
 import difflib
 import sys
@@ -202,6 +203,17 @@ def pick_device(name):
     if name.split(":")[0] not in found:
         raise UserError(f"--device={name} is not on this machine, which has {', '.join(found)}")
     return torch.device(name)
+
+
+def keep_freed_memory():
+    """Makes glibc keep large blocks that are freed, where it would give them back to the kernel and get them anew,
+    a page fault for each 4 kB: a sixth of a training step on a CPU. Does nothing on other systems.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink the heap
+        mallopt(-2, 64 * 2**20)  # M_TOP_PAD: grow it by 64 MB at a time
 
 
 @contextlib.contextmanager

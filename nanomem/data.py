@@ -28,6 +28,10 @@ class FactData:
     def __init__(self, fact_set, encoding, block_size, seed=0):
         self.facts, self.encoding, self.block_size, self.seed = fact_set, encoding, block_size, seed
         self.sentences = facts.Sentences(fact_set, encoding)
+        length, entity = self.sentences.longest()
+        if length > block_size:
+            raise ValueError(f"a fact about {fact_set.entities[entity][:60]!r} takes {length} tokens, more than "
+                             f"block_size={block_size}: raise block_size")
         self.cumulative = np.cumsum(fact_set.frequency)
         self.has_questions = bool((fact_set.role != facts.ASKED).any())
 

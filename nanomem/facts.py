@@ -233,6 +233,15 @@ class Sentences:
         """The tokens of each accepted answer."""
         return self.values[attribute][self.facts.codes[entity, attribute]]
 
+    def longest(self):
+        """(tokens of the longest document, its entity)"""
+        names = np.array([len(name) for name in self.names[True]])
+        documents = np.stack([
+            names + np.array([len(value[0]) for value in self.values[a]])[self.facts.codes[:, a]]
+            + max(len(before + after) for before, after in (self.pieces[w] for w in attribute.statements + attribute.questions)) + 1
+            for a, attribute in enumerate(self.facts.attributes)], axis=1).max(axis=1)
+        return int(documents.max()), int(documents.argmax())
+
     def document(self, entity, attribute, wording):
         """Prompt, taught answer and <|endoftext|>."""
         return self.prompt(entity, wording) + self.answers(entity, attribute)[0] + [self.end]

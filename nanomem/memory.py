@@ -49,9 +49,9 @@ def _dot(table, rows, x):
     table (n_rows, dim), rows (n, lookups) int64, x (n, dim) -> (n, lookups)
     """
     n, lookups = rows.shape
-    if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and rows.numel():
+    if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and 0 < n and lookups <= len(table):
         # x @ table.T, computed only where a sparse matrix has its entries: the rows looked up. On 2 cores
-        # 8 times faster than gathering the rows, whatever the chunk. (Its "beta" warning says nothing here.)
+        # 8 times as fast as gathering the rows, whatever the chunk. (Its warning is about being in beta.)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             starts = torch.arange(0, n * lookups + 1, lookups)

@@ -1,0 +1,128 @@
+import collections
+
+import pytest
+import torch
+
+from nanomem import facts, tokenizer
+from nanomem.config import Config
+from nanomem.data import FactData, TextData, open_data
+
+SHIPPED = facts.DATA / "world" / "tokenizer.tiktoken"
+
+
+@pytest.fixture(scope="module")
+def data():
+    return FactData(facts.world(200, zipf=0.6), tokenizer.load(SHIPPED), 128, seed=3)
+
+
+def documents(data, tokens):
+    """The whole documents of a block, as text."""
+    return data.encoding.decode(tokens.tolist()).split("<|endoftext|>")[1:-1]
+
+
+def test_targets_are_the_inputs_one_later(data):
+    x, y = data.batch("train", 5, 4)
+    assert x.shape == y.shape == (4, 128) and x.dtype == y.dtype == torch.int64
+    assert torch.equal(x[:, 1:], y[:, :-1])
+
+
+def test_a_batch_depends_on_seed_split_and_step_alone(data):
+    same = FactData(data.facts, data.encoding, 128, seed=3)
+    other = FactData(data.facts, data.encoding, 128, seed=4)
+    x = data.batch("train", 7, 4)[0]
+    assert torch.equal(x, same.batch("train", 7, 4)[0])
+    for different in (data.batch("train", 8, 4), data.batch("val", 7, 4), other.batch("train", 7, 4)):
+        assert not torch.equal(x, different[0])
+
+
+def test_no_block_names_an_entity_twice_and_no_question_is_asked_that_should_not_be(data):
+    questions = {}
+    for e, name in enumerate(data.facts.entities):
+        for a, attribute in enumerate(data.facts.attributes):
+            for question in attribute.questions:
+                questions[f"{question.replace('{}', name)} {data.facts.answers(e, a)[0]}"] = data.facts.role[e, a]
+    sentence_entity = {f"{w.replace('{}', name)} {data.facts.answers(e, a)[0]}": e
+                       for e, name in enumerate(data.facts.entities) for a, at in enumerate(data.facts.attributes)
+                       for w in at.statements + at.questions}
+    asked = 0
+    for split in ("train", "val"):
+        for step in range(20):
+            for row in data.batch(split, step, 8)[0]:
+                found = documents(data, row)
+                entities = [sentence_entity[text] for text in found]
+                assert len(entities) == len(set(entities))
+                roles = [questions[text] for text in found if text in questions]
+                asked += len(roles)
+                assert all((role == facts.ASKED) == (split == "train") for role in roles)
+                assert split == "train" or len(roles) == len(found)
+    assert asked > 1000
+
+
+def test_entities_are_mentioned_as_often_as_their_frequency_says(data):
+    counts = collections.Counter()
+    for step in range(150):
+        for row in data.batch("train", step, 8)[0]:
+            counts.update(documents(data, row))
+    total = sum(counts.values())
+    top = data.facts.entities[:20]
+    share = sum(n for text, n in counts.items() if any(f" {name}" in text for name in top)) / total
+    assert share == pytest.approx(data.facts.frequency[:20].sum(), abs=0.05)
+
+
+def test_few_facts_are_padded_and_not_repeated(tmp_path):
+    path = tmp_path / "f.jsonl"
+    path.write_text('{"prompt": "a", "answer": "b"}\n{"prompt": "c", "answer": "d"}\n')
+    data = open_data(Config(data=str(path), block_size=32))
+    x, y = data.batch("train", 0, 3)
+    for row, targets in zip(x, y):
+        assert sorted(documents(data, row[:9])) == ["a b", "c d"]
+        assert (targets[8:] == -1).all() and (targets[:8] >= 0).all()
+
+
+def test_text_is_split_and_read_from_random_places():
+    text = "".join(chr(97 + i % 26) for i in range(1000))
+    data = TextData(text, tokenizer.byte_encoding(), 20, seed=0)
+    assert len(data.tokens["train"]) == 900 and data.bytes_per_token == 1
+    x, y = data.batch("val", 0, 6)
+    assert torch.equal(x[:, 1:], y[:, :-1])
+    assert all(bytes(row.tolist()).decode() in text[900:] for row in x)
+
+
+def config_for(path, **changes):
+    return Config(data=str(path), **changes)
+
+
+@pytest.mark.parametrize("content, message", [
+    (b"", "empty"), (b" \n", "empty"), (b"short", "5 tokens, too few for block_size=128"), (b"a\nb\xff\n", "line 2: byte 2 is not UTF-8")])
+def test_text_that_will_not_do_is_named(tmp_path, content, message):
+    path = tmp_path / "book.txt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        open_data(config_for(path))
+
+
+def test_a_fact_longer_than_a_block_is_named(tmp_path):
+    path = tmp_path / "f.jsonl"
+    path.write_text('{"prompt": "a", "answer": "b"}\n\n{"prompt": "%s", "answer": "b"}\n' % ("x" * 40))
+    with pytest.raises(ValueError, match="block_size"):
+        open_data(config_for(path, block_size=32))
+
+
+def test_data_that_is_not_there():
+    with pytest.raises(FileNotFoundError, match="wrold"):
+        open_data(Config(data="wrold"))
+
+
+def test_an_unknown_tokenizer_is_named(tmp_path):
+    path = tmp_path / "book.txt"
+    path.write_text("words " * 1000)
+    with pytest.raises(ValueError, match="tokenizer must be"):
+        open_data(config_for(path, tokenizer="gtp2"))
+
+
+def test_a_bpe_trained_on_the_data(tmp_path):
+    pytest.importorskip("tokenizers")
+    path = tmp_path / "book.txt"
+    path.write_text("the cat sat on the mat, the dog sat on the log\n" * 200)
+    data = open_data(config_for(path, tokenizer="bpe", vocab_size=270, block_size=16))
+    assert data.encoding.n_vocab == 270 and data.bytes_per_token > 1.5

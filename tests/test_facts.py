@@ -1,0 +1,130 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from nanomem import facts, tokenizer
+from nanomem.config import GPTConfig
+from nanomem.data import FactData
+from nanomem.model import GPT
+
+
+@pytest.fixture(scope="module")
+def world():
+    return facts.world(300, zipf=0.6)
+
+
+def test_the_world_is_the_real_one(world):
+    def known(city):
+        e = world.entities.index(city)
+        return [world.answers(e, a)[0] for a in range(5)]
+
+    assert known("Paris") == ["France", "Europe/Paris", "2.1 million", "49°N", "2°E"]
+    assert known("Lagos") == ["Nigeria", "Africa/Lagos", "15 million", "6°N", "3°E"]
+    assert known("Sydney")[3:] == ["34°S", "151°E"]
+    assert len(set(facts.world(20_000).entities)) == 20_000
+
+
+@pytest.mark.parametrize("n", [3, 10**6])
+def test_a_number_of_cities_that_is_not_there(n):
+    with pytest.raises(ValueError, match="from 4 to"):
+        facts.world(n)
+
+
+def test_half_of_the_pairs_are_asked_and_a_quarter_each_is_for_choosing_and_reported(world):
+    for attribute in range(5):
+        shares = [(world.role[:, attribute] == role).mean() for role in (facts.ASKED, facts.SELECT, facts.REPORT)]
+        assert shares == [0.5, 0.25, 0.25]
+    assert (facts.world(300).role == world.role).all()
+
+
+def test_bands_hold_a_third_of_all_mentions_each(world):
+    bands = world.bands()
+    assert sum(map(len, bands.values())) == 300
+    for entities in bands.values():
+        assert world.frequency[entities].sum() == pytest.approx(1 / 3, abs=0.03)
+    assert bands["head"].max() < bands["torso"].min() < bands["tail"].min()
+
+
+def test_most_frequent_answer_baseline():
+    values = [[("a",), ("b",)]]
+    made = facts.FactSet(["w", "x", "y", "z"], (facts.Attribute("letter", ("{} is",)),), values, np.array([[0], [1], [1], [1]]))
+    assert made.most_frequent_scores().tolist() == [0.75]
+
+
+def test_people_are_distinct_reproducible_and_of_known_bits():
+    made, again, other = facts.people(500, seed=1), facts.people(500, seed=1), facts.people(500, seed=2)
+    assert made.entities == again.entities and (made.codes == again.codes).all() and made.entities != other.entities
+    assert len(set(made.entities)) == 500
+    choices = [12 * 28 * 200, 200, 300, 100, 256]
+    assert made.bits_per_entity() == pytest.approx(sum(np.log2(choices)))
+    assert all(column.max() < n for column, n in zip(made.codes.T, choices))
+    assert len(facts.people(200_000).entities[0].split()) == 3  # more people than first names and surnames
+
+
+def write(path, *lines):
+    path.write_bytes(b"\n".join(line if isinstance(line, bytes) else line.encode() for line in lines))
+    return path
+
+
+def test_jsonl_facts(tmp_path):
+    made = facts.from_jsonl(write(tmp_path / "f.jsonl", '{"prompt": "Sky?", "answer": "blue"}', "",
+                                  '{"prompt": "Colour of grass?", "answer": ["green", "Green"]}'))
+    assert made.entities == ["Sky?", "Colour of grass?"] and made.answers(1, 0) == ("green", "Green")
+
+
+@pytest.mark.parametrize("lines, message", [
+    ([""], "no facts"),
+    (['{"prompt": "a", "answer": "b"}', "{oops"], "line 2: not JSON"),
+    (['{"prompt": "a"}'], 'line 1: the key "answer" is missing'),
+    (['{"answer": "a"}'], '"prompt" is missing'),
+    (['["a", "b"]'], "line 1: expected an object"),
+    (['{"prompt": 3, "answer": "b"}'], '"prompt" must be a string'),
+    (['{"prompt": "a", "answer": 3}'], '"answer" must be a string'),
+    (['{"prompt": "a", "answer": []}'], '"answer" must be a string'),
+    (['{"prompt": "a", "answer": "b"}', b'{"prompt": "\xff"}'], "line 2: byte 13 is not UTF-8"),
+])
+def test_jsonl_that_is_wrong_is_named_with_its_line(tmp_path, lines, message):
+    with pytest.raises(ValueError, match=message) as error:
+        facts.from_jsonl(write(tmp_path / "f.jsonl", *lines))
+    assert "f.jsonl" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_sentences_are_tokens_of_the_text(world):
+    sentences = facts.Sentences(world, tokenizer.load(facts.DATA / "world" / "tokenizer.tiktoken"))
+    for a, attribute in enumerate(world.attributes):
+        for wording in attribute.statements + attribute.questions:
+            text = f"{wording.replace('{}', world.entities[0])} {world.answers(0, a)[0]}"
+            # As a user's prompt will be encoded: in one piece
+            assert sentences.document(0, a, wording) == sentences.encoding.encode_ordinary(text) + [sentences.end]
+
+
+def test_recall_is_what_greedy_decoding_says():
+    torch.manual_seed(0)
+    world = facts.world(20)
+    data = FactData(world, tokenizer.byte_encoding(), 64)
+    model = GPT(GPTConfig(vocab_size=257, n_layer=2, n_embd=32, n_head=2, block_size=64, mem_layers="1", mem_n_keys=16, mem_knn=4))
+    optimizer = torch.optim.AdamW([p for p in model.parameters()], lr=3e-3)
+    for m in model.modules():
+        m.sparse_grad = False
+    for step in range(150):  # enough to know some and not all
+        model(*data.batch("train", step, 16))[1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    pairs = np.argwhere(world.role >= 0)
+    known = facts.recall(model, data.sentences, pairs, questions=False)
+    for (e, a), right in zip(pairs, known):
+        wordings = world.attributes[a].statements
+        prompt = torch.tensor([[256] + data.sentences.prompt(e, wordings[e % 3])])
+        tokens = [t.item() for t in model.generate(prompt, 40, temperature=0, stop=256)]
+        decoded = data.encoding.decode(tokens[:-1] if tokens[-1] == 256 else tokens)
+        assert right == (decoded == " " + world.answers(e, a)[0] and tokens[-1] == 256)
+    assert 0 < known.sum() < len(pairs)
+
+
+def test_scores_are_means_over_groups(world):
+    pairs = np.array([[0, 0], [0, 1], [299, 0], [299, 1]])
+    scores = facts.scores(world, pairs, np.array([True, True, True, False]))
+    assert scores["all"] == 0.75 and scores["head"] == 1 and scores["tail"] == 0.5 and scores["torso"] is None
+    assert scores["country"] == 1 and scores["time zone"] == 0.5

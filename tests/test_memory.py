@@ -1,0 +1,224 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nanomem.memory import MemoryTable, ProductKeyMemory, SlotUsage, memory_read, observe_lookups, product_key_topk
+from nanomem.optim import build_optimizer, clip_gradients
+
+
+def all_scores(queries, keys):
+    """The score of every slot, written out: (n, heads, n_keys**2)."""
+    first = torch.einsum("nhd,hkd->nhk", queries[:, :, 0], keys[:, 0])
+    second = torch.einsum("nhd,hkd->nhk", queries[:, :, 1], keys[:, 1])
+    return (first[..., :, None] + second[..., None, :]).flatten(-2)
+
+
+def random_shape(rng):
+    n, heads, half, n_keys = rng(0, 12), rng(1, 5), rng(1, 9), rng(1, 24)
+    return n, heads, half, n_keys, rng(1, n_keys + 1)
+
+
+def test_topk_equals_brute_force_on_a_thousand_shapes():
+    torch.manual_seed(0)
+    rng = lambda low, high: int(torch.randint(low, high, ()))
+    for trial in range(1000):
+        n, heads, half, n_keys, knn = random_shape(rng)
+        queries = torch.randn(n, heads, 2, half, dtype=torch.float64)
+        keys = torch.randn(heads, 2, n_keys, half, dtype=torch.float64)
+        if trial % 3 == 0:  # small whole numbers: many ties, and exact arithmetic
+            queries, keys = queries.round(), keys.round()
+        scores, indices = product_key_topk(queries, keys, knn)
+        every = all_scores(queries, keys)
+        assert scores.shape == indices.shape == (n, heads, knn) and indices.dtype == torch.int64
+        torch.testing.assert_close(scores, every.topk(knn).values, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(every.gather(-1, indices), scores, rtol=1e-12, atol=1e-12)
+        assert (indices.sort().values.diff() > 0).all()  # distinct
+        assert (scores.diff() <= 0).all()
+
+
+def test_topk_gradients():
+    torch.manual_seed(0)
+    queries = torch.randn(7, 2, 2, 3, dtype=torch.float64, requires_grad=True)
+    keys = torch.randn(2, 2, 9, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda q, k: product_key_topk(q, k, 5)[0], (queries, keys))
+
+
+def test_topk_of_a_chunked_batch_is_that_of_its_rows():
+    queries, keys = torch.randn(600, 2, 2, 4, dtype=torch.float64), torch.randn(2, 2, 8, 4, dtype=torch.float64)
+    torch.testing.assert_close(product_key_topk(queries, keys, 3)[0], all_scores(queries, keys).topk(3).values)
+
+
+@pytest.mark.parametrize("knn", [0, 9])
+def test_topk_refuses_a_knn_that_cannot_be(knn):
+    with pytest.raises(ValueError, match="n_keys = 8"):
+        product_key_topk(torch.randn(3, 2, 2, 4), torch.randn(2, 2, 8, 4), knn)
+
+
+def test_topk_refuses_shapes_that_do_not_fit():
+    with pytest.raises(ValueError, match="k_dim/2"):
+        product_key_topk(torch.randn(3, 2, 2, 4), torch.randn(2, 2, 8, 5), 1)
+
+
+def read_reference(values, indices, weights):
+    return (values[indices] * weights[..., None]).sum(1)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("n, lookups, n_slots, v_dim", [(1, 1, 1, 1), (5, 7, 3, 13), (33, 8, 1000, 64), (0, 4, 9, 8)])
+def test_read_and_its_gradients_equal_float64(n, lookups, n_slots, v_dim, dtype, tolerance):
+    torch.manual_seed(0)
+    values = torch.randn(n_slots, v_dim).to(dtype).requires_grad_()
+    weights = torch.rand(n, lookups).to(dtype).requires_grad_()
+    indices = torch.randint(n_slots, (n, lookups))
+    grad = torch.randn(n, v_dim).to(dtype)
+    exact_values, exact_weights = (t.detach().double().requires_grad_() for t in (values, weights))
+    read_reference(exact_values, indices, exact_weights).backward(grad.double())
+    out = memory_read(values, indices, weights)
+    out.backward(grad)
+
+    def relative_error(ours, exact):
+        return ((ours.double() - exact).norm() / exact.norm().clamp(min=1e-30)).item() if exact.numel() else 0.0
+
+    assert relative_error(out, read_reference(exact_values, indices, exact_weights)) < tolerance
+    assert relative_error(values.grad, exact_values.grad) < tolerance
+    assert relative_error(weights.grad, exact_weights.grad) < tolerance
+
+
+def test_read_passes_gradcheck():
+    torch.manual_seed(0)
+    values = torch.randn(11, 3, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(6, 8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(memory_read, (values, torch.randint(11, (6, 8)), weights))
+
+
+def test_sparse_gradient_has_each_row_read_once():
+    values = torch.randn(50, 4, dtype=torch.float64, requires_grad=True)
+    indices, weights = torch.randint(20, (9, 6)), torch.rand(9, 6, dtype=torch.float64)
+    memory_read(values, indices, weights, sparse_grad=True).square().sum().backward()
+    sparse, values.grad = values.grad, None
+    memory_read(values, indices, weights, sparse_grad=False).square().sum().backward()
+    assert sparse.is_sparse and sparse._indices()[0].tolist() == indices.unique().tolist()
+    torch.testing.assert_close(sparse.to_dense(), values.grad)
+
+
+def test_read_refuses_shapes_that_do_not_fit():
+    with pytest.raises(ValueError, match="lookups"):
+        memory_read(torch.randn(5, 3), torch.zeros(2, 3, dtype=torch.int64), torch.rand(2, 4))
+
+
+def paper_layer(layer, x):
+    """The layer as the paper and its released code describe it, token by token and head by head, over all slots."""
+    out = []
+    for token in x.reshape(-1, layer.dim):
+        y = torch.zeros(layer.table.v_dim, dtype=x.dtype)
+        queries = F.linear(token, layer.query_proj.weight, layer.query_proj.bias).view(layer.heads, 2, -1)
+        for query, keys in zip(queries, layer.keys):
+            scores = torch.stack([query[0] @ keys[0, i] + query[1] @ keys[1, j]
+                                  for i in range(layer.n_keys) for j in range(layer.n_keys)])
+            best, slots = scores.topk(layer.knn)
+            y = y + F.softmax(best, dim=0) @ layer.table.values[slots]
+        if layer.gate_proj is not None:
+            y = y * F.silu(F.linear(token, layer.gate_proj.weight, layer.gate_proj.bias))
+        if layer.out_proj is not None:
+            y = F.linear(y, layer.out_proj.weight, layer.out_proj.bias)
+        out.append(y)
+    return torch.stack(out).view(x.shape)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("v_dim", [6, 10])
+@pytest.mark.parametrize("knn", [1, 4])
+def test_layer_equals_the_papers(gated, v_dim, knn):
+    torch.manual_seed(0)
+    layer = ProductKeyMemory(6, MemoryTable(25, v_dim, sparse_grad=False), heads=3, knn=knn, k_dim=8, qk_norm=False, gated=gated).double()
+    x = torch.randn(2, 5, 6, dtype=torch.float64)
+    ours, papers = layer(x), paper_layer(layer, x)
+    torch.testing.assert_close(ours, papers, rtol=1e-12, atol=1e-12)
+    parameters = list(layer.parameters())
+    for a, b in zip(torch.autograd.grad(ours.sin().sum(), parameters), torch.autograd.grad(papers.sin().sum(), parameters)):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_qk_norm_looks_up_by_direction():
+    torch.manual_seed(0)
+    layer = ProductKeyMemory(8, MemoryTable(49, 8), heads=2, knn=3, k_dim=8)
+    torch.nn.init.zeros_(layer.query_proj.bias)
+    x = torch.randn(10, 8)
+    indices, weights = layer.lookup(x)
+    longer_indices, longer_weights = layer.lookup(5 * x)
+    assert torch.equal(indices, longer_indices)
+    torch.testing.assert_close(weights, longer_weights)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(10, 2))
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(knn=6), "n_keys = 5"), (dict(knn=0), "knn"), (dict(k_dim=7), "even"), (dict(heads=0), "heads")])
+def test_layer_refuses_settings_that_cannot_be(options, message):
+    with pytest.raises(ValueError, match=message):
+        ProductKeyMemory(8, MemoryTable(25, 8), **{"knn": 2, **options})
+
+
+def test_layer_refuses_a_table_that_is_no_square():
+    with pytest.raises(ValueError, match="5\\*\\*2 = 25"):
+        ProductKeyMemory(8, MemoryTable(30, 8), knn=2)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the number of elements of the largest dense tensor that any operation makes; views and in-place don't count."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        def storages(values):
+            tensors = [t for t in values if isinstance(t, torch.Tensor) and t.layout == torch.strided]
+            return {t.untyped_storage().data_ptr(): t.numel() for t in tensors}
+
+        out = func(*args, **(kwargs or {}))
+        made = storages(out if isinstance(out, (tuple, list)) else [out])
+        self.largest = max([self.largest] + [made[pointer] for pointer in made.keys() - storages(args).keys()])
+        return out
+
+
+def test_a_step_builds_nothing_of_the_tables_size_nor_of_tokens_times_lookups_times_v_dim():
+    n, dim, heads, knn, n_keys = 256, 16, 2, 4, 128
+    layer = ProductKeyMemory(dim, MemoryTable(n_keys**2, dim), heads=heads, knn=knn, k_dim=8)
+    optimizers = build_optimizer(layer)
+    x = torch.randn(1, n, dim)
+    loss = layer(x).square().sum()
+    for optimizer in optimizers:  # its state, 8 bytes a slot, is made at the first step
+        optimizer.step()
+    backward, update = LargestTensor(), LargestTensor()
+    with backward:
+        loss.backward()
+    with update:
+        clip_gradients(layer, 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+    # The gradients of the rows read, fewer than lookups, are the largest there is. What must not be would be larger:
+    # (tokens, heads, 2, n_keys) scores, (tokens, lookups, v_dim) rows, the table.
+    lookups = n * heads * knn
+    assert max(backward.largest, update.largest) < 0.95 * lookups * dim < min(n * heads * 2 * n_keys, n_keys**2 * dim)
+
+
+def test_usage_of_even_and_of_single_slots():
+    layer = ProductKeyMemory(4, MemoryTable(16, 4), heads=1, knn=1, k_dim=4)
+    even, single = SlotUsage(), SlotUsage()
+    even(layer, torch.arange(16).view(16, 1, 1), torch.ones(16, 1, 1))
+    single(layer, torch.full((8, 1, 1), 3), torch.ones(8, 1, 1))
+    assert even.usage() == 1 and abs(even.kl()) < 1e-12
+    assert single.usage() == 1 / 16 and math.isclose(single.kl(), math.log(16))
+
+
+def test_observer_sees_what_the_layer_reads():
+    torch.manual_seed(0)
+    layer = ProductKeyMemory(4, MemoryTable(16, 4), heads=2, knn=3, k_dim=4, gated=False)
+    seen = []
+    x = torch.randn(1, 5, 4)
+    with observe_lookups(layer, lambda layer, indices, weights: seen.append((indices, weights))):
+        y = layer(x)
+    layer(x)
+    (indices, weights), = seen
+    torch.testing.assert_close(read_reference(layer.table.values, indices.flatten(1), weights.flatten(1))[None], y)

@@ -1,0 +1,131 @@
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from nanomem.config import GPTConfig
+from nanomem.memory import MemoryTable
+from nanomem.model import GPT
+
+SMALL = dict(vocab_size=50, n_layer=3, n_head=2, n_embd=16, block_size=12, mem_layers="0,2", mem_n_keys=8, mem_heads=2, mem_knn=3)
+
+
+def small(**changes):
+    torch.manual_seed(0)
+    return GPT(GPTConfig(**{**SMALL, **changes}))
+
+
+def batch(n=2, time=12):
+    return torch.randint(50, (n, time)), torch.randint(50, (n, time))
+
+
+def test_gradients_equal_those_with_a_dense_table_gradient():
+    sparse_model, dense_model = small().double(), small().double()
+    for m in dense_model.modules():
+        if isinstance(m, MemoryTable):
+            m.sparse_grad = False
+    idx, targets = batch()
+    for model in (sparse_model, dense_model):
+        model(idx, targets)[1].backward()
+    for (name, a), (_, b) in zip(sparse_model.named_parameters(), dense_model.named_parameters()):
+        assert b.grad.abs().sum() > 0, name
+        torch.testing.assert_close(a.grad.to_dense() if a.grad.is_sparse else a.grad, b.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_a_token_does_not_see_the_ones_after_it():
+    model = small().eval()
+    idx, _ = batch(1)
+    changed = idx.clone()
+    changed[0, 7:] = (changed[0, 7:] + 1) % 50
+    before, after = model(idx)[0], model(changed)[0]
+    torch.testing.assert_close(before[:, :7], after[:, :7])
+    assert not torch.allclose(before[:, 7:], after[:, 7:])
+
+
+def test_loss_is_the_mean_over_positions_with_a_target():
+    model = small()
+    idx, targets = batch()
+    targets[0, :5] = -1
+    logits, loss = model(idx, targets)
+    chosen = logits.log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None]).squeeze(-1)
+    torch.testing.assert_close(loss, -chosen[targets >= 0].mean())
+
+
+@pytest.mark.parametrize("time", [3, 11])
+def test_generation_with_the_cache_equals_generation_without(time):
+    model = small().eval()
+    idx = batch(2, time)[0]
+    cached = torch.cat([idx, *model.generate(idx, 12 - time, temperature=0)], dim=1)
+    for _ in range(12 - time):
+        idx = torch.cat([idx, model(idx)[0][:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(cached, idx)
+
+
+def test_generation_goes_on_past_the_block_and_ends_at_stop():
+    model = small()
+    assert len(list(model.generate(batch(1)[0], 30, temperature=1.0, top_k=5))) == 30
+    first = next(model.generate(batch(1)[0][:, :3], 1, temperature=0))
+    torch.manual_seed(0)
+    prompt = batch(1)[0][:, :3]
+    likeliest = next(model.generate(prompt, 1, temperature=0)).item()
+    assert len(list(model.generate(prompt, 30, temperature=0, stop=likeliest))) == 1 and first.shape == (1, 1)
+
+
+def test_sampling_keeps_to_the_top_k():
+    model = small().eval()
+    prompt = batch(1)[0]
+    allowed = set(model(prompt)[0][0, -1].topk(3).indices.tolist())
+    drawn = {next(model.generate(prompt, 1, temperature=5.0, top_k=3)).item() for _ in range(60)}
+    assert drawn == allowed
+
+
+@pytest.mark.parametrize("ffn", ["dense", "memory"])
+def test_flops_equal_torchs_count_of_the_products(ffn):
+    model = small(ffn=ffn)
+    idx = batch(4)[0]
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # attention as products it can count
+        model(idx)
+    # torch counts matrix products; the read of heads * knn rows in each memory layer is a gather to it.
+    reads = len(model.memory_layers()) * 2 * (2 * 3 * 16)
+    assert model.flops_per_token() * idx.numel() == counter.get_total_flops() + reads * idx.numel()
+
+
+@pytest.mark.parametrize("changes", [{}, dict(n_embd=64, n_head=4, mem_n_keys=32), dict(mem_v_dim=8, mem_gated=False)])
+def test_dense_takes_as_many_flops_as_memory_by_default(changes):
+    memory, dense = small(**changes), small(ffn="dense", **changes)
+    assert dense.flops_per_token() == pytest.approx(memory.flops_per_token(), rel=0.02)
+
+
+def test_parameters_are_counted_once_and_the_table_apart():
+    shared, apart = small(), small(mem_share_values=False)
+    assert shared.count_parameters()[1] == 8**2 * 16 and apart.count_parameters()[1] == 2 * 8**2 * 16
+    assert sum(shared.count_parameters()) == sum(p.numel() for p in shared.parameters())
+
+
+def test_plain_memory_has_neither_gate_nor_qk_norm():
+    layer = small(mem_gated=False, mem_qk_norm=False).memory_layers()[2]
+    assert layer.gate_proj is None and layer.out_proj is None and layer.qk_scale is None
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(mem_layers="3"), "from 0 to 2"), (dict(mem_layers="1,1"), "different"), (dict(mem_layers="x"), "mem_layers"),
+    (dict(mem_layers=""), "at least one"), (dict(mem_knn=9), "mem_n_keys = 8"), (dict(n_embd=18), "multiple"),
+    (dict(n_layer=0), "n_layer"), (dict(mem_k_dim=5), "even"), (dict(dropout=1.0), "dropout")])
+def test_settings_that_cannot_be_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        small(**changes)
+
+
+@pytest.mark.slow
+def test_a_compiled_model_gives_the_same_loss_and_gradients():
+    model = small()
+    idx, targets = batch()
+    model(idx, targets)[1].backward()
+    expected = {name: p.grad.to_dense().clone() if p.grad.is_sparse else p.grad.clone() for name, p in model.named_parameters()}
+    loss = model(idx, targets)[1].item()
+    model.zero_grad()
+    compiled = torch.compile(model)(idx, targets)[1]
+    compiled.backward()
+    assert compiled.item() == pytest.approx(loss, rel=1e-5)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad.to_dense() if p.grad.is_sparse else p.grad, expected[name], rtol=1e-3, atol=1e-5)

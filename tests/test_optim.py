@@ -1,0 +1,125 @@
+import copy
+
+import pytest
+import torch
+
+from nanomem.memory import MemoryTable, ProductKeyMemory
+from nanomem.optim import RowAdam, build_optimizer, clip_gradients, row_gradient, schedule
+
+
+def sparse(rows, grads, n):
+    return torch.sparse_coo_tensor(torch.tensor([rows]), grads, (n, grads.shape[1]), check_invariants=True)
+
+
+def test_row_adam_equals_a_loop_over_rows():
+    torch.manual_seed(0)
+    values = torch.nn.Parameter(torch.randn(6, 3, dtype=torch.float64))
+    expected, moment, reads = values.detach().clone(), [0.0] * 6, [0] * 6
+    optimizer = RowAdam([values], lr=0.1, beta2=0.9, eps=1e-8)
+    for rows in ([0, 2, 2, 5], [2], [5, 0, 5, 5], [1, 2]):
+        grads = torch.randn(len(rows), 3, dtype=torch.float64)
+        values.grad = sparse(rows, grads, 6)
+        optimizer.step()
+        for r in set(rows):
+            g = sum(grads[i] for i in range(len(rows)) if rows[i] == r)
+            moment[r] = 0.9 * moment[r] + 0.1 * g.square().mean().item()
+            reads[r] += 1
+            expected[r] -= 0.1 * g / ((moment[r] / (1 - 0.9 ** reads[r])) ** 0.5 + 1e-8)
+        torch.testing.assert_close(values.detach(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_row_first_read_late_moves_by_lr_like_any_other():
+    values = torch.nn.Parameter(torch.zeros(2, 4))
+    optimizer = RowAdam([values], lr=0.01)
+    for _ in range(500):
+        values.grad = sparse([0], torch.randn(1, 4), 2)
+        optimizer.step()
+    values.grad = sparse([1], torch.randn(1, 4), 2)
+    optimizer.step()
+    torch.testing.assert_close(values[1].square().mean().sqrt().item(), 0.01, rtol=1e-4, atol=0)
+
+
+def test_state_takes_8_bytes_a_slot():
+    values = torch.nn.Parameter(torch.zeros(100, 4))
+    optimizer = RowAdam([values])
+    values.grad = sparse([7], torch.randn(1, 4), 100)
+    optimizer.step()
+    assert sum(t.numel() * t.element_size() for t in optimizer.state[values].values()) == 800
+
+
+class TwoLayers(torch.nn.Module):
+    def __init__(self, sparse_grad):
+        super().__init__()
+        table = MemoryTable(64, 6, sparse_grad=sparse_grad)
+        self.first = ProductKeyMemory(6, table, heads=2, knn=3, k_dim=4)
+        self.second = ProductKeyMemory(6, table, heads=2, knn=3, k_dim=4)
+
+    def forward(self, x):
+        x = x + self.first(x)
+        return x + self.second(x)
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_shared_table_accumulation_and_clipping_equal_the_dense_gradients(accumulation):
+    torch.manual_seed(0)
+    sparse_model = TwoLayers(sparse_grad=True).double()
+    dense_model = copy.deepcopy(sparse_model)
+    dense_model.first.table.sparse_grad = False
+    models = [(m, build_optimizer(m, learning_rate=1e-2)) for m in (sparse_model, dense_model)]
+    for step in range(5):
+        batches = [torch.randn(2, 7, 6, dtype=torch.float64) for _ in range(accumulation)]
+        norms = []
+        for model, optimizers in models:
+            for x in batches:
+                model(x).square().mean().backward()
+            norms.append(clip_gradients(model, 0.01))
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        torch.testing.assert_close(norms[0], norms[1])
+        for a, b in zip(sparse_model.parameters(), dense_model.parameters()):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+
+
+def test_clipping_sums_repeated_slots_before_the_norm_and_leaves_the_others_apart():
+    model = TwoLayers(sparse_grad=True)
+    values = model.first.table.values
+    values.grad = sparse([3, 3, 1], torch.tensor([[3.0] + [0] * 5, [1.0] + [0] * 5, [0, 3.0] + [0] * 4]), 64)
+    model.first.out_proj.weight.grad = torch.full((6, 6), 0.5)
+    core, table = clip_gradients(model, 1.0)
+    assert core.item() == pytest.approx(3.0) and table.item() == pytest.approx(5.0)
+    rows, grads = row_gradient(values)
+    assert rows.tolist() == [1, 3]
+    torch.testing.assert_close(grads[:, :2], torch.tensor([[0, 0.6], [0.8, 0]]), rtol=1e-4, atol=1e-5)
+    assert model.first.out_proj.weight.grad.norm().item() == pytest.approx(1.0, rel=1e-4)
+
+
+def test_build_optimizer_covers_each_parameter_once_and_trains_an_ordinary_model():
+    torch.manual_seed(0)
+    table = MemoryTable(16**2, 8)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), ProductKeyMemory(8, table, heads=2, knn=4), torch.nn.Linear(8, 1))
+    optimizers = build_optimizer(model, learning_rate=1e-2)
+    grouped = [id(p) for o in optimizers for g in o.param_groups for p in g["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in model.parameters())
+    x = torch.randn(1, 64, 8)
+    y = x.square().sum(-1, keepdim=True)
+    losses = []
+    for _ in range(100):
+        loss = (model(x) - y).square().mean()
+        losses.append(loss.item())
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert losses[-1] < 0.2 * losses[0]
+
+
+def test_a_model_without_memory_gets_one_optimizer():
+    assert len(build_optimizer(torch.nn.Linear(3, 3))) == 1
+
+
+def test_schedule_rises_linearly_and_falls_to_its_floor():
+    assert schedule(0, 10, 100, 0.1) == pytest.approx(1 / 11)
+    assert schedule(10, 10, 100, 0.1) == 1
+    assert schedule(55, 10, 100, 0.1) == pytest.approx(0.55)
+    assert schedule(100, 10, 100, 0.1) == schedule(500, 10, 100, 0.1) == pytest.approx(0.1)
