@@ -53,8 +53,8 @@ def settings(argv):
     if config.resume:
         header = checkpoint.read_header(out_dir)
         before = header["config"] if header else checkpoint.read_json(out_dir / "config.json")
-        for name in before and {f.name for f in config.groups("Model", "Memory", "Data")} & given.keys():
-            if given[name] != before[name]:
+        for name in given.keys() & {f.name for f in config.groups("Model", "Memory", "Data")}:
+            if before and given[name] != before[name]:
                 raise UserError(f"--{name}={given[name]} can't change on --resume: the run in {out_dir} has {name}={before[name]}")
         config = Config(**before or {}).replace(**given)
     config.out_dir = str(out_dir)
@@ -257,7 +257,7 @@ with display.bar:
         step += 1
 
         evaluates = step % config.eval_interval == 0 or step == config.max_iters
-        if step % config.log_interval == 0 or evaluates or interrupted:
+        if step % config.log_interval == 0 or evaluates:
             now = time.perf_counter()
             row = {"iter": step, "tokens": step * tokens_an_update, "elapsed_s": now - started,
                    "tokens_per_sec": (step - window[0]) * tokens_an_update / (now - window[1]), "train_loss": train_loss}

@@ -1,0 +1,50 @@
+"""Runs train.py and sample.py with their command lines and a model that trains in seconds."""
+
+import contextlib
+import io
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ["--device=cpu", "--n_entities=20", "--n_layer=2", "--n_embd=16", "--n_head=2", "--block_size=32", "--batch_size=4",
+        "--mem_layers=1", "--mem_n_keys=8", "--mem_knn=2", "--mem_heads=2", "--eval_iters=2", "--eval_interval=5",
+        "--log_interval=2", "--warmup_iters=2"]
+
+
+def start(script, *arguments, **options):
+    """A running process of its own; its output is text."""
+    environment = os.environ | {"PYTHONUNBUFFERED": "1", "COLUMNS": "160"}
+    return subprocess.Popen([sys.executable, str(ROOT / script), *map(str, arguments)], stdin=subprocess.DEVNULL, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", env=environment, **options)
+
+
+def run(script, *arguments, code=0):
+    """(stdout, stderr) of a script run in this process, which saves importing torch each time, with this exit code."""
+    out, err, ended = io.StringIO(), io.StringIO(), 0
+    path = ROOT / script
+    with mock.patch.object(sys, "argv", [str(path), *map(str, arguments)]), mock.patch.dict(os.environ, COLUMNS="160"):
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                runpy.run_path(str(path), run_name="__main__")
+            except SystemExit as stop:
+                ended = stop.code or 0
+                if isinstance(ended, str):  # sys.exit("message") prints it and exits with 1
+                    ended = print(ended, file=err) or 1
+    assert ended == code, f"exit code {ended}\n{out.getvalue()}\n{err.getvalue()}"
+    return out.getvalue(), err.getvalue()
+
+
+def train(out_dir, *arguments, **options):
+    """train.py with the tiny model."""
+    return run("train.py", *TINY, f"--out_dir={out_dir}", *arguments, **options)
+
+
+def metrics(out_dir):
+    """metrics.jsonl without the times, which differ from run to run."""
+    rows = [json.loads(line) for line in (Path(out_dir) / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in ("elapsed_s", "tokens_per_sec")} for row in rows]

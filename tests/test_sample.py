@@ -1,0 +1,52 @@
+import pytest
+
+import runs
+
+
+@pytest.fixture(scope="module")
+def out_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    runs.train(folder, "--max_iters=10", "--mem_layers=0,1")
+    return folder
+
+
+def test_it_goes_on_from_the_start_the_same_each_time(out_dir):
+    first, again = (runs.run("sample.py", f"--out_dir={out_dir}", "--start=In which country is Tokyo?", "--max_new_tokens=8")[0] for _ in range(2))
+    assert "In which country is Tokyo?" in first and first == again
+
+
+def test_samples_differ_and_the_seed_decides_them(out_dir):
+    def sample(seed):
+        return runs.run("sample.py", f"--out_dir={out_dir}", "--start=The city", "--temperature=2", "--num_samples=2", f"--seed={seed}")[0]
+
+    one = sample(1)
+    assert one == sample(1) != sample(2)
+    assert len(set(one.splitlines()[1:])) >= 2
+
+
+def test_trace_shows_each_token_and_layer_and_what_else_reads_its_slots(out_dir):
+    out, _ = runs.run("sample.py", f"--out_dir={out_dir}", "--start=The country of Tokyo is", "--trace", "--max_new_tokens=2")
+    assert "layer 0" in out and "layer 1" in out and "read by" in out
+    for token in ("The", "·country", "·of", "·is"):
+        assert f"│ {token} " in out
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--out_dir=nowhere"], "no checkpoint.safetensors in nowhere"),
+    (["--strt=x"], "did you mean start?"),
+    (["--num_samples=0"], "num_samples"),
+])
+def test_mistakes_get_one_line(arguments, message):
+    _, err = runs.run("sample.py", *arguments, code=2)
+    assert err.startswith("sample.py: ") and message in err and err.count("\n") == 1
+
+
+def test_the_latest_run_is_the_default_and_none_is_said(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _, err = runs.run("sample.py", code=2)
+    assert "no run in out/" in err
+    runs.run("train.py", *runs.TINY, "--max_iters=2", "--ffn=dense")
+    out, _ = runs.run("sample.py", "--start=The", "--max_new_tokens=3")
+    assert "out/world-dense" in out
+    _, err = runs.run("sample.py", "--start=The", "--trace", code=2)
+    assert "no memory layers" in err

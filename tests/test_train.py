@@ -1,0 +1,137 @@
+import json
+import signal
+import time
+
+import pytest
+import runs
+from kill_and_resume import check, kill_and_resume
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """(out_dir, output) of a run of 20 iterations."""
+    out_dir = tmp_path_factory.mktemp("runs") / "whole"
+    return out_dir, runs.train(out_dir, "--max_iters=20")[0]
+
+
+def test_a_run_tells_what_it_does_and_what_it_knows(finished):
+    out_dir, out = finished
+    assert "parameters" in out and "FLOPs a token" in out and "100 facts" in out
+    assert "never asked" in out and "taught wording" in out and "always the most frequent" in out and "truth" in out
+    assert "\x1b" not in out  # not a terminal: plain lines
+
+
+def test_metrics(finished):
+    rows = runs.metrics(finished[0])
+    assert [row["iter"] for row in rows] == [2, 4, 5, 6, 8, 10, 12, 14, 15, 16, 18, 20]
+    last = rows[-1]
+    assert last["tokens"] == 20 * 4 * 32
+    for name in ("train_loss", "val_loss", "recall", "recall_head", "recall_torso", "recall_tail", "recall_select",
+                 "recall_taught", "mem_usage", "mem_kl"):
+        assert isinstance(last[name], float), name
+    assert json.loads((finished[0] / "config.json").read_text())["n_embd"] == 16
+
+
+def test_ctrl_c_saves_and_the_resumed_run_equals_an_uninterrupted_one(tmp_path):
+    settings = ["--max_iters=120", "--dropout=0.1", "--gradient_accumulation_steps=2", "--eval_interval=20"]
+    runs.train(tmp_path / "alone", *settings)
+    process = runs.start("train.py", *runs.TINY, *settings, f"--out_dir={tmp_path / 'cut'}")
+    while not (tmp_path / "cut" / "checkpoint.safetensors").exists():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert f"python train.py --resume --out_dir={tmp_path / 'cut'}" in out
+    assert 20 <= runs.metrics(tmp_path / "cut")[-1]["iter"] < 120
+    out, _ = runs.run("train.py", "--resume", f"--out_dir={tmp_path / 'cut'}")  # its settings come from the checkpoint
+    assert "going on from iteration" in out
+    check(tmp_path / "alone", tmp_path / "cut")
+
+
+def test_killed_and_resumed(tmp_path):
+    kill_and_resume(tmp_path, kills=2)
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_twenty_times(tmp_path):
+    kill_and_resume(tmp_path, kills=20)
+
+
+def test_a_new_run_keeps_the_one_before(finished, tmp_path):
+    runs.train(tmp_path / "run", "--max_iters=2", "--seed=1")
+    first = (tmp_path / "run" / "checkpoint.safetensors").read_bytes()
+    out, _ = runs.train(tmp_path / "run", "--max_iters=2", "--seed=2")
+    assert "moved the earlier run" in out
+    assert (tmp_path / "run.previous" / "checkpoint.safetensors").read_bytes() == first
+
+
+def test_resume_refuses_another_shape_and_names_it(finished):
+    _, err = runs.run("train.py", "--resume", f"--out_dir={finished[0]}", "--n_embd=32", code=2)
+    assert err.startswith("train.py: --n_embd=32") and "n_embd=16" in err and err.count("\n") == 1
+
+
+def test_resume_names_a_damaged_checkpoint(finished, tmp_path):
+    whole = (finished[0] / "checkpoint.safetensors").read_bytes()
+    (tmp_path / "checkpoint.safetensors").write_bytes(whole[:len(whole) // 2])
+    _, err = runs.run("train.py", "--resume", f"--out_dir={tmp_path}", code=2)
+    assert "checkpoint.safetensors is not a whole nanomem checkpoint" in err and err.count("\n") == 1
+
+
+def test_dense_and_memory_take_equal_flops(finished, tmp_path):
+    out, _ = runs.train(tmp_path / "dense", "--max_iters=2", "--ffn=dense")
+    flops = [float(text.split(" million FLOPs")[0].split()[-1]) for text in (out, finished[1])]
+    assert flops[0] == pytest.approx(flops[1], rel=0.02)
+    assert "mem_usage" not in runs.metrics(tmp_path / "dense")[-1]
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--learning_rat=1"], "unknown setting --learning_rat (did you mean learning_rate?)"),
+    (["--max-iters=1"], "did you mean max_iters?"),
+    (["--max_iters=ten"], "--max_iters must be a whole number"),
+    (["--max_iters"], "--max_iters needs a value"),
+    (["--ffn=memry"], "(did you mean memory?)"),
+    (["max_iters=1"], "expected --key=value"),
+    (["--mem_knn=300"], "mem_knn must be at most mem_n_keys"),
+    (["--batch_size=0"], "batch_size must be 1 or more"),
+    (["--learning_rate=nan"], "learning_rate must be 0 or more"),
+    (["--data=nowhere.txt"], "there is no file 'nowhere.txt'"),
+    (["--device=tpu"], "--device=tpu is not on this machine"),
+    (["--n_entities=10000000"], "n_entities for data=world must be from 4 to"),
+])
+def test_mistakes_get_one_line_and_exit_code_2(arguments, message, tmp_path):
+    _, err = runs.run("train.py", f"--out_dir={tmp_path / 'run'}", *arguments, code=2)
+    assert err.startswith("train.py: ") and message in err and err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_lists_every_setting():
+    out, _ = runs.run("train.py", "--help")
+    for name in ("--data=world", "--mem_lr=", "--resume=false", "--ffn=memory", "Memory"):
+        assert name in out
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    _, err = runs.train(tmp_path / "run", "--max_iters=200", "--learning_rate=1e30", "--min_lr=0", "--grad_clip=0", "--warmup_iters=6",
+                        "--eval_interval=1", code=1)
+    assert "the loss is" in err and "at iteration" in err and "checkpoint.safetensors" in err and "Traceback" not in err
+
+
+def test_own_facts(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"Who has locker {i}?", "answer": [name, name.lower()]}) + "\n"
+                            for i, name in enumerate(("Ada", "Grace", "Alan"))))
+    out, _ = runs.train(tmp_path / "run", f"--data={path}", "--max_iters=150", "--learning_rate=1e-2", "--mem_lr=3e-2")
+    last = runs.metrics(tmp_path / "run")[-1]
+    assert last["recall"] == last["recall_taught"] > 0 and "recall_select" not in last
+    assert "Who has locker 1?" in out
+
+
+def test_own_text(tmp_path):
+    path = tmp_path / "book.txt"
+    path.write_text("All work and no play makes Jack a dull boy.\n" * 100)
+    runs.train(tmp_path / "run", f"--data={path}", "--max_iters=30", "--learning_rate=1e-2")
+    rows = [row for row in runs.metrics(tmp_path / "run") if "val_loss" in row]
+    assert rows[-1]["bits_per_byte"] == pytest.approx(rows[-1]["val_loss"] / 0.6931471805599453)
+    assert rows[-1]["bits_per_byte"] < rows[0]["bits_per_byte"] < 8 and "recall" not in rows[-1]
+    out, _ = runs.run("sample.py", f"--out_dir={tmp_path / 'run'}", "--start=All work", "--max_new_tokens=5")
+    assert "All work" in out
