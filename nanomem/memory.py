@@ -35,7 +35,7 @@ import torch.nn.functional as F
 # flows back is the other two. The key scores have the same gradients, so the keys use them as well.
 
 
-def _read(table, rows, weights):
+def gather_sum(table, rows, weights):
     """dT/dx: out[t] = sum over l of weights[t, l] * table[rows[t, l]].
 
     table (n_rows, dim), rows (n, lookups) int64, weights (n, lookups) -> (n, dim)
@@ -43,7 +43,7 @@ def _read(table, rows, weights):
     return F.embedding_bag(rows, table, per_sample_weights=weights, mode="sum")
 
 
-def _dot(table, rows, x):
+def gather_dot(table, rows, x):
     """dT/dweights: out[t, l] = <table[rows[t, l]], x[t]>.
 
     table (n_rows, dim), rows (n, lookups) int64, x (n, dim) -> (n, lookups)
@@ -62,7 +62,7 @@ def _dot(table, rows, x):
     return torch.stack([(table[rows[:, l]] * x).sum(-1) for l in range(lookups)], dim=1)
 
 
-def _scatter(rows, weights, x):
+def scatter_sum(rows, weights, x):
     """dT/dtable, of the rows that occur: sums[i] = sum over all (t, l) with rows[t, l] == unique[i] of weights[t, l] * x[t].
 
     rows (n, lookups) int64, weights (n, lookups), x (n, dim) -> unique (u,) int64 ascending, sums (u, dim)
@@ -129,9 +129,9 @@ class _ProductKeyTopK(torch.autograd.Function):
         weights = grad_scores.to(keys.dtype).unsqueeze(2).expand(n, heads, 2, knn).reshape(rows.shape)
         grad_queries = grad_keys = None
         if ctx.needs_input_grad[0]:
-            grad_queries = _read(keys.reshape(-1, half), rows, weights).view(queries.shape).to(queries.dtype)
+            grad_queries = gather_sum(keys.reshape(-1, half), rows, weights).view(queries.shape).to(queries.dtype)
         if ctx.needs_input_grad[1]:
-            unique, sums = _scatter(rows, weights, queries.reshape(-1, half).to(keys.dtype))
+            unique, sums = scatter_sum(rows, weights, queries.reshape(-1, half).to(keys.dtype))
             grad_keys = torch.zeros_like(keys).view(-1, half).index_copy_(0, unique, sums).view(keys.shape)
         return grad_queries, grad_keys, None
 
@@ -171,7 +171,7 @@ class _MemoryRead(torch.autograd.Function):
     def forward(ctx, values, indices, weights, sparse_grad):
         ctx.save_for_backward(values, indices, weights)
         ctx.sparse_grad = sparse_grad
-        return _read(values, indices, weights)
+        return gather_sum(values, indices, weights)
 
     @staticmethod
     def backward(ctx, grad):
@@ -179,14 +179,14 @@ class _MemoryRead(torch.autograd.Function):
         grad = grad.contiguous()
         grad_values = grad_weights = None
         if ctx.needs_input_grad[0]:
-            rows, sums = _scatter(indices, weights, grad)
+            rows, sums = scatter_sum(indices, weights, grad)
             if ctx.sparse_grad:
                 grad_values = torch.sparse_coo_tensor(rows[None], sums, values.shape, is_coalesced=True,
                                                       check_invariants=False)
             else:
                 grad_values = torch.zeros_like(values).index_copy_(0, rows, sums)
         if ctx.needs_input_grad[2]:
-            grad_weights = _dot(values, indices, grad)
+            grad_weights = gather_dot(values, indices, grad)
         return grad_values, None, grad_weights, None
 
 

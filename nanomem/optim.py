@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from nanomem.memory import MemoryTable, _scatter
+from nanomem.memory import MemoryTable, scatter_sum
 
 
 def row_gradient(values):
@@ -21,7 +21,7 @@ def row_gradient(values):
         return rows, grad[rows]
     if not grad.is_coalesced():  # the same slots from several layers or accumulated batches
         rows, grads = grad._indices()[0], grad._values()
-        rows, grads = _scatter(rows[:, None], grads.new_ones(len(rows), 1), grads)
+        rows, grads = scatter_sum(rows[:, None], grads.new_ones(len(rows), 1), grads)
         values.grad = torch.sparse_coo_tensor(rows[None], grads, values.shape, is_coalesced=True, check_invariants=False)
     return values.grad._indices()[0], values.grad._values()
 
