@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import shutil
 import signal
 import sys
@@ -29,7 +30,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from nanomem import checkpoint, facts, optim, tokenizer
-from nanomem.config import Config, UserError, keep_freed_memory, one_line_errors, parse, pick_device
+from nanomem.config import Config, UserError, keep_freed_memory, machine_memory, one_line_errors, parse, pick_device
 from nanomem.data import open_data
 from nanomem.memory import SlotUsage, observe_lookups
 from nanomem.model import GPT
@@ -60,6 +61,15 @@ def settings(argv):
     config.out_dir = str(out_dir)
     config.check()
     return config, header
+
+
+def check_table_fits(config, device):
+    """Raises UserError for memory tables larger than the machine's memory, which would kill the process without a word."""
+    tables = (1 if config.mem_share_values else len(config.memory_layer_numbers())) if config.ffn == "memory" else 0
+    needed = tables * config.mem_n_keys**2 * (4 * (config.mem_v_dim or config.n_embd) + 8)  # values, and RowAdam's 8 bytes
+    if needed > machine_memory(device):
+        raise UserError(f"mem_n_keys={config.mem_n_keys} makes tables of {needed / 1e9:,.0f} GB, and {device} has "
+                        f"{machine_memory(device) / 1e9:,.0f} GB; a smaller mem_n_keys or mem_v_dim fits")
 
 
 def make_room(out_dir):
@@ -110,7 +120,7 @@ class Display:
         percents = [f"{name} {row[key]:.1%}" for name, key in (("recall", "recall"), ("slots in use", "mem_usage")) if row.get(key) is not None]
         left = row["elapsed_s"] / row["iter"] * (self.max_iters - row["iter"])
         console.print(f"iter {row['iter']:>5}/{self.max_iters}  train loss {row['train_loss']:.3f}  val loss {row['val_loss']:.3f}  "
-                      + "  ".join(percents + [f"{row['tokens_per_sec']:,.0f} tokens/s", f"{minutes(left)} left"]))
+                      + "  ".join(percents + [f"{row['tokens_per_sec']:,.0f} tokens/s", f"{minutes(left)} left"]), soft_wrap=True)
 
 
 def percent(share):
@@ -123,15 +133,25 @@ def minutes(seconds):
     return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
 
 
+def stop_unless_finite(number, what):
+    """Ends the run where training has come apart, before that reaches the checkpoint."""
+    if not math.isfinite(number):
+        good = out_dir / checkpoint.FILE
+        sys.exit(f"{what} is {number} at iteration {step + 1}; "
+                 + (f"the last good checkpoint is {good}" if good.exists() else "there is no checkpoint yet")
+                 + ". A lower learning_rate or mem_lr may help.")
+
+
 @torch.no_grad()
 def evaluate(most):
     """val loss, recall (over at most `most` facts of a kind) and slot usage, for metrics.jsonl."""
     model.eval()
     usage, losses = SlotUsage(), []
-    with observe_lookups(model, usage), autocast:
-        for i in range(config.eval_iters):
-            x, y = data.batch("val", i, config.batch_size)
-            losses.append(model(x.to(device), y.to(device))[1].item())
+    with autocast:
+        with observe_lookups(model, usage):
+            for i in range(config.eval_iters):
+                x, y = data.batch("val", i, config.batch_size)
+                losses.append(model(x.to(device), y.to(device))[1].item())
         recalled = facts.measure(model, data.sentences, most) if data.facts else {}
     model.train()
     row = {"val_loss": sum(losses) / len(losses)}
@@ -185,12 +205,15 @@ with one_line_errors():
     keep_freed_memory()
     half = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=half)
-    torch.use_deterministic_algorithms(config.deterministic)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it to be deterministic
+        torch.use_deterministic_algorithms(True)
     torch.manual_seed(config.seed)
 
     out_dir = Path(config.out_dir)
     data = open_data(config, out_dir / "tokenizer.tiktoken" if header else None)
     config.vocab_size = data.encoding.n_vocab
+    check_table_fits(config, device)
     model = GPT(config).to(device)
     optimizers = optim.build_optimizer(model, config.learning_rate, config.mem_lr, config.weight_decay)
     if header:
@@ -207,7 +230,7 @@ forward = torch.compile(model) if config.compile else model
 
 core, in_tables = model.count_parameters()
 console.print(f"{config.data}, {config.ffn}: {core:,} parameters + {in_tables:,} in memory tables, "
-              f"{model.flops_per_token() / 1e6:.3f} million FLOPs a token, on {device} -> {out_dir}")
+              f"{model.flops_per_token() / 1e6:.3f} million FLOPs a token, on {device} -> {out_dir}", soft_wrap=True)
 if data.facts:
     console.print(f"{len(data.facts.entities):,} entities x {len(data.facts.attributes)} attributes = {data.facts.codes.size:,} facts")
 if config.resume:
@@ -230,14 +253,15 @@ signal.signal(signal.SIGINT, interrupt)
 signal.signal(signal.SIGTERM, interrupt)
 
 tokens_an_update = config.batch_size * config.gradient_accumulation_steps * config.block_size
-started, spent_evaluating, window = time.perf_counter() - elapsed, 0.0, (step, time.perf_counter())
-recalled, row = {}, {}
+floor = min(1.0, config.min_lr / config.learning_rate) if config.learning_rate else 0.0
+started, window, recalled = time.perf_counter() - elapsed, (step, time.perf_counter()), {}
 display = Display(config, step)
 with display.bar:
     while step < config.max_iters and not interrupted:
-        ratio = optim.schedule(step, config.warmup_iters, config.max_iters, config.min_lr / max(config.learning_rate, config.min_lr, 1e-30))
-        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group["lr"] = group["peak_lr"] * ratio
+        ratio = optim.schedule(step, config.warmup_iters, config.max_iters, floor)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * ratio
 
         train_loss = 0.0
         for i in range(config.gradient_accumulation_steps):
@@ -246,11 +270,9 @@ with display.bar:
                 loss = forward(x.to(device), y.to(device))[1] / config.gradient_accumulation_steps
             loss.backward()
             train_loss += loss.item()
-        if not math.isfinite(train_loss):
-            sys.exit(f"the loss is {train_loss} at iteration {step + 1}; the last good checkpoint is "
-                     f"{out_dir / checkpoint.FILE}. A lower learning_rate or mem_lr may help.")
-        if config.grad_clip:
-            optim.clip_gradients(model, config.grad_clip)
+        stop_unless_finite(train_loss, "the loss")
+        for norm in optim.clip_gradients(model, config.grad_clip or math.inf):
+            stop_unless_finite(norm.item(), "the gradient's norm")
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -265,6 +287,7 @@ with display.bar:
             if evaluates:
                 # All facts at the end, 400 of each kind on the way: a second instead of ten.
                 result, recalled = evaluate(most=20_000 if step == config.max_iters else 400)
+                stop_unless_finite(result["val_loss"], "the validation loss")
                 row |= result
                 display.update(step, recall=percent(row.get("recall")), slots=percent(row.get("mem_usage")))
                 display.line(row)
@@ -279,8 +302,8 @@ with display.bar:
 # What came of it
 
 if interrupted:
-    console.print(f"stopped at iteration {step}, all saved. To go on: python train.py --resume --out_dir={out_dir}")
+    console.print(f"stopped at iteration {step}, all saved. To go on: python train.py --resume --out_dir={out_dir}", soft_wrap=True)
     sys.exit(130)
 if data.facts:
     tell_what_it_knows(recalled or evaluate(most=20_000)[1])
-    console.print(f"Ask it: python sample.py --out_dir={out_dir}")
+console.print(f"Talk to it: python sample.py --out_dir={out_dir}", soft_wrap=True)

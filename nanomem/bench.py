@@ -15,7 +15,6 @@ the two take turns, and the table shows medians.
 """
 
 import json
-import os
 import platform
 import resource
 import statistics
@@ -31,7 +30,7 @@ from rich.progress import track
 from rich.table import Table
 
 from nanomem import optim
-from nanomem.config import UserError, keep_freed_memory, one_line_errors, parse, pick_device, setting
+from nanomem.config import UserError, keep_freed_memory, machine_memory, one_line_errors, parse, pick_device, setting
 from nanomem.memory import MemoryTable, ProductKeyMemory
 
 KINDS = ("nanomem", "pytorch")
@@ -126,13 +125,6 @@ def in_own_process(kind, config, n_keys):
 def memory_needed(kind, config, n_keys):
     """Bytes that the table takes in training: values, gradient and two moments, or values and 8 bytes a slot."""
     return n_keys**2 * (config.dim * 16 if kind == "pytorch" else config.dim * 4 + 8)
-
-
-def machine_memory(device):
-    """Bytes of memory of the device."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def main():

@@ -8,6 +8,8 @@ import contextlib
 import ctypes
 import dataclasses
 import difflib
+import math
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,9 +31,9 @@ class GPTConfig:
     """The model's shape."""
 
     vocab_size: int = setting(2048, "tokens to train a tokenizer=bpe with; otherwise the tokenizer decides", group="Model")
-    n_layer: int = setting(4, "layers")
+    n_layer: int = setting(3, "layers")
     n_head: int = setting(4, "attention heads")
-    n_embd: int = setting(128, "width of the model")
+    n_embd: int = setting(64, "width of the model")
     block_size: int = setting(128, "tokens the model sees at once")
     dropout: float = setting(0.0, "share of activations dropped while training")
     ffn: str = setting("memory", "feed-forward layers: memory puts memory layers in mem_layers", ("memory", "dense"))
@@ -39,7 +41,7 @@ class GPTConfig:
 
     mem_layers: str = setting("1,2", "layers, counted from 0, whose feed-forward is a memory layer", group="Memory")
     mem_n_keys: int = setting(128, "keys a half; the memory has mem_n_keys**2 slots")
-    mem_heads: int = setting(4, "lookups a token in each memory layer")
+    mem_heads: int = setting(2, "lookups a token in each memory layer")
     mem_knn: int = setting(16, "slots read by each head")
     mem_k_dim: int = setting(0, "length of a query and of a key, even; 0: n_embd")
     mem_v_dim: int = setting(0, "length of a value; 0: n_embd")
@@ -102,10 +104,10 @@ class Config(GPTConfig):
 
     batch_size: int = setting(16, "sequences a forward and backward pass, over all processes", group="Training")
     gradient_accumulation_steps: int = setting(1, "passes an update")
-    max_iters: int = setting(1500, "updates")
-    learning_rate: float = setting(3e-3, "peak learning rate of all but the tables")
-    mem_lr: float = setting(1e-2, "peak learning rate of the tables' values")
-    min_lr: float = setting(3e-4, "learning rate at the end; the values' falls in the same proportion")
+    max_iters: int = setting(1600, "updates")
+    learning_rate: float = setting(8e-3, "peak learning rate of all but the tables")
+    mem_lr: float = setting(2e-2, "peak learning rate of the tables' values")
+    min_lr: float = setting(8e-4, "learning rate at the end; the values' falls in the same proportion")
     warmup_iters: int = setting(100, "updates over which the learning rates rise from 0")
     weight_decay: float = setting(0.1, "AdamW's weight decay, for matrices")
     grad_clip: float = setting(1.0, "largest norm of the gradient, of tables and others apart; 0: no limit")
@@ -117,7 +119,7 @@ class Config(GPTConfig):
     compile: bool = setting(False, "torch.compile the model")
     deterministic: bool = setting(False, "on cuda too, the same run bit for bit from the same seed")
     seed: int = setting(1337, "of the weights, the batches and data=people")
-    eval_interval: int = setting(250, "updates between evaluations, each followed by a checkpoint")
+    eval_interval: int = setting(200, "updates between evaluations, each followed by a checkpoint")
     eval_iters: int = setting(10, "batches an evaluation")
     log_interval: int = setting(10, "updates between lines of metrics")
 
@@ -203,6 +205,16 @@ def pick_device(name):
     if name.split(":")[0] not in found:
         raise UserError(f"--device={name} is not on this machine, which has {', '.join(found)}")
     return torch.device(name)
+
+
+def machine_memory(device):
+    """Bytes of memory of the device; infinity where the system doesn't say."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError):
+        return math.inf
 
 
 def keep_freed_memory():
