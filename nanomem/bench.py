@@ -11,7 +11,8 @@ A step is forward, backward (to the input, too), and the update of all parameter
     nanomem   pruned candidates                 memory_read         RowAdam over the rows read
 
 Each measurement runs in a process of its own, since whichever layer came first would pay for the memory of both;
-the two take turns, and the table shows medians.
+they take turns, and the table shows medians. On a CPU both are timed twice: with the system's allocator as it is, and
+as train.py sets it (nanomem.config.keep_freed_memory), which helps dense gradients most.
 """
 
 import json
@@ -49,6 +50,7 @@ class BenchConfig:
     steps: int = setting(10, "steps timed in a process, after 3 that are not")
     rounds: int = setting(3, "processes for each measurement, in turn")
     device: str = setting("auto", "cpu, cuda, cuda:1, mps; auto: the first of cuda, mps and cpu that is there")
+    keep_freed: bool = setting(False, "with --only: call keep_freed_memory first")
     only: str = setting("", "measure this kind in this process and print JSON: what the benchmark calls itself with", ("", *KINDS))
 
 
@@ -71,7 +73,8 @@ class PlainPyTorchMemory(ProductKeyMemory):
 def measure(kind, config, n_keys):
     """One process's timings: {"forward": ms, "backward": ms, "update": ms, "step": ms, "peak_gb": GB}, medians."""
     device = pick_device(config.device)
-    keep_freed_memory()
+    if config.keep_freed:
+        keep_freed_memory()
     torch.manual_seed(0)
     layer_class = ProductKeyMemory if kind == "nanomem" else PlainPyTorchMemory
     with device:
@@ -112,9 +115,9 @@ def peak_rss():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
-def in_own_process(kind, config, n_keys):
-    """`measure` in a new process; None, with the reason, where it would not fit the machine."""
-    command = [sys.executable, "-m", "nanomem.bench", f"--only={kind}", f"--n_keys={n_keys}"]
+def in_own_process(kind, keep_freed, config, n_keys):
+    """`measure` in a new process. Raises UserError with what it said if it fails."""
+    command = [sys.executable, "-m", "nanomem.bench", f"--only={kind}", f"--n_keys={n_keys}", f"--keep_freed={str(keep_freed).lower()}"]
     command += [f"--{name}={getattr(config, name)}" for name in ("tokens", "dim", "heads", "knn", "k_dim", "steps", "device")]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -135,25 +138,27 @@ def main():
         return
     device, console = pick_device(config.device), Console(highlight=False)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads, {platform.machine()}"
-    runs = [(n, kind) for n in sizes for kind in KINDS if memory_needed(kind, config, n) < 0.9 * machine_memory(device)]
-    rounds = [(n, kind) for n in sizes for _ in range(config.rounds) for kind in KINDS if (n, kind) in runs]
-    results = {}
-    for n, kind in track(rounds, "measuring", console=console, disable=not console.is_terminal):
-        results.setdefault((n, kind), []).append(in_own_process(kind, config, n))
-    median = {run: {key: statistics.median(r[key] for r in rows) for key in rows[0]} for run, rows in results.items()}
+    rows = [(n, kind, kept) for n in sizes for kept in ((False, True) if device.type == "cpu" else (False,)) for kind in KINDS]
+    fitting = [row for row in rows if memory_needed(row[1], config, row[0]) < 0.9 * machine_memory(device)]
+    results = {row: [] for row in fitting}
+    for n, kind, kept in track(fitting * config.rounds, "measuring", console=console, disable=not console.is_terminal):
+        results[n, kind, kept].append(in_own_process(kind, kept, config, n))
+    median = {row: {key: statistics.median(r[key] for r in found) for key in found[0]} for row, found in results.items()}
 
-    table = Table(title=f"One layer step: {config.tokens} tokens, d={config.dim}, {config.heads} heads, k={config.knn}, "
-                        f"k_dim {config.k_dim}; {name}, torch {torch.__version__}")
-    for title in ("slots", "layer", "forward ms", "backward ms", "update ms", "step ms", "peak GB", "times as fast"):
-        table.add_column(title, justify="left" if title == "layer" else "right")
-    for n in sizes:
-        for kind in KINDS:
-            if (n, kind) not in median:
-                table.add_row(f"{n**2:,}", kind, f"needs {memory_needed(kind, config, n) / 1e9:.0f} GB for the table", *[""] * 5)
-                continue
-            row = median[n, kind]
-            faster = f"{median[n, 'pytorch']['step'] / row['step']:.2f}" if (n, "pytorch") in median else ""
-            table.add_row(f"{n**2:,}", kind, *(f"{row[key]:.1f}" for key in ("forward", "backward", "update", "step", "peak_gb")), faster)
+    console.print(f"One layer step: {config.tokens} tokens, d={config.dim}, {config.heads} heads, k={config.knn}, k_dim {config.k_dim}; "
+                  f"{name}, torch {torch.__version__}", soft_wrap=True)
+    table = Table()
+    for title in ("slots", "layer", "freed memory", "forward", "backward", "update", "step ms", "peak GB", "times as fast"):
+        table.add_column(title, justify="left" if title in ("layer", "freed memory") else "right")
+    for n, kind, kept in rows:
+        cells = [f"{n**2:,}", kind, "kept" if kept else "given back"]
+        if (n, kind, kept) in median:
+            row = median[n, kind, kept]
+            cells += [f"{row[key]:.1f}" for key in ("forward", "backward", "update", "step", "peak_gb")]
+            cells += [f"{median[n, 'pytorch', kept]['step'] / row['step']:.2f}"] if (n, "pytorch", kept) in median else []
+        else:
+            cells += ["", "", "", "", f"needs {memory_needed(kind, config, n) / 1e9:.0f}"]
+        table.add_row(*cells, end_section=kind == KINDS[-1] and kept == rows[-1][2])
     console.print(table)
 
 

@@ -19,11 +19,11 @@ def row_gradient(values):
     if not grad.is_sparse:
         rows = grad.any(dim=1).nonzero().squeeze(1)
         return rows, grad[rows]
-    if not grad.is_coalesced():  # the same slots from several layers or accumulated batches
-        rows, grads = grad._indices()[0], grad._values()
+    rows, grads = grad._indices()[0], grad._values()
+    if not (rows[1:] > rows[:-1]).all():  # slots that several layers or accumulated batches read (torch's flag gets lost)
         rows, grads = scatter_sum(rows[:, None], grads.new_ones(len(rows), 1), grads)
         values.grad = torch.sparse_coo_tensor(rows[None], grads, values.shape, is_coalesced=True, check_invariants=False)
-    return values.grad._indices()[0], values.grad._values()
+    return rows, grads
 
 
 class RowAdam(torch.optim.Optimizer):
