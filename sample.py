@@ -121,11 +121,9 @@ def readers(model, data, slots, batches=20, batch_size=16):
     return found
 
 
-def trace(model, data, tokens, shown=4):
+def trace(model, data, tokens, shown=3):
     """Prints the slots each token read, most weight first, and the training tokens that read the top slots most."""
     looked_up = lookups_of(model, tokens[:, -model.config.block_size:])
-    if not looked_up:
-        raise UserError("--trace shows memory slots, and this model has no memory layers (ffn=dense)")
     words = [escape(data.encoding.decode([t])) for t in tokens[0, -model.config.block_size:].tolist()]
     table = Table(title=f"Slots read, and their weights within a head (the {shown} heaviest of "
                         f"{model.config.mem_heads} heads x {model.config.mem_knn} slots)")
@@ -170,6 +168,8 @@ with one_line_errors():
     if config.max_new_tokens < 1 or config.num_samples < 1 or config.top_k < 0:
         raise UserError("max_new_tokens and num_samples must be 1 or more, and top_k 0 or more")
     model, data = open_run(config)
+    if config.trace and not model.memory_layers():
+        raise UserError("--trace shows memory slots, and this model has no memory layers (ffn=dense)")
     generator = torch.Generator(next(model.parameters()).device).manual_seed(config.seed)
     if config.start or not sys.stdin.isatty():
         answer(model, data, config.start, config, generator)

@@ -133,11 +133,11 @@ def minutes(seconds):
     return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
 
 
-def stop_unless_finite(number, what):
+def stop_unless_finite(number, what, iteration):
     """Ends the run where training has come apart, before that reaches the checkpoint."""
     if not math.isfinite(number):
         good = out_dir / checkpoint.FILE
-        sys.exit(f"{what} is {number} at iteration {step + 1}; "
+        sys.exit(f"{what} is {number} at iteration {iteration}; "
                  + (f"the last good checkpoint is {good}" if good.exists() else "there is no checkpoint yet")
                  + ". A lower learning_rate or mem_lr may help.")
 
@@ -270,9 +270,9 @@ with display.bar:
                 loss = forward(x.to(device), y.to(device))[1] / config.gradient_accumulation_steps
             loss.backward()
             train_loss += loss.item()
-        stop_unless_finite(train_loss, "the loss")
+        stop_unless_finite(train_loss, "the loss", step + 1)
         for norm in optim.clip_gradients(model, config.grad_clip or math.inf):
-            stop_unless_finite(norm.item(), "the gradient's norm")
+            stop_unless_finite(norm.item(), "the gradient's norm", step + 1)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -287,7 +287,7 @@ with display.bar:
             if evaluates:
                 # All facts at the end, 400 of each kind on the way: a second instead of ten.
                 result, recalled = evaluate(most=20_000 if step == config.max_iters else 400)
-                stop_unless_finite(result["val_loss"], "the validation loss")
+                stop_unless_finite(result["val_loss"], "the validation loss", step)
                 row |= result
                 display.update(step, recall=percent(row.get("recall")), slots=percent(row.get("mem_usage")))
                 display.line(row)

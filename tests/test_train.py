@@ -3,6 +3,7 @@ import signal
 import time
 
 import pytest
+import torch
 import runs
 from kill_and_resume import check, kill_and_resume
 
@@ -110,10 +111,23 @@ def test_help_lists_every_setting():
         assert name in out
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    _, err = runs.train(tmp_path / "run", "--max_iters=200", "--learning_rate=1e30", "--min_lr=0", "--grad_clip=0", "--warmup_iters=6",
-                        "--eval_interval=1", code=1)
-    assert "the loss is" in err and "at iteration" in err and "checkpoint.safetensors" in err and "Traceback" not in err
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
+    runs.train(tmp_path / "run", "--max_iters=5")
+    good = (tmp_path / "run" / "checkpoint.safetensors").read_bytes()
+    _, err = runs.train(tmp_path / "run", "--resume", "--max_iters=50", "--learning_rate=1e30", "--grad_clip=0", "--eval_interval=1", code=1)
+    assert "loss is nan at iteration" in err and "Traceback" not in err
+    assert f"the last good checkpoint is {tmp_path / 'run' / 'checkpoint.safetensors'}" in err
+    assert (tmp_path / "run" / "checkpoint.safetensors").read_bytes() == good
+
+
+def test_a_table_larger_than_the_machine_is_refused(tmp_path):
+    _, err = runs.train(tmp_path / "run", "--mem_n_keys=3000000", code=2)
+    assert "mem_n_keys=3000000 makes tables of" in err and err.count("\n") == 1
+
+
+def test_the_deterministic_flag_runs(tmp_path):
+    runs.train(tmp_path / "run", "--max_iters=2", "--deterministic")
+    torch.use_deterministic_algorithms(False)
 
 
 def test_own_facts(tmp_path):
