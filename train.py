@@ -106,26 +106,23 @@ class Display:
     def __init__(self, config, step):
         self.max_iters, self.shown = config.max_iters, {}
         self.bar = Progress(
-            TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn(),
-            TextColumn("{task.fields[shown]}"), console=console, disable=not console.is_terminal)
-        self.task = self.bar.add_task("training", total=config.max_iters, completed=step, shown="")
+            BarColumn(bar_width=12), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"),
+            console=console, disable=not console.is_terminal)
+        self.task = self.bar.add_task("", total=config.max_iters, completed=step)
 
-    def update(self, step, **shown):
-        """Moves the bar and changes what it shows; None shows nothing."""
-        self.shown |= {name.replace("_", " "): text for name, text in shown.items() if text is not None}
-        self.bar.update(self.task, completed=step, shown="  ".join(f"{k} {v}" for k, v in self.shown.items()))
+    def update(self, row):
+        """Moves the bar and shows the newest figures of metrics.jsonl."""
+        self.shown |= {
+            "loss": f"loss {row['train_loss']:.3f}", "speed": f"{row['tokens_per_sec']:,.0f} tok/s",
+            **{name: f"{name} {row[key]:.1%}" for name, key in (("recall", "recall"), ("slots", "mem_usage")) if key in row}}
+        self.bar.update(self.task, completed=row["iter"], description=" ".join(self.shown.values()))
 
     def line(self, row):
         """A line that stays, for an evaluation."""
-        percents = [f"{name} {row[key]:.1%}" for name, key in (("recall", "recall"), ("slots in use", "mem_usage")) if row.get(key) is not None]
+        parts = [f"iter {row['iter']:>5}/{self.max_iters}", f"train loss {row['train_loss']:.3f}", f"val loss {row['val_loss']:.3f}"]
+        parts += [f"{name} {row[key]:.1%}" for name, key in (("recall", "recall"), ("slots in use", "mem_usage")) if key in row]
         left = row["elapsed_s"] / row["iter"] * (self.max_iters - row["iter"])
-        console.print(f"iter {row['iter']:>5}/{self.max_iters}  train loss {row['train_loss']:.3f}  val loss {row['val_loss']:.3f}  "
-                      + "  ".join(percents + [f"{row['tokens_per_sec']:,.0f} tokens/s", f"{minutes(left)} left"]), soft_wrap=True)
-
-
-def percent(share):
-    """0.123 -> '12.3%', None -> None"""
-    return None if share is None else f"{share:.1%}"
+        console.print("  ".join([*parts, f"{row['tokens_per_sec']:,.0f} tokens/s", f"{minutes(left)} left"]), soft_wrap=True)
 
 
 def minutes(seconds):
@@ -283,14 +280,13 @@ with display.bar:
             now = time.perf_counter()
             row = {"iter": step, "tokens": step * tokens_an_update, "elapsed_s": now - started,
                    "tokens_per_sec": (step - window[0]) * tokens_an_update / (now - window[1]), "train_loss": train_loss}
-            display.update(step, loss=f"{train_loss:.3f}", tokens_per_s=f"{row['tokens_per_sec']:,.0f}")
             if evaluates:
                 # All facts at the end, 400 of each kind on the way: a second instead of ten.
                 result, recalled = evaluate(most=20_000 if step == config.max_iters else 400)
                 stop_unless_finite(result["val_loss"], "the validation loss", step)
                 row |= result
-                display.update(step, recall=percent(row.get("recall")), slots=percent(row.get("mem_usage")))
                 display.line(row)
+            display.update(row)
             metrics.write(row)
             window = (step, time.perf_counter())
         if evaluates or interrupted:

@@ -161,7 +161,7 @@ def from_jsonl(path):
 
     Raises ValueError naming file and line for anything else.
     """
-    prompts, answers = [], []
+    answers = {}  # prompt -> accepted answers
     for number, line in enumerate(read_lines(path), 1):
         if not line.strip():
             continue
@@ -180,12 +180,13 @@ def from_jsonl(path):
             raise ValueError(f"{where}: \"prompt\" must be a string that is not empty")
         if not accepted or not all(isinstance(a, str) and a.strip() for a in accepted):
             raise ValueError(f"{where}: \"answer\" must be a string, or a list of strings, none of them empty")
-        prompts.append(fact["prompt"])
-        answers.append(tuple(accepted))
-    if not prompts:
+        if fact["prompt"] in answers:
+            raise ValueError(f"{where}: the prompt {fact['prompt'][:60]!r} is there twice; list its answers in one line")
+        answers[fact["prompt"]] = tuple(accepted)
+    if not answers:
         raise ValueError(f"{path}: no facts in it; expected one {{\"prompt\": ..., \"answer\": ...}} a line")
     # Each line is an entity of its own whose name is the prompt.
-    return FactSet(prompts, (Attribute("fact", ("{}",)),), [answers], np.arange(len(prompts))[:, None])
+    return FactSet(list(answers), (Attribute("fact", ("{}",)),), [list(answers.values())], np.arange(len(answers))[:, None])
 
 
 def read_lines(path):

@@ -25,6 +25,7 @@ import warnings
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 # ------------------------------------------------------------------------------------------------
 # The lookup's arithmetic is one form, linear in each of its three arguments,
@@ -95,18 +96,18 @@ def _candidate_pairs(knn, device):
     return torch.tensor(pairs, device=device).unbind(1)
 
 
-def _topk(scores, k, groups=8):
+def _topk(scores, k, size=8):
     """scores.topk(k), exactly, along the last dimension.
 
     The k groups with the largest maxima hold the k largest numbers. On a CPU, where torch.topk is the largest part of
-    the lookup, sorting out groups of 8 first and then their members takes 2/3 of the time for 1,024 keys and k = 16.
+    the lookup, choosing groups of 8 first and then among their members takes 2/3 of its time for 1,024 keys and k = 16.
     """
     n = scores.shape[-1]
-    if scores.device.type != "cpu" or n % groups or n < 2 * groups * k:
+    if scores.device.type != "cpu" or n % size or n < 2 * size * k:
         return scores.topk(k)
-    maxima = scores.unflatten(-1, (groups, -1)).amax(-2)  # group g has the members g, g + n / groups, ...: contiguous rows
-    members = maxima.topk(k, sorted=False).indices[..., None] + torch.arange(0, n, n // groups)
-    members = members.flatten(-2)
+    n_groups = n // size  # group g has the members g, g + n_groups, g + 2 * n_groups, ...: its maximum is one of whole rows
+    groups = scores.unflatten(-1, (size, n_groups)).amax(-2).topk(k, sorted=False).indices
+    members = (groups[..., None] + torch.arange(0, n, n_groups)).flatten(-2)
     best, chosen = scores.gather(-1, members).topk(k)
     return best, members.gather(-1, chosen)
 
@@ -134,6 +135,7 @@ class _ProductKeyTopK(torch.autograd.Function):
         return scores.transpose(0, 1).contiguous(), indices
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_scores, _):
         # A score is <q1, K1[i]> + <q2, K2[j]> for the slot (i, j) chosen. Only the chosen ones have a gradient,
         # so the queries' is a read of the keys and the keys' a scatter of the queries, weighted by grad_scores.
@@ -190,6 +192,7 @@ class _MemoryRead(torch.autograd.Function):
         return gather_sum(values, indices, weights)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         values, indices, weights = ctx.saved_tensors
         grad = grad.contiguous()

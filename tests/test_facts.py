@@ -81,6 +81,7 @@ def test_jsonl_facts(tmp_path):
     (['{"prompt": "a"}'], 'line 1: the key "answer" is missing'),
     (['{"answer": "a"}'], '"prompt" is missing'),
     (['["a", "b"]'], "line 1: expected an object"),
+    (['{"prompt": "a", "answer": "b"}'] * 2, "line 2: the prompt 'a' is there twice"),
     (['{"prompt": 3, "answer": "b"}'], '"prompt" must be a string'),
     (['{"prompt": "a", "answer": 3}'], '"answer" must be a string'),
     (['{"prompt": "a", "answer": []}'], '"answer" must be a string'),

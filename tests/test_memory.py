@@ -46,9 +46,18 @@ def test_topk_gradients():
     assert torch.autograd.gradcheck(lambda q, k: product_key_topk(q, k, 5)[0], (queries, keys))
 
 
-def test_topk_of_a_chunked_batch_is_that_of_its_rows():
-    queries, keys = torch.randn(600, 2, 2, 4, dtype=torch.float64), torch.randn(2, 2, 8, 4, dtype=torch.float64)
-    torch.testing.assert_close(product_key_topk(queries, keys, 3)[0], all_scores(queries, keys).topk(3).values)
+@pytest.mark.parametrize("n_keys", [8, 64])
+@pytest.mark.parametrize("ties", [False, True])
+def test_topk_of_many_tokens_and_keys(n_keys, ties):  # enough for several chunks, and for groups of keys
+    torch.manual_seed(0)
+    queries, keys = torch.randn(600, 2, 2, 4, dtype=torch.float64), torch.randn(2, 2, n_keys, 4, dtype=torch.float64)
+    if ties:
+        queries, keys = queries.round(), keys.round()
+    scores, indices = product_key_topk(queries, keys, 3)
+    every = all_scores(queries, keys)
+    torch.testing.assert_close(scores, every.topk(3).values)
+    torch.testing.assert_close(every.gather(-1, indices), scores)
+    assert (indices.sort().values.diff() > 0).all()
 
 
 @pytest.mark.parametrize("knn", [0, 9])
