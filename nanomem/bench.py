@@ -131,6 +131,7 @@ def memory_needed(kind, config, n_keys):
 
 
 def main():
+    """Runs the measurements in turn and prints the table."""
     config = BenchConfig(**parse(BenchConfig, sys.argv[1:]))
     sizes = [int(n) for n in config.n_keys.split(",")]
     if config.only:

@@ -14,6 +14,7 @@ VOCAB_SIZE = 2048
 
 
 def main():
+    """Trains and writes the tokenizer."""
     encoding = tokenizer.train_bpe(facts.all_sentences(facts.people(n_entities=20_000)), VOCAB_SIZE)
     tokenizer.save(encoding, FOLDER / "tokenizer.tiktoken")
     print(f"{encoding.n_vocab:,} tokens in {FOLDER / 'tokenizer.tiktoken'}")

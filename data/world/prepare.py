@@ -46,6 +46,7 @@ def city_rows():
 
 
 def main():
+    """Writes the table and the tokenizer."""
     rows = city_rows()
     table = "".join("\t".join(row) + "\n" for row in [("name", *(a.name for a in facts.WORLD_ATTRIBUTES)), *rows])
     # mtime=0, so that the same cities give the same file to the byte
