@@ -6,6 +6,7 @@ Talk to a model that train.py made.
     python sample.py --start="In which country is Lagos?" --trace      and which memory slots each token read
 """
 
+import codecs
 import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -13,16 +14,15 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from nanomem import checkpoint
 from nanomem.config import Config, UserError, one_line_errors, parse, pick_device, setting
-from nanomem.data import open_data
+from nanomem.data import open_data, open_tokenizer
 from nanomem.memory import observe_lookups
 from nanomem.model import GPT
 
-console = Console(highlight=False)
+console = Console(highlight=False, markup=False, emoji=False)  # users' data is shown as it is
 
 
 @dataclass
@@ -44,50 +44,45 @@ def latest_run():
     """The folder in out/ with the newest checkpoint."""
     found = sorted(Path("out").glob(f"*/{checkpoint.FILE}"), key=lambda path: path.stat().st_mtime)
     if not found:
-        raise UserError(f"no run in out/: train one with python train.py, or name its folder with --out_dir")
+        raise UserError("no run in out/: train one with python train.py, or name its folder with --out_dir")
     return found[-1].parent
 
 
 def open_run(config):
-    """(model, data) of the run in config.out_dir. Raises UserError where there is none."""
+    """(model, encoding, settings) of the run in config.out_dir. Raises UserError where there is none."""
     out_dir = latest_run() if config.out_dir == "auto" else Path(config.out_dir)
     header = checkpoint.read_header(out_dir)
     if header is None:
         raise UserError(f"no {checkpoint.FILE} in {out_dir}; --out_dir must name the folder of a run of train.py")
     device = pick_device(config.device)
-    run = Config(**header["config"])
-    data = open_data(run, out_dir / "tokenizer.tiktoken")
+    run = Config.from_saved(header["config"], out_dir)
+    encoding = open_tokenizer(run, out_dir / "tokenizer.tiktoken", None)
     model = GPT(run)
     checkpoint.load(out_dir, model)
-    console.print(f"[dim]{out_dir}: {run.data}, {run.ffn}, {header['iteration']} iterations[/]")
-    return model.to(device).eval(), data
+    console.print(f"{out_dir}: {run.data}, {run.ffn}, {header['iteration']} iterations", style="dim", soft_wrap=True)
+    return model.to(device).eval(), encoding, run.replace(out_dir=str(out_dir))
 
 
-def tokens_of(text, data):
-    """(1, time) tokens of a prompt. Facts begin as documents do, after <|endoftext|>."""
-    end = data.encoding.eot_token
-    tokens = data.encoding.encode_ordinary(text)
-    return torch.tensor([[end] + tokens if data.facts or not tokens else tokens])
+def knows_facts(run):
+    """Whether the run learned facts, and not a text."""
+    return run.data in ("world", "people") or run.data.endswith(".jsonl")
 
 
-def write(model, data, prompt, config, generator):
-    """Streams one continuation of prompt (1, time) to the screen; returns all its tokens, (1, time)."""
-    end = data.encoding.eot_token if data.facts else None
-    temperature = config.temperature if config.temperature >= 0 else (0.0 if data.facts else 0.8)
-    console.print(f"[bold]{escape(data.encoding.decode([t for t in prompt[0].tolist() if t != data.encoding.eot_token]))}[/]", end="")
-    pending, tokens = b"", [prompt]
-    for token in model.generate(prompt, config.max_new_tokens, temperature, config.top_k or None, end, generator):
-        if token.item() == data.encoding.eot_token:
-            continue
-        tokens.append(token)
-        # A character may span several tokens: it is shown once its last byte is there.
-        pending += data.encoding.decode_single_token_bytes(token.item())
-        text = pending.decode("utf-8", errors="ignore")
-        if text or len(pending) > 3:
-            console.print(escape(text), end="")
-            pending = b""
+def write(model, encoding, text, config, facts, generator):
+    """Streams one continuation of text to the screen; returns all its tokens, (1, time)."""
+    end, tokens = encoding.eot_token, encoding.encode_ordinary(text)
+    # Facts begin as documents do, after <|endoftext|>, and end with it.
+    prompt = torch.tensor([[end] + tokens if facts or not tokens else tokens], device=next(model.parameters()).device)
+    temperature = config.temperature if config.temperature >= 0 else (0.0 if facts else 0.8)
+    characters = codecs.getincrementaldecoder("utf-8")("replace")  # a character may span several tokens
+    console.out(text, style="bold", end="", highlight=False)
+    written = [prompt]
+    for token in model.generate(prompt, config.max_new_tokens, temperature, config.top_k or None, end if facts else None, generator):
+        if token.item() != end:
+            written.append(token)
+            console.out(characters.decode(encoding.decode_single_token_bytes(token.item())), end="", highlight=False)
     console.print()
-    return torch.cat(tokens, dim=1)
+    return torch.cat(written, dim=1)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -121,10 +116,15 @@ def readers(model, data, slots, batches=20, batch_size=16):
     return found
 
 
+def visible(text):
+    """Text with its line ends and other control characters written out, as in a Python string."""
+    return repr(text)[1:-1]
+
+
 def trace(model, data, tokens, shown=3):
     """Prints the slots each token read, most weight first, and the training tokens that read the top slots most."""
     looked_up = lookups_of(model, tokens[:, -model.config.block_size:])
-    words = [escape(data.encoding.decode([t])) for t in tokens[0, -model.config.block_size:].tolist()]
+    words = [data.encoding.decode([t]) for t in tokens[0, -model.config.block_size:].tolist()]
     table = Table(title=f"Slots read, and their weights within a head (the {shown} heaviest of "
                         f"{model.config.mem_heads} heads x {model.config.mem_knn} slots)")
     for title in ("token", *(f"layer {layer}" for layer in looked_up)):
@@ -138,7 +138,7 @@ def trace(model, data, tokens, shown=3):
             cells.append("  ".join(f"{slot}: {w:.2f}" for slot, w in zip(slots, weight.tolist())))
             for slot, w in zip(slots[:1], weight.tolist()):
                 top[layer, slot] = max(w, top.get((layer, slot), 0.0))
-        table.add_row(repr(word)[1:-1].replace(" ", "·"), *cells)
+        table.add_row(visible(word).replace(" ", "·"), *cells)
     console.print(table)
 
     table = Table(title="What else reads each token's heaviest slot: the training tokens with most weight, after what came before them")
@@ -146,7 +146,7 @@ def trace(model, data, tokens, shown=3):
         table.add_column(title)
     found = readers(model, data, top)
     for layer, slot in sorted(top):
-        contexts = "  |  ".join(repr(escape(context))[1:-1] for context, _ in found[layer, slot].most_common(5))
+        contexts = "  |  ".join(visible(context) for context, _ in found[layer, slot].most_common(5))
         table.add_row(str(layer), str(slot), contexts or "nothing in the sample")
     console.print(table)
 
@@ -154,11 +154,10 @@ def trace(model, data, tokens, shown=3):
 # ------------------------------------------------------------------------------------------------
 
 
-def answer(model, data, text, config, generator):
+def answer(text):
     """Writes num_samples continuations of text, and traces the last of them if asked to."""
-    prompt = tokens_of(text, data).to(next(model.parameters()).device)
     for _ in range(config.num_samples):
-        tokens = write(model, data, prompt, config, generator)
+        tokens = write(model, encoding, text, config, knows_facts(run), generator)
     if config.trace:
         trace(model, data, tokens)
 
@@ -167,21 +166,21 @@ with one_line_errors():
     config = SampleConfig(**parse(SampleConfig, sys.argv[1:]))
     if config.max_new_tokens < 1 or config.num_samples < 1 or config.top_k < 0:
         raise UserError("max_new_tokens and num_samples must be 1 or more, and top_k 0 or more")
-    model, data = open_run(config)
+    model, encoding, run = open_run(config)
     if config.trace and not model.memory_layers():
         raise UserError("--trace shows memory slots, and this model has no memory layers (ffn=dense)")
+    data = open_data(run, Path(run.out_dir) / "tokenizer.tiktoken") if config.trace else None
     generator = torch.Generator(next(model.parameters()).device).manual_seed(config.seed)
     if config.start or not sys.stdin.isatty():
-        answer(model, data, config.start, config, generator)
+        answer(config.start)
     else:
         console.print("Ask it something it was taught, or give it a beginning; Ctrl-D ends.")
-        if data.facts:
-            a = data.facts.attributes[0]
-            console.print(f"For example: {((a.questions or a.statements)[0]).replace('{}', data.facts.entities[0])}")
+        if run.data == "world":
+            console.print("For example: In which country is Lagos?")
         while True:
             try:
-                text = console.input("[cyan]> [/]")
+                text = console.input("> ")
             except (EOFError, KeyboardInterrupt):
                 break
             if text.strip():
-                answer(model, data, text, config, generator)
+                answer(text)

@@ -25,9 +25,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from nanomem import checkpoint, facts, optim, tokenizer
 from nanomem.config import Config, UserError, keep_freed_memory, machine_memory, one_line_errors, parse, pick_device
@@ -35,7 +35,7 @@ from nanomem.data import open_data
 from nanomem.memory import SlotUsage, observe_lookups
 from nanomem.model import GPT
 
-console = Console(highlight=False)
+console = Console(highlight=False, markup=False, emoji=False)  # users' data is shown as it is
 
 
 # ------------------------------------------------------------------------------------------------
@@ -53,11 +53,14 @@ def settings(argv):
     header = None
     if config.resume:
         header = checkpoint.read_header(out_dir)
-        before = header["config"] if header else checkpoint.read_json(out_dir / "config.json")
-        for name in given.keys() & {f.name for f in config.groups("Model", "Memory", "Data")}:
-            if before and given[name] != before[name]:
-                raise UserError(f"--{name}={given[name]} can't change on --resume: the run in {out_dir} has {name}={before[name]}")
-        config = Config(**before or {}).replace(**given)
+        before = checkpoint.read_json(out_dir / "config.json") or (header and header["config"])
+        # vocab_size is what the tokenizer has, perhaps less than was asked for
+        for name in given.keys() & {f.name for f in config.groups("Model", "Memory", "Data")} - {"vocab_size"}:
+            if before and given[name] != before.get(name):
+                raise UserError(f"--{name}={given[name]} can't change on --resume: the run in {out_dir} has {name}={before.get(name)}")
+        config = Config.from_saved(before or {}, out_dir).replace(**given)
+    if out_dir.resolve() == Path.cwd():
+        raise UserError(f"out_dir must be a folder of its own, such as out/mine; got {out_dir}")
     config.out_dir = str(out_dir)
     config.check()
     return config, header
@@ -90,12 +93,15 @@ class Metrics:
     """metrics.jsonl: one JSON object a line. A resumed run drops the lines written after its checkpoint."""
 
     def __init__(self, path, step):
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        whole = [line for line in lines if line.endswith("\n") and json.loads(line)["iter"] <= step]
-        checkpoint.write_text(path, "".join(whole))
+        kept = []
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that a kill cut short
+                kept += [line + "\n"] if json.loads(line)["iter"] <= step else []
+        checkpoint.write_text(path, "".join(kept))
         self.file = open(path, "a", encoding="utf-8")
 
     def write(self, row):
+        """Adds a line, at once."""
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
 
@@ -114,15 +120,20 @@ class Display:
         """Moves the bar and shows the newest figures of metrics.jsonl."""
         self.shown |= {
             "loss": f"loss {row['train_loss']:.3f}", "speed": f"{row['tokens_per_sec']:,.0f} tok/s",
-            **{name: f"{name} {row[key]:.1%}" for name, key in (("recall", "recall"), ("slots", "mem_usage")) if key in row}}
+            **{name: f"{name} {row[key]:.1%}" for name, key in (("recall", recall_key(row)), ("slots", "mem_usage")) if key in row}}
         self.bar.update(self.task, completed=row["iter"], description=" ".join(self.shown.values()))
 
     def line(self, row):
         """A line that stays, for an evaluation."""
         parts = [f"iter {row['iter']:>5}/{self.max_iters}", f"train loss {row['train_loss']:.3f}", f"val loss {row['val_loss']:.3f}"]
-        parts += [f"{name} {row[key]:.1%}" for name, key in (("recall", "recall"), ("slots in use", "mem_usage")) if key in row]
+        parts += [f"{name} {row[key]:.1%}" for name, key in (("recall", recall_key(row)), ("slots in use", "mem_usage")) if key in row]
         left = row["elapsed_s"] / row["iter"] * (self.max_iters - row["iter"])
         console.print("  ".join([*parts, f"{row['tokens_per_sec']:,.0f} tokens/s", f"{minutes(left)} left"]), soft_wrap=True)
+
+
+def recall_key(row):
+    """The recall to show on the way: that of the questions kept for choosing settings, where there are any."""
+    return "recall_select" if "recall_select" in row else "recall"
 
 
 def minutes(seconds):
@@ -188,7 +199,7 @@ def tell_what_it_knows(recalled):
         tokens = torch.cat(list(model.generate(prompt, 32, temperature=0, stop=data.sentences.end)), dim=1)[0].tolist()
         answer = data.encoding.decode([t for t in tokens if t != data.sentences.end]).strip()
         right = answer in data.facts.answers(e, a)
-        answers.add_row(wording.replace("{}", data.facts.entities[e]), f"[{'green' if right else 'red'}]{escape(answer)}[/]",
+        answers.add_row(wording.replace("{}", data.facts.entities[e]), Text(answer, style="green" if right else "red"),
                         data.facts.answers(e, a)[0])
     console.print(answers)
 
@@ -220,9 +231,9 @@ with one_line_errors():
     checkpoint.write_text(out_dir / "config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
     if header is None:
         tokenizer.save(data.encoding, out_dir / "tokenizer.tiktoken")
+    step, elapsed = (header["iteration"], header["elapsed_s"]) if header else (0, 0.0)
+    metrics = Metrics(out_dir / "metrics.jsonl", step)
 
-step, elapsed = (header["iteration"], header["elapsed_s"]) if header else (0, 0.0)
-metrics = Metrics(out_dir / "metrics.jsonl", step)
 forward = torch.compile(model) if config.compile else model
 
 core, in_tables = model.count_parameters()
@@ -251,7 +262,18 @@ signal.signal(signal.SIGTERM, interrupt)
 
 tokens_an_update = config.batch_size * config.gradient_accumulation_steps * config.block_size
 floor = min(1.0, config.min_lr / config.learning_rate) if config.learning_rate else 0.0
-started, window, recalled = time.perf_counter() - elapsed, (step, time.perf_counter()), {}
+started, window, recalled, saved_step = time.perf_counter() - elapsed, (step, time.perf_counter()), {}, None
+
+
+def save():
+    """A checkpoint of this moment."""
+    global saved_step
+    with one_line_errors():
+        header = {"config": dataclasses.asdict(config), "iteration": step, "elapsed_s": time.perf_counter() - started}
+        checkpoint.save(out_dir, model, optimizers, header)
+    saved_step = step
+
+
 display = Display(config, step)
 with display.bar:
     while step < config.max_iters and not interrupted:
@@ -289,10 +311,10 @@ with display.bar:
             display.update(row)
             metrics.write(row)
             window = (step, time.perf_counter())
-        if evaluates or interrupted:
-            with one_line_errors():
-                checkpoint.save(out_dir, model, optimizers, {
-                    "config": dataclasses.asdict(config), "iteration": step, "elapsed_s": time.perf_counter() - started})
+        if evaluates:
+            save()
+if saved_step != step:
+    save()
 
 # ------------------------------------------------------------------------------------------------
 # What came of it

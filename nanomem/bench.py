@@ -17,7 +17,6 @@ as train.py sets it (nanomem.config.keep_freed_memory), which helps dense gradie
 
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -86,8 +85,8 @@ def measure(kind, config, n_keys):
         optimizers = [torch.optim.AdamW(layer.parameters(), lr=1e-3, fused=True)]
 
     def now():
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
         return time.perf_counter()
 
     rows = []
@@ -105,13 +104,15 @@ def measure(kind, config, n_keys):
         end = now()
         rows.append((forward - start, backward - forward, end - backward, end - start))
     names = ("forward", "backward", "update", "step")
-    result = {name: statistics.median(column) * 1e3 for name, column in zip(names, list(zip(*rows[3:])))}
+    result = {name: statistics.median(column) * 1e3 for name, column in zip(names, zip(*rows[3:]))}
     on_gpu = device.type == "cuda"
-    return result | {"peak_gb": torch.cuda.max_memory_allocated() / 1e9 if on_gpu else peak_rss()}
+    return result | {"peak_gb": torch.cuda.max_memory_allocated(device) / 1e9 if on_gpu else peak_rss()}
 
 
 def peak_rss():
     """The process's largest resident size so far, in GB."""
+    import resource  # not on Windows
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 

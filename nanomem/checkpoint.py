@@ -27,6 +27,10 @@ def write_atomically(path, write):
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        if hasattr(os, "O_DIRECTORY"):  # the new name, too, reaches the disk (not on Windows)
+            folder = os.open(path.parent, os.O_DIRECTORY)
+            os.fsync(folder)
+            os.close(folder)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
         kept = "what was there before is kept" if path.exists() else "nothing was there before"
@@ -49,10 +53,10 @@ def read_json(path):
 
 
 def _optimizer_tensors(model, optimizers):
-    """{name: (state, key)} for each tensor of state; the name holds the parameter's."""
+    """{name: tensor} of the optimizers' state; the name holds the parameter's."""
     name_of = {id(p): name for name, p in model.named_parameters()}
-    return {f"optimizer.{name_of[id(p)]}.{key}": (state, key)
-            for optimizer in optimizers for p, state in optimizer.state.items() for key in state}
+    return {f"optimizer.{name_of[id(p)]}.{key}": tensor
+            for optimizer in optimizers for p, state in optimizer.state.items() for key, tensor in state.items()}
 
 
 def save(out_dir, model, optimizers, header):
@@ -61,10 +65,11 @@ def save(out_dir, model, optimizers, header):
     Raises UserError, the checkpoint before kept, if it can't be written.
     """
     tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
-    tensors |= {name: state[key] for name, (state, key) in _optimizer_tensors(model, optimizers).items()}
+    tensors |= _optimizer_tensors(model, optimizers)
     tensors["rng.cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        tensors["rng.cuda"] = torch.cuda.get_rng_state()
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        tensors["rng.cuda"] = torch.cuda.get_rng_state(device)
     path = Path(out_dir) / FILE
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata={"nanomem": json.dumps(header)}))
 
@@ -101,7 +106,8 @@ def load(out_dir, model, optimizers=()):
                                               for key in file.keys() if key.startswith(prefix)}
             if optimizers:
                 torch.set_rng_state(file.get_tensor("rng.cpu"))
-                if torch.cuda.is_available() and "rng.cuda" in file.keys():
-                    torch.cuda.set_rng_state(file.get_tensor("rng.cuda"))
+                device = next(model.parameters()).device
+                if device.type == "cuda" and "rng.cuda" in file.keys():
+                    torch.cuda.set_rng_state(file.get_tensor("rng.cuda"), device)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} can't be loaded ({error})") from None

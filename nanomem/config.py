@@ -81,9 +81,11 @@ class GPTConfig:
             raise ValueError(f"n_embd must be a multiple of 2 * n_head = {2 * self.n_head}, got {self.n_embd}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be from 0 to under 1, got {self.dropout}")
+        if self.ffn == "dense" and self.ffn_hidden:
+            return  # the memory's settings play no part
         numbers = self.memory_layer_numbers()
-        if self.ffn == "memory" and not numbers:
-            raise ValueError("mem_layers must name at least one layer where ffn=memory")
+        if not numbers:
+            raise ValueError("mem_layers must name at least one layer")
         if any(not 0 <= i < self.n_layer for i in numbers) or len(set(numbers)) < len(numbers):
             raise ValueError(f"mem_layers must be different layers from 0 to {self.n_layer - 1}, got {self.mem_layers!r}")
         if self.mem_knn > self.mem_n_keys:
@@ -96,13 +98,23 @@ class GPTConfig:
 class Config(GPTConfig):
     """All settings of train.py."""
 
+    @classmethod
+    def from_saved(cls, saved, where):
+        """The Config of a run's saved {name: value}. Raises UserError naming settings that this version doesn't have."""
+        unknown = saved.keys() - {f.name for f in dataclasses.fields(cls)}
+        if unknown:
+            raise UserError(f"the run in {where} has settings unknown to this version of nanomem: {', '.join(sorted(unknown))}")
+        return cls(**saved)
+
     data: str = setting("world", "world (cities), people (invented), or the path of a .jsonl file of facts or of a text file", group="Data")
     n_entities: int = setting(1000, "cities or people to learn about")
     zipf: float = setting(0.6, "the entity of rank r is mentioned in proportion to r ** -zipf")
     tokenizer: str = setting("auto", "bytes, bpe (trained on the data), a .tiktoken file, or an encoding of tiktoken such as gpt2; "
                                      "auto: the one beside world and people, bytes for your own files")
 
-    batch_size: int = setting(16, "sequences a forward and backward pass, over all processes", group="Training")
+    seed: int = setting(1337, "of the weights, the batches and data=people")
+
+    batch_size: int = setting(16, "sequences a forward and backward pass", group="Training")
     gradient_accumulation_steps: int = setting(1, "passes an update")
     max_iters: int = setting(1600, "updates")
     learning_rate: float = setting(8e-3, "peak learning rate of all but the tables")
@@ -118,7 +130,6 @@ class Config(GPTConfig):
     dtype: str = setting("auto", "of the matrix products; auto: bfloat16 on cuda, else float32", ("auto", "float32", "bfloat16"))
     compile: bool = setting(False, "torch.compile the model")
     deterministic: bool = setting(False, "on cuda too, the same run bit for bit from the same seed")
-    seed: int = setting(1337, "of the weights, the batches and data=people")
     eval_interval: int = setting(200, "updates between evaluations, each followed by a checkpoint")
     eval_iters: int = setting(10, "batches an evaluation")
     log_interval: int = setting(10, "updates between lines of metrics")
@@ -132,6 +143,8 @@ class Config(GPTConfig):
         for name in ("max_iters", "warmup_iters", "learning_rate", "mem_lr", "min_lr", "weight_decay", "grad_clip", "zipf", "seed"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if self.seed >= 2**63:
+            raise ValueError(f"seed must be under 2**63, got {self.seed}")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -202,9 +215,13 @@ def pick_device(name):
     found = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     if name == "auto":
         return torch.device(found[0])
-    if name.split(":")[0] not in found:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in found or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
         raise UserError(f"--device={name} is not on this machine, which has {', '.join(found)}")
-    return torch.device(name)
+    return device
 
 
 def machine_memory(device):

@@ -1,8 +1,8 @@
 """
 Batches of tokens: `open_data` returns FactData (sentences of facts) or TextData (a text file).
 
-Batch number `step` of a split depends on nothing but the seed and that number, so a resumed run, or several
-processes, see the same stream with no state to save.
+Batch number `step` of a split depends on nothing but the seed and that number, so a resumed run sees the same
+stream with no state to save.
 """
 
 from pathlib import Path
@@ -19,8 +19,8 @@ IGNORE = -1  # target of a position that has none: no loss there
 class FactData:
     """Blocks of sentences about entities, each entity at most once a block, so that no answer can be copied.
 
-    split 'train' has statements of all pairs and questions of the ASKED ones, 'val' the questions never asked
-    (or, for facts without questions, the same as 'train').
+    split 'train' has statements of all pairs and questions of the ASKED ones, 'val' the questions of the SELECT
+    ones, never asked (or, for facts without questions, the same as 'train').
     """
 
     question_share = 0.5  # of the sentences about an ASKED pair
@@ -46,12 +46,12 @@ class FactData:
 
     def _block(self, rng, never_asked):
         tokens, seen = [self.sentences.end], set()
-        draws = self.block_size // 2  # far more than fit: a document has at least three tokens
+        draws = 2 * self.block_size  # more than fit, though of questions never asked only every fourth draw counts
         entities = np.minimum(np.searchsorted(self.cumulative, rng.random(draws)), len(self.facts.entities) - 1)
         attributes = rng.integers(len(self.facts.attributes), size=draws)
         for e, a, asks, wording in zip(entities.tolist(), attributes.tolist(), rng.random(draws), rng.random(draws)):
             role = self.facts.role[e, a]
-            if e in seen or (never_asked and role == facts.ASKED):
+            if e in seen or (never_asked and role != facts.SELECT):
                 continue
             seen.add(e)
             attribute = self.facts.attributes[a]
@@ -77,7 +77,7 @@ class TextData:
         if len(tokens) - cut <= block_size:
             raise ValueError(f"the text has {len(tokens)} tokens, too few for block_size={block_size}: "
                              f"it needs {10 * (block_size + 1)}, or a smaller block_size")
-        self.bytes_per_token = len(text.encode()) / len(tokens)
+        self.bytes_per_token = len(encoding.decode_bytes(tokens[cut:].tolist())) / len(tokens[cut:])  # of the val split
 
     def batch(self, split, step, batch_size):
         """inputs and targets, (batch_size, block_size) int64 each."""
@@ -116,6 +116,8 @@ def open_data(config, tokenizer_path=None):
 def open_tokenizer(config, path, texts):
     """The tiktoken encoding that config.tokenizer names; `texts` is what a new BPE is trained on."""
     name = config.tokenizer
+    if name not in ("auto", "bytes", "bpe") and not name.endswith(".tiktoken"):
+        return tokenizer.named(name)  # its way of cutting words is not in a .tiktoken file
     if path is not None and path.exists():
         return tokenizer.load(path)
     if name == "auto":
@@ -125,6 +127,4 @@ def open_tokenizer(config, path, texts):
         return tokenizer.byte_encoding()
     if name == "bpe":
         return tokenizer.train_bpe(texts, config.vocab_size)
-    if name.endswith(".tiktoken"):
-        return tokenizer.load(name)
-    return tokenizer.named(name)
+    return tokenizer.load(name)

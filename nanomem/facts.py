@@ -235,13 +235,15 @@ class Sentences:
         return self.values[attribute][self.facts.codes[entity, attribute]]
 
     def longest(self):
-        """(tokens of the longest document, its entity)"""
-        names = np.array([len(name) for name in self.names[True]])
-        documents = np.stack([
-            names + np.array([len(value[0]) for value in self.values[a]])[self.facts.codes[:, a]]
-            + max(len(before + after) for before, after in (self.pieces[w] for w in attribute.statements + attribute.questions)) + 1
-            for a, attribute in enumerate(self.facts.attributes)], axis=1).max(axis=1)
-        return int(documents.max()), int(documents.argmax())
+        """(tokens of the longest prompt with its longest accepted answer and <|endoftext|>, the entity it is about)"""
+        names = {inside: np.array([len(name) for name in names]) for inside, names in self.names.items()}
+        lengths = []
+        for a, attribute in enumerate(self.facts.attributes):
+            answers = np.array([max(map(len, value)) for value in self.values[a]])[self.facts.codes[:, a]]
+            for before, after in (self.pieces[wording] for wording in attribute.statements + attribute.questions):
+                lengths.append(len(before) + names[bool(before)] + len(after) + answers + 1)
+        longest = np.max(lengths, axis=0)
+        return int(longest.max()), int(longest.argmax())
 
     def document(self, entity, attribute, wording):
         """Prompt, taught answer and <|endoftext|>."""

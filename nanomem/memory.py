@@ -25,7 +25,8 @@ import warnings
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
+
+warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")  # the one operation used here is tested
 
 # ------------------------------------------------------------------------------------------------
 # The lookup's arithmetic is one form, linear in each of its three arguments,
@@ -50,15 +51,13 @@ def gather_dot(table, rows, x):
     table (n_rows, dim), rows (n, lookups) int64, x (n, dim) -> (n, lookups)
     """
     n, lookups = rows.shape
-    if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and 0 < n and lookups <= len(table):
-        # x @ table.T, computed only where a sparse matrix has its entries: the rows looked up. On 2 cores
-        # 8 times as fast as gathering the rows, whatever the chunk. (Its warning is about being in beta.)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
-            starts = torch.arange(0, n * lookups + 1, lookups)
-            wanted = torch.sparse_csr_tensor(starts, rows.flatten(), x.new_zeros(n * lookups), (n, len(table)),
-                                             check_invariants=False)
-            return torch.sparse.sampled_addmm(wanted, x, table.t(), beta=0.0).values().view(n, lookups)
+    # torch refuses a sparse matrix of more entries than a dense one would have: a table smaller than a token's lookups.
+    if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and lookups <= len(table):
+        # x @ table.T, computed only where a sparse matrix has its entries: the rows looked up. On 2 cores 8 times
+        # as fast as gathering the rows.
+        starts = torch.arange(0, n * lookups + 1, lookups)
+        wanted = torch.sparse_csr_tensor(starts, rows.flatten(), x.new_zeros(n * lookups), (n, len(table)), check_invariants=False)
+        return torch.sparse.sampled_addmm(wanted, x, table.t(), beta=0.0).values().view(n, lookups)
     # One lookup of every token at a time, so that no (n, lookups, dim) tensor is ever built.
     return torch.stack([(table[rows[:, l]] * x).sum(-1) for l in range(lookups)], dim=1)
 
@@ -69,7 +68,7 @@ def scatter_sum(rows, weights, x):
     rows (n, lookups) int64, weights (n, lookups), x (n, dim) -> unique (u,) int64 ascending, sums (u, dim)
 
     Sorting the lookups by row puts each row's share in one segment, and summing a segment is a read again,
-    with tokens and rows swapped: no atomics, the same result every time, and nothing larger than `sums`.
+    with tokens and rows swapped: no atomics, the same result every time, and no (n, lookups, dim) tensor.
     """
     rows, order = torch.sort(rows.flatten(), stable=True)  # stable integer sorts use a radix sort on a CPU
     first = torch.ones_like(rows, dtype=torch.bool)
@@ -118,9 +117,11 @@ class _ProductKeyTopK(torch.autograd.Function):
         n, heads, _, half = queries.shape
         n_keys = keys.shape[2]
         flat_keys = keys.reshape(heads * 2, n_keys, half)
-        # 512 tokens at a time, so that the scores (heads * 2, tokens, n_keys) stay in cache: a fifth faster.
-        best = [_topk(torch.bmm(chunk.flatten(1, 2).transpose(0, 1), flat_keys.transpose(1, 2)), knn)
-                for chunk in queries.split(512 if queries.device.type == "cpu" else max(n, 1))]
+        # 512 tokens at a time on a CPU, so that the scores (heads * 2, tokens, n_keys) stay in cache: a fifth faster.
+        # Not in bfloat16 under autocast: rounding the scores would change the weights by some percent.
+        with torch.autocast(queries.device.type, enabled=False):
+            best = [_topk(torch.bmm(chunk.flatten(1, 2).transpose(0, 1), flat_keys.transpose(1, 2)), knn)
+                    for chunk in queries.split(512 if queries.device.type == "cpu" else max(n, 1))]
         half_scores, half_indices = (torch.cat(parts, dim=1).view(heads, 2, n, knn) for parts in zip(*best))
 
         a, b = _candidate_pairs(knn, queries.device)
@@ -135,7 +136,6 @@ class _ProductKeyTopK(torch.autograd.Function):
         return scores.transpose(0, 1).contiguous(), indices
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_scores, _):
         # A score is <q1, K1[i]> + <q2, K2[j]> for the slot (i, j) chosen. Only the chosen ones have a gradient,
         # so the queries' is a read of the keys and the keys' a scatter of the queries, weighted by grad_scores.
@@ -192,7 +192,6 @@ class _MemoryRead(torch.autograd.Function):
         return gather_sum(values, indices, weights)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         values, indices, weights = ctx.saved_tensors
         grad = grad.contiguous()
@@ -302,15 +301,16 @@ class ProductKeyMemory(nn.Module):
 
     def lookup(self, x):
         """x (n, dim) -> the slots to read and their weights: indices (n, heads, knn) int64, weights (n, heads, knn)."""
-        queries = self.query_proj(x).view(len(x), self.heads, 2, self.k_dim // 2)
         keys = self.keys
+        queries = self.query_proj(x).view(len(x), self.heads, 2, self.k_dim // 2).to(keys.dtype)
         if self.qk_scale is not None:
             queries = F.normalize(queries, dim=-1) * self.qk_scale.view(1, -1, 1, 1)
             keys = F.normalize(keys, dim=-1)
-        scores, indices = product_key_topk(queries.to(keys.dtype), keys, self.knn)
+        scores, indices = product_key_topk(queries, keys, self.knn)
         return indices, F.softmax(scores.float() if scores.dtype != torch.float64 else scores, dim=-1)
 
     def forward(self, x):
+        """(batch, time, dim), or any shape that ends in dim, to the same shape and dtype."""
         shape, x = x.shape, x.reshape(-1, self.dim)
         indices, weights = self.lookup(x)
         if self.observer is not None:
@@ -356,8 +356,9 @@ class SlotUsage:
         self.weight = {}  # table -> (n_slots,) sum of the weights each slot was read with
 
     def __call__(self, layer, indices, weights):
-        total = self.weight.setdefault(layer.table, torch.zeros(layer.table.n_slots, dtype=torch.float64))
-        total += torch.bincount(indices.flatten().cpu(), weights.detach().flatten().double().cpu(), minlength=len(total))
+        if layer.table not in self.weight:
+            self.weight[layer.table] = torch.zeros(layer.table.n_slots, dtype=torch.float64)
+        self.weight[layer.table].index_add_(0, indices.flatten().cpu(), weights.detach().flatten().cpu().double())
 
     def usage(self):
         """The share of slots read at least once, over all tables."""

@@ -1,9 +1,9 @@
 """
 A Llama-style transformer whose feed-forward layers may be memory layers.
 
-- RMSNorm before each part, rotary positions (RoPE), SwiGLU feed-forward, no biases, tied embeddings
+- RMSNorm before each part, rotary positions (RoPE), SwiGLU feed-forward, tied embeddings
 - scaled_dot_product_attention, with a plain key-value cache for generation
-- ffn="dense" and ffn="memory" differ in the layers of mem_layers and nowhere else
+- ffn="dense" and ffn="memory" share all but the layers of mem_layers, and the feed-forward width that makes FLOPs equal
 - parameters and FLOPs are counted from the modules
 """
 
@@ -65,9 +65,11 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(hidden, n_embd, bias=False)
 
     def forward(self, x):
+        """(batch, time, n_embd) -> (batch, time, n_embd)"""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
     def flops_per_token(self):
+        """Multiply-adds * 2 of the forward pass for a token."""
         return 2 * sum(p.numel() for p in self.parameters())
 
 
@@ -83,6 +85,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, cos, sin, cache=None):
+        """(batch, time, n_embd) -> (batch, time, n_embd)"""
         x = x + self.dropout(self.attention(self.attention_norm(x), cos, sin, cache))
         return x + self.dropout(self.ffn(self.ffn_norm(x)))
 
@@ -121,11 +124,16 @@ class GPT(nn.Module):
         Args:
             idx: (batch, time) int64 tokens, time at most block_size.
             targets: (batch, time) int64, -1 where there is nothing to predict.
-            cache: from `new_cache`, when generating: idx then continues the tokens that went before.
+            cache: from `new_cache`, when generating: idx is the prompt, and then one token at a time.
         Returns:
             logits (batch, time, vocab_size), and the loss, None without targets.
+        Raises:
+            ValueError: more than block_size tokens, or several at once after the prompt.
         """
         start = cache[0][0].shape[2] if cache and cache[0] else 0
+        if start + idx.shape[1] > self.config.block_size or (start and idx.shape[1] > 1):
+            raise ValueError(f"expected at most block_size={self.config.block_size} tokens, and one at a time after the first "
+                             f"that a cache holds; got {idx.shape[1]} after {start}")
         cos, sin = self.cos[start:start + idx.shape[1]], self.sin[start:start + idx.shape[1]]
         x = self.embedding(idx)
         for i, block in enumerate(self.blocks):
@@ -150,24 +158,26 @@ class GPT(nn.Module):
         self.eval()
         cache, unread = self.new_cache(), idx[:, -self.config.block_size:]
         window, stopped = unread, torch.zeros(len(idx), 1, dtype=torch.bool, device=idx.device)
-        for _ in range(max_new_tokens):
-            if window.shape[1] > self.config.block_size:
-                window = window[:, -max(self.config.block_size // 2, 1):]
-                cache, unread = self.new_cache(), window
-            logits = self(unread, cache=cache)[0][:, -1].float()
-            if temperature == 0:
-                unread = logits.argmax(-1, keepdim=True)
-            else:
-                if top_k:
-                    least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-                    logits = logits.masked_fill(logits < least, -float("inf"))
-                unread = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1, generator=generator)
-            window = torch.cat((window, unread), dim=1)
-            yield unread
-            stopped |= unread == stop if stop is not None else False
-            if stopped.all():
-                break
-        self.train(was_training)
+        try:
+            for _ in range(max_new_tokens):
+                if window.shape[1] > self.config.block_size:
+                    window = window[:, -max(self.config.block_size // 2, 1):]
+                    cache, unread = self.new_cache(), window
+                logits = self(unread, cache=cache)[0][:, -1].float()
+                if temperature == 0:
+                    unread = logits.argmax(-1, keepdim=True)
+                else:
+                    if top_k:
+                        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+                        logits = logits.masked_fill(logits < least, -float("inf"))
+                    unread = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1, generator=generator)
+                window = torch.cat((window, unread), dim=1)
+                yield unread
+                stopped |= unread == stop if stop is not None else False
+                if stopped.all():
+                    break
+        finally:  # also when the caller stops early
+            self.train(was_training)
 
     def memory_layers(self):
         """{layer number: ProductKeyMemory}"""
@@ -206,5 +216,5 @@ def default_hidden(config):
     if config.ffn == "memory":
         return llama
     with torch.device("meta"):  # counts without allocating
-        memory = [m for m in feed_forwards(config.replace(ffn="memory", ffn_hidden=llama))]
+        memory = feed_forwards(config.replace(ffn="memory", ffn_hidden=llama))
     return max(1, round(sum(m.flops_per_token() for m in memory) / (config.n_layer * 6 * config.n_embd)))

@@ -14,7 +14,11 @@ from nanomem.memory import MemoryTable, scatter_sum
 
 
 def row_gradient(values):
-    """The gradient of a table as (rows, gradients): rows (u,) int64 ascending, each once, gradients (u, v_dim)."""
+    """The gradient of a table as (rows, gradients): rows (u,) int64 ascending, each once, gradients (u, v_dim).
+
+    Rows that a sparse gradient has several times are summed in values.grad itself, so the work is done once, and what is
+    done to `gradients` in place is done to values.grad.
+    """
     grad = values.grad
     if not grad.is_sparse:
         rows = grad.any(dim=1).nonzero().squeeze(1)
@@ -35,7 +39,7 @@ class RowAdam(torch.optim.Optimizer):
     n_r counts the steps that read row r, so a row lives on a clock of its own: one that was not read keeps its
     value and moment as they are, with no decay, and the bias correction makes its first step as large as any
     row's first, root mean square lr, however late it comes. (On Adam's own clock a row first read at step 10,000
-    would move 1 / sqrt(1 - beta2) = 32 times as far.) No weight decay. The state takes 8 bytes a row.
+    would move 1 / sqrt(1 - beta2) times as far, 10 times here.) No weight decay. The state takes 8 bytes a row.
 
     Takes sparse gradients, or dense ones, of which it updates the rows that are not zero.
     """
@@ -71,13 +75,18 @@ class RowAdam(torch.optim.Optimizer):
             values.index_copy_(0, r, values.index_select(0, r).addcmul_(g, f[:, None], value=-1))
 
 
+def tables_of(model):
+    """The values of all memory tables in a module, each once."""
+    return [m.values for m in model.modules() if isinstance(m, MemoryTable)]
+
+
 def build_optimizer(model, learning_rate=1e-3, mem_lr=1e-2, weight_decay=0.1, betas=(0.9, 0.95)):
     """The optimizers for any module that contains memory layers: a list, to step and zero one after the other.
 
     [AdamW for all but the tables, RowAdam for the tables], the second only where there are tables. Weight decay
     is for matrices: not for vectors, keys or values.
     """
-    tables = [m.values for m in model.modules() if isinstance(m, MemoryTable)]
+    tables = tables_of(model)
     in_tables = {id(p) for p in tables}
     core = [p for p in model.parameters() if p.requires_grad and id(p) not in in_tables]
     groups = [dict(params=[p for p in core if p.dim() == 2], weight_decay=weight_decay),
@@ -100,10 +109,10 @@ def clip_gradients(model, max_norm):
 
     Repeated slots are summed before their norm is taken. Returns (norm of the others, norm of the tables').
     """
-    tables = [m.values for m in model.modules() if isinstance(m, MemoryTable) and m.values.grad is not None]
+    tables = tables_of(model)
     in_tables = {id(p) for p in tables}
     core_norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if id(p) not in in_tables], max_norm)
-    grads = [row_gradient(values)[1] if values.grad.is_sparse else values.grad for values in tables]
+    grads = [row_gradient(v)[1] if v.grad.is_sparse else v.grad for v in tables if v.grad is not None]
     table_norm = torch.nn.utils.get_total_norm(grads) if grads else torch.tensor(0.0)
     if table_norm > max_norm:
         for g in grads:

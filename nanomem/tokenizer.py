@@ -1,5 +1,5 @@
 """
-Tokenizers, all of them tiktoken encodings with one special token, <|endoftext|>, that stands between documents.
+Tokenizers, all of them tiktoken encodings with a special token, <|endoftext|>, that stands between documents.
 
     bytes                   256 tokens and <|endoftext|>: works for any text
     bpe                     trained on the text at hand (pip install -e '.[bpe]')
@@ -12,6 +12,8 @@ import binascii
 from pathlib import Path
 
 import tiktoken
+
+from nanomem import checkpoint
 
 END_OF_TEXT = "<|endoftext|>"
 # GPT-2's way of cutting text into words before merging bytes, with numbers cut into at most three digits.
@@ -46,11 +48,11 @@ def load(path):
 def save(encoding, path):
     """Writes an encoding's tokens to a .tiktoken file."""
     ranks = sorted((rank, token) for token, rank in encoding._mergeable_ranks.items())
-    Path(path).write_text("".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in ranks))
+    checkpoint.write_text(path, "".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in ranks))
 
 
 def train_bpe(texts, vocab_size):
-    """Byte-pair encoding trained on an iterable of strings, as a tiktoken encoding of vocab_size tokens.
+    """Byte-pair encoding trained on an iterable of strings, as a tiktoken encoding of at most vocab_size tokens, 257 or more.
 
     Raises ModuleNotFoundError, saying what to install, where the `tokenizers` package is missing.
     """
