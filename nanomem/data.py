@@ -17,7 +17,7 @@ IGNORE = -1  # target of a position that has none: no loss there
 
 
 class FactData:
-    """Blocks of sentences about entities, each entity at most once a block, so that no answer can be copied.
+    """Blocks of sentences about entities, at most one about each in a block, so that no answer can be copied.
 
     split 'train' has statements of all pairs and questions of the ASKED ones, 'val' the questions of the SELECT
     ones, never asked (or, for facts without questions, the same as 'train').

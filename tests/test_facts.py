@@ -95,11 +95,16 @@ def test_jsonl_that_is_wrong_is_named_with_its_line(tmp_path, lines, message):
 
 def test_sentences_are_tokens_of_the_text(world):
     sentences = facts.Sentences(world, tokenizer.load(facts.DATA / "world" / "tokenizer.tiktoken"))
-    for a, attribute in enumerate(world.attributes):
-        for wording in attribute.statements + attribute.questions:
-            text = f"{wording.replace('{}', world.entities[0])} {world.answers(0, a)[0]}"
-            # As a user's prompt will be encoded: in one piece
-            assert sentences.document(0, a, wording) == sentences.encoding.encode_ordinary(text) + [sentences.end]
+    longest = 0
+    for e, entity in enumerate(world.entities):
+        for a, attribute in enumerate(world.attributes):
+            for wording in attribute.statements + attribute.questions:
+                text = f"{wording.replace('{}', entity)} {world.answers(e, a)[0]}"
+                # As a user's prompt will be encoded: in one piece
+                document = sentences.document(e, a, wording)
+                assert document == sentences.encoding.encode_ordinary(text) + [sentences.end]
+                longest = max(longest, len(document))
+    assert sentences.longest()[0] == longest
 
 
 def test_recall_is_what_greedy_decoding_says():
@@ -121,6 +126,16 @@ def test_recall_is_what_greedy_decoding_says():
         tokens = [t.item() for t in model.generate(prompt, 40, temperature=0, stop=data.sentences.end)]
         assert right == (data.encoding.decode(tokens) == f" {world.answers(e, a)[0]}<|endoftext|>")
     assert 5 < known.sum() < len(pairs) - 5
+
+
+def test_measure_asks_each_kind_of_pair_its_own_kind_of_sentence(world, monkeypatch):
+    asked = []
+    monkeypatch.setattr(facts, "recall", lambda model, sentences, pairs, questions: asked.append((pairs, questions)) or np.ones(len(pairs), bool))
+    measured = facts.measure(None, facts.Sentences(world, tokenizer.byte_encoding()), most=10_000)
+    assert list(measured) == ["select", "report", "taught"] and [questions for _, questions in asked] == [True, True, False]
+    roles = [set(world.role[tuple(pairs.T)]) for pairs, _ in asked]
+    assert roles == [{facts.SELECT}, {facts.REPORT}, {facts.ASKED, facts.SELECT, facts.REPORT}]
+    assert [len(pairs) for pairs, _ in asked] == [375, 375, 1500]
 
 
 def test_scores_are_means_over_groups(world):

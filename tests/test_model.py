@@ -64,11 +64,19 @@ def test_generation_with_the_cache_equals_generation_without(time):
 def test_generation_goes_on_past_the_block_and_ends_at_stop():
     model = small()
     assert len(list(model.generate(batch(1)[0], 30, temperature=1.0, top_k=5))) == 30
-    first = next(model.generate(batch(1)[0][:, :3], 1, temperature=0))
-    torch.manual_seed(0)
     prompt = batch(1)[0][:, :3]
     likeliest = next(model.generate(prompt, 1, temperature=0)).item()
-    assert len(list(model.generate(prompt, 30, temperature=0, stop=likeliest))) == 1 and first.shape == (1, 1)
+    assert len(list(model.generate(prompt, 30, temperature=0, stop=likeliest))) == 1
+
+
+def test_too_many_tokens_and_several_after_a_cached_prompt_are_refused():
+    model = small()
+    with pytest.raises(ValueError, match="block_size=12"):
+        model(batch(1, 13)[0])
+    cache = model.new_cache()
+    model(batch(1, 4)[0], cache=cache)
+    with pytest.raises(ValueError, match="one at a time"):
+        model(batch(1, 2)[0], cache=cache)
 
 
 def test_sampling_keeps_to_the_top_k():

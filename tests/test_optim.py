@@ -114,6 +114,15 @@ def test_build_optimizer_covers_each_parameter_once_and_trains_an_ordinary_model
     assert losses[-1] < 0.2 * losses[0]
 
 
+def test_weight_decay_is_for_matrices_alone():
+    model = TwoLayers(sparse_grad=True)
+    adamw, rows = build_optimizer(model, weight_decay=0.3)
+    decayed = {id(p): g["weight_decay"] for g in adamw.param_groups for p in g["params"]}
+    for name, p in model.named_parameters():
+        if "values" not in name:
+            assert decayed[id(p)] == (0.3 if name.endswith("proj.weight") else 0.0), name
+
+
 def test_a_model_without_memory_gets_one_optimizer():
     assert len(build_optimizer(torch.nn.Linear(3, 3))) == 1
 

@@ -125,6 +125,45 @@ def test_a_table_larger_than_the_machine_is_refused(tmp_path):
     assert "mem_n_keys=3000000 makes tables of" in err and err.count("\n") == 1
 
 
+def test_accumulated_batches_train_like_one_large_batch(tmp_path):
+    path = tmp_path / "book.txt"
+    path.write_text("abcdefgh" * 100)
+    for name, steps in (("one", 1), ("four", 4)):
+        runs.train(tmp_path / name, f"--data={path}", "--max_iters=2", "--learning_rate=0", "--min_lr=0", "--mem_lr=0", "--log_interval=1",
+                   f"--gradient_accumulation_steps={steps}")
+    losses = [runs.metrics(tmp_path / name)[0]["train_loss"] for name in ("one", "four")]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)  # a mean over the passes, not their sum
+
+
+def test_bfloat16_trains(tmp_path):
+    runs.train(tmp_path / "half", "--max_iters=4", "--dtype=bfloat16")
+    runs.train(tmp_path / "full", "--max_iters=4", "--dtype=float32")
+    half, full = (runs.metrics(tmp_path / name)[-1]["val_loss"] for name in ("half", "full"))
+    assert half != full and half == pytest.approx(full, rel=1e-2)
+
+
+def test_a_trained_tokenizer_comes_back_on_resume_and_in_sample(tmp_path):
+    pytest.importorskip("tokenizers")
+    path = tmp_path / "book.txt"
+    path.write_text("the cat sat on the mat, the dog sat on the log\n" * 100)
+    bpe = [f"--data={path}", "--tokenizer=bpe", "--vocab_size=2048"]
+    runs.train(tmp_path / "run", *bpe, "--max_iters=5")
+    path.write_text("other words in the file since, of the same length or so\n" * 100)
+    runs.train(tmp_path / "run", *bpe, "--max_iters=10", "--resume")
+    path.unlink()  # asking the model needs no data
+    out, _ = runs.run("sample.py", f"--out_dir={tmp_path / 'run'}", "--start=the cat", "--max_new_tokens=3")
+    assert "the cat" in out
+
+
+def test_users_text_is_shown_as_it_is(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"prompt": "Close [/b] :smile: tag?", "answer": "[red]caf\u00e9"}\n')
+    out, _ = runs.train(tmp_path / "run", f"--data={path}", "--max_iters=5", "--block_size=64")
+    assert "Close [/b] :smile: tag?" in out and "[red]café" in out
+    out, _ = runs.run("sample.py", f"--out_dir={tmp_path / 'run'}", "--start=[/b] é \\", "--trace", "--max_new_tokens=2")
+    assert "[/b] é \\" in out
+
+
 def test_the_deterministic_flag_runs(tmp_path):
     runs.train(tmp_path / "run", "--max_iters=2", "--deterministic")
     torch.use_deterministic_algorithms(False)
