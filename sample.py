@@ -166,6 +166,8 @@ with one_line_errors():
     config = SampleConfig(**parse(SampleConfig, sys.argv[1:]))
     if config.max_new_tokens < 1 or config.num_samples < 1 or config.top_k < 0:
         raise UserError("max_new_tokens and num_samples must be 1 or more, and top_k 0 or more")
+    if not (0 <= config.temperature < float("inf") or config.temperature == -1):
+        raise UserError(f"temperature must be 0 or more and finite, or -1 for the default; got {config.temperature}")
     model, encoding, run = open_run(config)
     if config.trace and not model.memory_layers():
         raise UserError("--trace shows memory slots, and this model has no memory layers (ffn=dense)")
@@ -181,6 +183,7 @@ with one_line_errors():
             try:
                 text = console.input("> ")
             except (EOFError, KeyboardInterrupt):
+                console.print()
                 break
             if text.strip():
                 answer(text)

@@ -13,10 +13,10 @@ Trains a small language model with memory layers, and tells what it has learned.
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import os
-import shutil
 import signal
 import sys
 import time
@@ -76,12 +76,11 @@ def check_table_fits(config, device):
 
 
 def make_room(out_dir):
-    """What an earlier run left in out_dir moves to out_dir.previous, so that one mistake loses nothing."""
+    """What an earlier run left in out_dir moves to out_dir.1, or the next number that is free: nothing is overwritten."""
     if (out_dir / checkpoint.FILE).exists():
-        previous = out_dir.with_name(out_dir.name + ".previous")
-        shutil.rmtree(previous, ignore_errors=True)
-        out_dir.rename(previous)
-        console.print(f"moved the earlier run in {out_dir} to {previous}")
+        earlier = next(path for path in (Path(f"{out_dir}.{n}") for n in itertools.count(1)) if not path.exists())
+        out_dir.rename(earlier)
+        console.print(f"moved the earlier run in {out_dir} to {earlier}", soft_wrap=True)
     out_dir.mkdir(parents=True, exist_ok=True)
 
 
@@ -181,11 +180,12 @@ def tell_what_it_knows(recalled):
     for title in ["", *(title for _, title in columns), "always the most frequent"]:
         table.add_column(title, justify="right" if title else "left")
     frequent = data.facts.most_frequent_scores()
+    last_attribute = data.facts.attributes[-1].name
     baseline = {a.name: score for a, score in zip(data.facts.attributes, frequent)} | {"all": frequent.mean()}
     names = [a.name for a in data.facts.attributes] + ["head", "torso", "tail", "all"]
     for name in names:
         numbers = [recalled[kind][name] for kind, _ in columns] + [baseline.get(name)]
-        table.add_row(name, *("" if x is None else f"{x:.1%}" for x in numbers), end_section=name in (names[-5], "tail"))
+        table.add_row(name, *("" if x is None else f"{x:.1%}" for x in numbers), end_section=name in (last_attribute, "tail"))
     console.print(table)
 
     answers = Table(title="Questions it was never asked" if "report" in recalled else "What it was taught")

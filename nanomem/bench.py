@@ -134,6 +134,11 @@ def memory_needed(kind, config, n_keys):
 def main():
     """Runs the measurements in turn and prints the table."""
     config = BenchConfig(**parse(BenchConfig, sys.argv[1:]))
+    if not all(n.strip().isdecimal() and int(n) >= max(config.knn, 1) for n in config.n_keys.split(",")):
+        raise UserError(f"n_keys must be numbers such as 1024,4096, none below knn = {config.knn}; got {config.n_keys!r}")
+    for name in ("tokens", "dim", "heads", "knn", "k_dim", "steps", "rounds"):
+        if getattr(config, name) < 1:
+            raise UserError(f"{name} must be 1 or more, got {getattr(config, name)}")
     sizes = [int(n) for n in config.n_keys.split(",")]
     if config.only:
         print(json.dumps(measure(config.only, config, sizes[0])))

@@ -81,7 +81,9 @@ def read_header(out_dir):
         return None
     try:
         with safe_open(path, framework="pt") as file:
-            return json.loads(file.metadata()["nanomem"])
+            header = json.loads(file.metadata()["nanomem"])
+            header["config"], header["iteration"]  # a KeyError or TypeError for another kind of header
+            return header
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not a whole nanomem checkpoint ({error})") from None
 

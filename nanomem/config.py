@@ -104,6 +104,9 @@ class Config(GPTConfig):
         unknown = saved.keys() - {f.name for f in dataclasses.fields(cls)}
         if unknown:
             raise UserError(f"the run in {where} has settings unknown to this version of nanomem: {', '.join(sorted(unknown))}")
+        for f in dataclasses.fields(cls):
+            if f.name in saved and type(saved[f.name]) not in ((int, float) if f.type is float else (f.type,)):
+                raise UserError(f"the run in {where} has {f.name}={saved[f.name]!r}, expected {f.type.__name__}")
         return cls(**saved)
 
     data: str = setting("world", "world (cities), people (invented), or the path of a .jsonl file of facts or of a text file", group="Data")
@@ -142,7 +145,7 @@ class Config(GPTConfig):
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
         for name in ("max_iters", "warmup_iters", "learning_rate", "mem_lr", "min_lr", "weight_decay", "grad_clip", "zipf", "seed"):
             if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+                raise ValueError(f"{name} must be 0 or more and finite, got {getattr(self, name)}")
         if self.seed >= 2**63:
             raise ValueError(f"seed must be under 2**63, got {self.seed}")
 
@@ -191,7 +194,8 @@ def parse(cls, argv):
             print_help(cls)
             sys.exit(0)
         if not argument.startswith("--"):
-            raise UserError(f"expected --key=value, got {argument!r}")
+            hint = f" (did you mean --{argument.lstrip('-')}?)" if argument.lstrip("-").partition("=")[0] in settings else ""
+            raise UserError(f"expected --key=value, got {argument!r}{hint}")
         if name not in settings:
             raise UserError(f"unknown setting --{name}{nearest(name, settings)}; --help lists them all")
         if not equals and settings[name].type is not bool:

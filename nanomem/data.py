@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from nanomem import facts, tokenizer
+from nanomem.config import nearest
 
 SPLITS = ("train", "val")
 IGNORE = -1  # target of a position that has none: no loss there
@@ -100,7 +101,8 @@ def open_data(config, tokenizer_path=None):
     elif config.data == "people":
         fact_set, text = facts.people(config.n_entities, config.zipf, config.seed), None
     elif not path.is_file():
-        raise FileNotFoundError(f"data must be world, people, or the path of a file; there is no file {config.data!r}")
+        raise FileNotFoundError(f"data must be world, people, or the path of a .jsonl or text file; {config.data!r} is no file"
+                                f"{nearest(config.data, ('world', 'people'))}")
     elif path.suffix == ".jsonl":
         fact_set, text = facts.from_jsonl(path), None
     else:

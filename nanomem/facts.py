@@ -168,8 +168,8 @@ def from_jsonl(path):
         where = f"{path}, line {number}"
         try:
             fact = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: not JSON ({error.msg}); expected {{\"prompt\": ..., \"answer\": ...}}") from None
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"{where}: not JSON ({getattr(error, 'msg', error)}); expected {{\"prompt\": ..., \"answer\": ...}}") from None
         if not isinstance(fact, dict):
             raise ValueError(f"{where}: expected an object with \"prompt\" and \"answer\", got {type(fact).__name__}")
         for key in ("prompt", "answer"):
@@ -180,9 +180,12 @@ def from_jsonl(path):
             raise ValueError(f"{where}: \"prompt\" must be a string that is not empty")
         if not accepted or not all(isinstance(a, str) and a.strip() for a in accepted):
             raise ValueError(f"{where}: \"answer\" must be a string, or a list of strings, none of them empty")
-        if fact["prompt"] in answers:
-            raise ValueError(f"{where}: the prompt {fact['prompt'][:60]!r} is there twice; list its answers in one line")
-        answers[fact["prompt"]] = tuple(accepted)
+        prompt, accepted = fact["prompt"].strip(), tuple(a.strip() for a in accepted)
+        if any(0xD800 <= ord(character) < 0xE000 for text in (prompt, *accepted) for character in text):
+            raise ValueError(f"{where}: half of a \\ud800 pair stands alone, which is no character")
+        if prompt in answers:
+            raise ValueError(f"{where}: the prompt {prompt[:60]!r} is there twice; list its answers in one line")
+        answers[prompt] = accepted
     if not answers:
         raise ValueError(f"{path}: no facts in it; expected one {{\"prompt\": ..., \"answer\": ...}} a line")
     # Each line is an entity of its own whose name is the prompt.
@@ -194,7 +197,7 @@ def read_lines(path):
     lines = []
     for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
         try:
-            lines.append(line.decode("utf-8"))
+            lines.append(line.decode("utf-8-sig" if number == 1 else "utf-8"))  # some editors begin a file with a mark
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}, line {number}: byte {error.start + 1} is not UTF-8") from None
     return lines

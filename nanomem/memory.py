@@ -11,6 +11,7 @@ feed-forward layer and holds far more parameters than one, since a token reads o
     out = W_out (y * silu(W_gate x))         Memory+'s input-dependent gate
 
 Read it in this order:
+    gather_sum ...      the arithmetic: reading rows, and what flows back from it
     product_key_topk    finds the best k of N slots in sqrt(N) time, exactly
     memory_read         sums the chosen values; its gradients touch only the rows that were read
     MemoryTable         owns the values, so that several layers can share them
@@ -127,6 +128,7 @@ class _ProductKeyTopK(torch.autograd.Function):
         a, b = _candidate_pairs(knn, queries.device)
         sums = half_scores[:, 0].index_select(-1, a) + half_scores[:, 1].index_select(-1, b)
         scores, chosen = sums.topk(knn)  # (heads, n, knn)
+        # From the place of the pair chosen to the ranks of its halves, and from a rank to the half key that has it.
         first = half_indices[:, 0].gather(-1, a[chosen]).transpose(0, 1)
         second = half_indices[:, 1].gather(-1, b[chosen]).transpose(0, 1)
         indices = first * n_keys + second
@@ -242,6 +244,8 @@ class MemoryTable(nn.Module):
 
     def __init__(self, n_slots, v_dim, sparse_grad=True):
         super().__init__()
+        if n_slots < 1 or v_dim < 1:
+            raise ValueError(f"n_slots and v_dim must be 1 or more, got {n_slots} and {v_dim}")
         self.n_slots, self.v_dim, self.sparse_grad = n_slots, v_dim, sparse_grad
         self.values = nn.Parameter(torch.empty(n_slots, v_dim))
         nn.init.normal_(self.values, std=v_dim**-0.5)
@@ -310,7 +314,9 @@ class ProductKeyMemory(nn.Module):
         return indices, F.softmax(scores.float() if scores.dtype != torch.float64 else scores, dim=-1)
 
     def forward(self, x):
-        """(batch, time, dim), or any shape that ends in dim, to the same shape and dtype."""
+        """(batch, time, dim), or any shape that ends in dim, to the same shape. Raises ValueError for another width."""
+        if x.shape[-1] != self.dim:
+            raise ValueError(f"expected input of width dim = {self.dim}, got {tuple(x.shape)}")
         shape, x = x.shape, x.reshape(-1, self.dim)
         indices, weights = self.lookup(x)
         if self.observer is not None:

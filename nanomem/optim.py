@@ -57,6 +57,13 @@ class RowAdam(torch.optim.Optimizer):
                 if values.grad is not None:
                     self._update(values, group["lr"], group["beta2"], group["eps"])
 
+    def load_state_dict(self, state_dict):
+        """Loads what state_dict() returned, keeping its dtypes: torch would turn the counts into the table's dtype."""
+        super().load_state_dict(state_dict)
+        tables = [values for group in self.param_groups for values in group["params"]]
+        for number, saved in state_dict["state"].items():
+            self.state[tables[number]] = {key: tensor.clone().to(tables[number].device) for key, tensor in saved.items()}
+
     def _update(self, values, lr, beta2, eps):
         state = self.state[values]
         if not state:
@@ -99,7 +106,7 @@ def build_optimizer(model, learning_rate=1e-3, mem_lr=1e-2, weight_decay=0.1, be
         optimizers.append(RowAdam(tables, lr=mem_lr))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["peak_lr"] = group["lr"]
+            group["peak_lr"] = group["lr"]  # for a schedule to scale, as train.py's does
     return optimizers
 
 

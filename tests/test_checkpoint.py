@@ -1,10 +1,11 @@
+import dataclasses
 import json
 
 import pytest
 import torch
 
 from nanomem import checkpoint
-from nanomem.config import GPTConfig, UserError
+from nanomem.config import Config, GPTConfig, UserError
 from nanomem.model import GPT
 from nanomem.optim import build_optimizer
 
@@ -30,14 +31,14 @@ def trained(steps):
 
 def test_a_loaded_run_goes_on_exactly_as_the_saved_one(tmp_path):
     model, optimizers = trained(3)
-    checkpoint.save(tmp_path, model, optimizers, {"iteration": 3})
+    checkpoint.save(tmp_path, model, optimizers, {"config": {}, "iteration": 3})
     step(model, optimizers)
 
     torch.manual_seed(99)
     loaded = GPT(CONFIG)
     loaded_optimizers = build_optimizer(loaded)
     checkpoint.load(tmp_path, loaded, loaded_optimizers)
-    assert checkpoint.read_header(tmp_path) == {"iteration": 3}
+    assert checkpoint.read_header(tmp_path) == {"config": {}, "iteration": 3}
     step(loaded, loaded_optimizers)  # the same batch too: the generator's state came along
     for a, b in zip(model.parameters(), loaded.parameters()):
         assert torch.equal(a, b)
@@ -68,6 +69,15 @@ def test_a_checkpoint_of_another_shape_is_named(tmp_path):
     checkpoint.save(tmp_path, model, optimizers, {})
     with pytest.raises(UserError, match="embedding.weight has shape"):
         checkpoint.load(tmp_path, GPT(CONFIG.replace(vocab_size=30)))
+
+
+def test_settings_of_another_version_are_named():
+    saved = dataclasses.asdict(Config())
+    assert Config.from_saved(saved, "there") == Config()
+    with pytest.raises(UserError, match="unknown.*colour"):
+        Config.from_saved(saved | {"colour": 1}, "there")
+    with pytest.raises(UserError, match="n_layer='two', expected int"):
+        Config.from_saved(saved | {"n_layer": "two"}, "there")
 
 
 def test_no_checkpoint_and_a_file_that_is_none(tmp_path):

@@ -70,9 +70,9 @@ def write(path, *lines):
 
 
 def test_jsonl_facts(tmp_path):
-    made = facts.from_jsonl(write(tmp_path / "f.jsonl", '{"prompt": "Sky?", "answer": "blue"}', "",
+    made = facts.from_jsonl(write(tmp_path / "f.jsonl", '\ufeff{"prompt": "Sky?", "answer": " blue"}', "",
                                   '{"prompt": "Colour of grass?", "answer": ["green", "Green"]}'))
-    assert made.entities == ["Sky?", "Colour of grass?"] and made.answers(1, 0) == ("green", "Green")
+    assert made.entities == ["Sky?", "Colour of grass?"] and made.answers(0, 0) == ("blue",) and made.answers(1, 0) == ("green", "Green")
 
 
 @pytest.mark.parametrize("lines, message", [
@@ -81,6 +81,8 @@ def test_jsonl_facts(tmp_path):
     (['{"prompt": "a"}'], 'line 1: the key "answer" is missing'),
     (['{"answer": "a"}'], '"prompt" is missing'),
     (['["a", "b"]'], "line 1: expected an object"),
+    (["[" * 100_000], "line 1: not JSON"),
+    (['{"prompt": "a \\ud800", "answer": "b"}'], "line 1: half of a"),
     (['{"prompt": "a", "answer": "b"}'] * 2, "line 2: the prompt 'a' is there twice"),
     (['{"prompt": 3, "answer": "b"}'], '"prompt" must be a string'),
     (['{"prompt": "a", "answer": 3}'], '"answer" must be a string'),

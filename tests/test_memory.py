@@ -170,6 +170,12 @@ def test_layer_refuses_settings_that_cannot_be(options, message):
         ProductKeyMemory(8, MemoryTable(25, 8), **{"knn": 2, **options})
 
 
+def test_layer_refuses_another_width():
+    layer = ProductKeyMemory(8, MemoryTable(25, 8), heads=1, knn=2)
+    with pytest.raises(ValueError, match="dim = 8"):
+        layer(torch.randn(2, 3, 16))
+
+
 def test_layer_refuses_a_table_that_is_no_square():
     with pytest.raises(ValueError, match="5\\*\\*2 = 25"):
         ProductKeyMemory(8, MemoryTable(30, 8), knn=2)

@@ -47,6 +47,16 @@ def test_state_takes_8_bytes_a_slot():
     assert sum(t.numel() * t.element_size() for t in optimizer.state[values].values()) == 800
 
 
+def test_state_dict_keeps_dtypes():
+    values = torch.nn.Parameter(torch.zeros(10, 4, dtype=torch.bfloat16))
+    optimizer, loaded = RowAdam([values]), RowAdam([values])
+    values.grad = sparse([7], torch.randn(1, 4).bfloat16(), 10)
+    optimizer.step()
+    loaded.load_state_dict(optimizer.state_dict())
+    for key, tensor in optimizer.state[values].items():
+        assert loaded.state[values][key].dtype == tensor.dtype and torch.equal(loaded.state[values][key], tensor)
+
+
 class TwoLayers(torch.nn.Module):
     def __init__(self, sparse_grad):
         super().__init__()

@@ -63,7 +63,7 @@ def test_a_new_run_keeps_the_one_before(finished, tmp_path):
     first = (tmp_path / "run" / "checkpoint.safetensors").read_bytes()
     out, _ = runs.train(tmp_path / "run", "--max_iters=2", "--seed=2")
     assert "moved the earlier run" in out
-    assert (tmp_path / "run.previous" / "checkpoint.safetensors").read_bytes() == first
+    assert (tmp_path / "run.1" / "checkpoint.safetensors").read_bytes() == first
 
 
 def test_resume_refuses_another_shape_and_names_it(finished):
@@ -95,7 +95,12 @@ def test_dense_and_memory_take_equal_flops(finished, tmp_path):
     (["--mem_knn=300"], "mem_knn must be at most mem_n_keys"),
     (["--batch_size=0"], "batch_size must be 1 or more"),
     (["--learning_rate=nan"], "learning_rate must be 0 or more"),
-    (["--data=nowhere.txt"], "there is no file 'nowhere.txt'"),
+    (["--data=nowhere.txt"], "'nowhere.txt' is no file"),
+    (["--data=wrold"], "(did you mean world?)"),
+    (["n_entities=5"], "(did you mean --n_entities=5?)"),
+    (["--out_dir="], "out_dir must be a folder of its own"),
+    (["--device=cpu:x"], "--device=cpu:x is not on this machine"),
+    (["--seed=99999999999999999999999"], "seed must be under"),
     (["--device=tpu"], "--device=tpu is not on this machine"),
     (["--n_entities=10000000"], "n_entities for data=world must be from 4 to"),
 ])
