@@ -129,23 +129,22 @@ def trace(model, data, tokens, shown=3):
                         f"{model.config.mem_heads} heads x {model.config.mem_knn} slots)")
     for title in ("token", *(f"layer {layer}" for layer in looked_up)):
         table.add_column(title)
-    top = {}  # (layer, slot) -> its largest weight
+    heaviest = set()  # (layer, slot) of each token
     for t, word in enumerate(words):
         cells = []
         for layer, (indices, weights) in looked_up.items():
             weight, lookup = weights[t].topk(min(shown, weights.shape[1]))
             slots = indices[t, lookup].tolist()
             cells.append("  ".join(f"{slot}: {w:.2f}" for slot, w in zip(slots, weight.tolist())))
-            for slot, w in zip(slots[:1], weight.tolist()):
-                top[layer, slot] = max(w, top.get((layer, slot), 0.0))
+            heaviest.add((layer, slots[0]))
         table.add_row(visible(word).replace(" ", "·"), *cells)
     console.print(table)
 
     table = Table(title="What else reads each token's heaviest slot: the training tokens with most weight, after what came before them")
     for title in ("layer", "slot", "read by"):
         table.add_column(title)
-    found = readers(model, data, top)
-    for layer, slot in sorted(top):
+    found = readers(model, data, heaviest)
+    for layer, slot in sorted(heaviest):
         contexts = "  |  ".join(visible(context) for context, _ in found[layer, slot].most_common(5))
         table.add_row(str(layer), str(slot), contexts or "nothing in the sample")
     console.print(table)

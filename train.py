@@ -262,7 +262,8 @@ signal.signal(signal.SIGTERM, interrupt)
 
 tokens_an_update = config.batch_size * config.gradient_accumulation_steps * config.block_size
 floor = min(1.0, config.min_lr / config.learning_rate) if config.learning_rate else 0.0
-started, window, recalled, saved_step = time.perf_counter() - elapsed, (step, time.perf_counter()), {}, None
+started, window, recalled = time.perf_counter() - elapsed, (step, time.perf_counter()), {}
+saved_step = step if header else None
 
 
 def save():
