@@ -20,14 +20,40 @@ Read it in this order:
 
 import contextlib
 import functools
+import importlib.util
 import math
+import os
 import warnings
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from nanomem import kernels
+
 warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")  # the one operation used here is tested
+
+
+
+def use_kernels(x):
+    """Whether the Triton kernels (kernels.py) compute with x, or plain PyTorch does.
+
+    They do for 16- and 32-bit floats on a CUDA or ROCm GPU where Triton is installed. The environment variable NANOMEM_KERNELS
+    forces either: "triton" (on a CPU that takes Triton's interpreter, TRITON_INTERPRET=1) or "torch".
+    Raises ValueError for another value of it.
+    """
+    choice = os.environ.get("NANOMEM_KERNELS", "auto")
+    if choice not in ("auto", "triton", "torch"):
+        raise ValueError(f"NANOMEM_KERNELS must be auto, triton or torch, got {choice!r}")
+    if choice == "auto":
+        choice = "triton" if x.is_cuda and _has_triton() else "torch"
+    return choice == "triton" and x.dtype != torch.float64
+
+
+@functools.cache
+def _has_triton():
+    return importlib.util.find_spec("triton") is not None
+
 
 # ------------------------------------------------------------------------------------------------
 # The lookup's arithmetic is one form, linear in each of its three arguments,
@@ -43,6 +69,8 @@ def gather_sum(table, rows, weights):
 
     table (n_rows, dim), rows (n, lookups) int64, weights (n, lookups) -> (n, dim)
     """
+    if use_kernels(table):
+        return kernels.gather_sum(table, rows, weights)
     return F.embedding_bag(rows, table, per_sample_weights=weights, mode="sum")
 
 
@@ -51,6 +79,8 @@ def gather_dot(table, rows, x):
 
     table (n_rows, dim), rows (n, lookups) int64, x (n, dim) -> (n, lookups)
     """
+    if use_kernels(table):
+        return kernels.gather_dot(table, rows, x)
     n, lookups = rows.shape
     # torch refuses a sparse matrix of more entries than a dense one would have: a table smaller than a token's lookups.
     if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and lookups <= len(table):
@@ -71,6 +101,8 @@ def scatter_sum(rows, weights, x):
     Sorting the lookups by row puts each row's share in one segment, and summing a segment is a read again,
     with tokens and rows swapped: no atomics, the same result every time, and no (n, lookups, dim) tensor.
     """
+    if use_kernels(x):
+        return kernels.scatter_sum(rows, weights, x)[:2]
     rows, order = torch.sort(rows.flatten(), stable=True)  # stable integer sorts use a radix sort on a CPU
     first = torch.ones_like(rows, dtype=torch.bool)
     first[1:] = rows[1:] != rows[:-1]
@@ -85,7 +117,7 @@ def scatter_sum(rows, weights, x):
 
 
 @functools.lru_cache
-def _candidate_pairs(knn, device):
+def candidate_pairs(knn, device):
     """Ranks (a, b) of first and second halves that can be among the best knn sums: two (n_pairs,) int64 tensors.
 
     Both lists of half scores are sorted, so the pair at ranks (a, b) is beaten or equalled by all
@@ -112,51 +144,90 @@ def _topk(scores, k, size=8):
     return best, members.gather(-1, chosen)
 
 
-class _ProductKeyTopK(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, queries, keys, knn):
-        n, heads, _, half = queries.shape
-        n_keys = keys.shape[2]
-        flat_keys = keys.reshape(heads * 2, n_keys, half)
-        # 512 tokens at a time on a CPU, so that the scores (heads * 2, tokens, n_keys) stay in cache: a fifth faster.
-        # Not in bfloat16 under autocast: rounding the scores would change the weights by some percent.
-        with torch.autocast(queries.device.type, enabled=False):
-            best = [_topk(torch.bmm(chunk.flatten(1, 2).transpose(0, 1), flat_keys.transpose(1, 2)), knn)
-                    for chunk in queries.split(512 if queries.device.type == "cpu" else max(n, 1))]
-        half_scores, half_indices = (torch.cat(parts, dim=1).view(heads, 2, n, knn) for parts in zip(*best))
+def _half_scores(queries, keys):
+    """<queries[t, h, c], keys[h, c, i]>: queries (n, heads, 2, half), keys (heads, 2, n_keys, half) -> (heads, 2, n, n_keys).
 
-        a, b = _candidate_pairs(knn, queries.device)
-        sums = half_scores[:, 0].index_select(-1, a) + half_scores[:, 1].index_select(-1, b)
-        scores, chosen = sums.topk(knn)  # (heads, n, knn)
-        # From the place of the pair chosen to the ranks of its halves, and from a rank to the half key that has it.
-        first = half_indices[:, 0].gather(-1, a[chosen]).transpose(0, 1)
-        second = half_indices[:, 1].gather(-1, b[chosen]).transpose(0, 1)
-        indices = first * n_keys + second
-
-        ctx.save_for_backward(queries, keys, torch.stack([first, second], dim=2))
-        ctx.mark_non_differentiable(indices)
-        return scores.transpose(0, 1).contiguous(), indices
-
-    @staticmethod
-    def backward(ctx, grad_scores, _):
-        # A score is <q1, K1[i]> + <q2, K2[j]> for the slot (i, j) chosen. Only the chosen ones have a gradient,
-        # so the queries' is a read of the keys and the keys' a scatter of the queries, weighted by grad_scores.
-        queries, keys, half_indices = ctx.saved_tensors
-        n, heads, _, half = queries.shape
-        n_keys, knn = keys.shape[2], grad_scores.shape[-1]
-        base = torch.arange(heads * 2, device=keys.device).view(heads, 2, 1) * n_keys
-        rows = (half_indices + base).view(n * heads * 2, knn)
-        weights = grad_scores.to(keys.dtype).unsqueeze(2).expand(n, heads, 2, knn).reshape(rows.shape)
-        grad_queries = grad_keys = None
-        if ctx.needs_input_grad[0]:
-            grad_queries = gather_sum(keys.reshape(-1, half), rows, weights).view(queries.shape).to(queries.dtype)
-        if ctx.needs_input_grad[1]:
-            unique, sums = scatter_sum(rows, weights, queries.reshape(-1, half).to(keys.dtype))
-            grad_keys = torch.zeros_like(keys).view(-1, half).index_copy_(0, unique, sums).view(keys.shape)
-        return grad_queries, grad_keys, None
+    float32 even from 16-bit operands, whose products are exact in it: rounded scores would change the weights by percents.
+    """
+    q, k = queries.flatten(1, 2).transpose(0, 1), keys.flatten(0, 1).transpose(1, 2)
+    with torch.autocast(q.device.type, enabled=False):
+        if q.dtype in (torch.float32, torch.float64):
+            scores = torch.bmm(q, k)
+        elif q.is_cuda and torch.version.hip is None:
+            scores = torch.bmm(q, k, out_dtype=torch.float32)
+        else:
+            scores = torch.bmm(q.float(), k.float())
+    return scores.view(*keys.shape[:2], len(queries), keys.shape[2])
 
 
-@torch.compiler.disable
+def _select(half_scores, knn):
+    """The knn best sums of a first and a second half score, from the pairs that can be among them.
+
+    half_scores (heads, 2, n, n_keys) -> scores (n, heads, knn), from high to low; half_indices (n, heads, 2, knn), the keys they are of
+    """
+    pairs = candidate_pairs(knn, half_scores.device)
+    if use_kernels(half_scores):
+        return kernels.select(half_scores, knn, pairs)
+    a, b = pairs
+    best, indices = _topk(half_scores, knn)  # (heads, 2, n, knn)
+    sums = best[:, 0].index_select(-1, a) + best[:, 1].index_select(-1, b)
+    scores, chosen = sums.topk(knn)  # (heads, n, knn)
+    # From the place of the pair chosen to the ranks of its halves, and from a rank to the half key that has it.
+    half_indices = torch.stack([indices[:, 0].gather(-1, a[chosen]), indices[:, 1].gather(-1, b[chosen])], dim=1)
+    return scores.transpose(0, 1), half_indices.permute(2, 0, 1, 3)
+
+
+# Registered with torch.library, so that torch.compile takes the search for one operation and goes on around it.
+@torch.library.custom_op("nanomem::product_key_topk", mutates_args=())
+def _product_key_topk(queries: torch.Tensor, keys: torch.Tensor, knn: int) -> tuple[torch.Tensor, torch.Tensor]:
+    # Some tokens at a time, so that the scores (heads, 2, tokens, n_keys) stay in cache and are never all there: in 4 MB
+    # on a CPU, which is a fifth faster than all at once, and in 32 MB of a GPU's L2.
+    in_cache = 2**20 if queries.device.type == "cpu" else 2**23
+    size = max(1, in_cache // (2 * keys.shape[0] * keys.shape[2]))
+    scores, half_indices = zip(*(_select(_half_scores(chunk, keys), knn) for chunk in queries.split(size)))
+    return torch.cat(scores), torch.cat(half_indices)
+
+
+@_product_key_topk.register_fake
+def _(queries, keys, knn):
+    n, heads = queries.shape[:2]
+    scores = queries.new_empty(n, heads, knn, dtype=torch.float64 if queries.dtype == torch.float64 else torch.float32)
+    return scores, queries.new_empty(n, heads, 2, knn, dtype=torch.int32 if use_kernels(queries) else torch.int64)
+
+
+@torch.library.custom_op("nanomem::product_key_topk_backward", mutates_args=())
+def _product_key_topk_backward(grad_scores: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor,
+                               half_indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    # A score is <q1, K1[i]> + <q2, K2[j]> for the slot (i, j) chosen. Only the chosen ones have a gradient,
+    # so the queries' is a read of the keys and the keys' a scatter of the queries, weighted by grad_scores.
+    n, heads, _, half = queries.shape
+    n_keys, knn = keys.shape[2], grad_scores.shape[-1]
+    base = torch.arange(heads * 2, device=keys.device).view(heads, 2, 1) * n_keys
+    rows = (half_indices + base).view(n * heads * 2, knn)
+    weights = grad_scores.to(keys.dtype).unsqueeze(2).expand(n, heads, 2, knn).reshape(rows.shape)
+    grad_queries = gather_sum(keys.reshape(-1, half), rows, weights).view(queries.shape)
+    if use_kernels(keys):
+        return grad_queries, kernels.key_gradient(half_indices, grad_scores, queries, n_keys)
+    unique, sums = scatter_sum(rows, weights, queries.reshape(-1, half))
+    return grad_queries, torch.zeros_like(keys).view(-1, half).index_copy_(0, unique, sums).view(keys.shape)
+
+
+@_product_key_topk_backward.register_fake
+def _(grad_scores, queries, keys, half_indices):
+    return torch.empty_like(queries), torch.empty_like(keys)
+
+
+def _save_for_backward(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:2], output[1])
+
+
+def _backward(ctx, grad_scores, _):
+    return *_product_key_topk_backward(grad_scores, *ctx.saved_tensors), None
+
+
+_product_key_topk.register_autograd(_backward, setup_context=_save_for_backward)
+
+
 def product_key_topk(queries, keys, knn):
     """The knn slots with the highest scores among n_keys**2, exactly (Lample et al. 2019, section 3.2).
 
@@ -179,7 +250,12 @@ def product_key_topk(queries, keys, knn):
                          f"got {tuple(queries.shape)} and {tuple(keys.shape)}")
     if not 1 <= knn <= keys.shape[2]:
         raise ValueError(f"knn must be from 1 to n_keys = {keys.shape[2]}, got {knn}")
-    return _ProductKeyTopK.apply(queries, keys, knn)
+    if torch.is_autocast_enabled(queries.device.type) and queries.device.type == "cuda":
+        dtype = torch.get_autocast_dtype("cuda")  # for the tensor cores; the scores are float32 all the same
+        queries, keys = queries.to(dtype), keys.to(dtype)
+    scores, half_indices = _product_key_topk(queries, keys, knn)
+    first, second = half_indices.long().unbind(2)
+    return scores, first * keys.shape[2] + second
 
 
 # ------------------------------------------------------------------------------------------------
@@ -197,16 +273,19 @@ class _MemoryRead(torch.autograd.Function):
     def backward(ctx, grad):
         values, indices, weights = ctx.saved_tensors
         grad = grad.contiguous()
+        values_need_it, _, weights_need_it, _ = ctx.needs_input_grad
         grad_values = grad_weights = None
-        if ctx.needs_input_grad[0]:
-            rows, sums = scatter_sum(indices, weights, grad)
-            if ctx.sparse_grad:
-                grad_values = torch.sparse_coo_tensor(rows[None], sums, values.shape, is_coalesced=True,
-                                                      check_invariants=False)
-            else:
-                grad_values = torch.zeros_like(values).index_copy_(0, rows, sums)
-        if ctx.needs_input_grad[2]:
-            grad_weights = gather_dot(values, indices, grad)
+        if values_need_it and weights_need_it and use_kernels(values):
+            rows, sums, grad_weights = kernels.scatter_sum(indices, weights, grad, dot_with=values)  # both in one pass
+        else:
+            if values_need_it:
+                rows, sums = scatter_sum(indices, weights, grad)
+            if weights_need_it:
+                grad_weights = gather_dot(values, indices, grad)
+        if values_need_it and ctx.sparse_grad:
+            grad_values = torch.sparse_coo_tensor(rows[None], sums, values.shape, is_coalesced=True, check_invariants=False)
+        elif values_need_it:
+            grad_values = torch.zeros_like(values).index_copy_(0, rows, sums)
         return grad_values, None, grad_weights, None
 
 

@@ -10,7 +10,8 @@ import math
 
 import torch
 
-from nanomem.memory import MemoryTable, scatter_sum
+from nanomem import kernels
+from nanomem.memory import MemoryTable, scatter_sum, use_kernels
 
 
 def row_gradient(values):
@@ -41,13 +42,16 @@ class RowAdam(torch.optim.Optimizer):
     row's first, root mean square lr, however late it comes. (On Adam's own clock a row first read at step 10,000
     would move 1 / sqrt(1 - beta2) times as far, 10 times here.) No weight decay. The state takes 8 bytes a row.
 
+    bfloat16 tables are rounded stochastically: up or down by chance, so that the expectation is right and steps smaller than
+    bfloat16's spacing are not all lost. The noise is a function of seed, row, n_r and column.
+
     Takes sparse gradients, or dense ones, of which it updates the rows that are not zero.
     """
 
     CHUNK = 2**18  # numbers updated at a time: temporaries stay in cache, 1.5 times as fast as all at once
 
-    def __init__(self, params, lr=1e-2, beta2=0.99, eps=1e-10):
-        super().__init__(params, dict(lr=lr, beta2=beta2, eps=eps))
+    def __init__(self, params, lr=1e-2, beta2=0.99, eps=1e-10, seed=0):
+        super().__init__(params, dict(lr=lr, beta2=beta2, eps=eps, seed=seed))
 
     @torch.no_grad()
     def step(self):
@@ -55,7 +59,7 @@ class RowAdam(torch.optim.Optimizer):
         for group in self.param_groups:
             for values in group["params"]:
                 if values.grad is not None:
-                    self._update(values, group["lr"], group["beta2"], group["eps"])
+                    self._update(values, group["lr"], group["beta2"], group["eps"], group["seed"] % 2**31)
 
     def load_state_dict(self, state_dict):
         """Loads what state_dict() returned, keeping its dtypes: torch would turn the counts into the table's dtype."""
@@ -64,22 +68,50 @@ class RowAdam(torch.optim.Optimizer):
         for number, saved in state_dict["state"].items():
             self.state[tables[number]] = {key: tensor.clone().to(tables[number].device) for key, tensor in saved.items()}
 
-    def _update(self, values, lr, beta2, eps):
+    def _update(self, values, lr, beta2, eps, seed):
         state = self.state[values]
         if not state:
             state["second_moment"] = torch.zeros(len(values), device=values.device)
             state["reads"] = torch.zeros(len(values), dtype=torch.int32, device=values.device)
         rows, grads = row_gradient(values)
+        if use_kernels(values):
+            kernels.row_adam(values, rows, grads, state["second_moment"], state["reads"], lr, beta2, eps, seed)
+            return
         moment = state["second_moment"][rows]
         reads = state["reads"][rows] + 1
-        mean_square = torch.linalg.vector_norm(grads, dim=1).float().square() / grads.shape[1]
-        moment.lerp_(mean_square, 1 - beta2)
+        mean_square = torch.linalg.vector_norm(grads, dim=1, dtype=torch.promote_types(grads.dtype, torch.float32)).square() / grads.shape[1]
+        moment.lerp_(mean_square.float(), 1 - beta2)
         state["second_moment"][rows] = moment
         state["reads"][rows] = reads
         factor = lr / ((moment / (1 - beta2**reads)).sqrt() + eps)
         size = max(1, self.CHUNK // values.shape[1])
-        for r, g, f in zip(rows.split(size), grads.split(size), factor.to(values.dtype).split(size)):
-            values.index_copy_(0, r, values.index_select(0, r).addcmul_(g, f[:, None], value=-1))
+        for r, g, f, n in zip(*(t.split(size) for t in (rows, grads, factor, reads))):
+            if values.dtype == torch.bfloat16:
+                new = values.index_select(0, r).float().addcmul_(g.float(), f[:, None], value=-1)
+                values.index_copy_(0, r, stochastic_round(new, seed, r, n))
+            else:
+                values.index_copy_(0, r, values.index_select(0, r).addcmul_(g, f[:, None].to(g.dtype), value=-1))
+
+
+def stochastic_round(new, seed, rows, reads):
+    """float32 numbers (u, v_dim) to bfloat16, up with the probability that makes the expectation right.
+
+    bfloat16 is the upper half of a float32: adding 16 random bits to the lower half carries into it just as often as it
+    should. The bits are a hash of seed, row (u,) int64, its reads (u,) int32, and column: the same each time.
+    """
+    column = torch.arange(new.shape[1], device=new.device)
+    row_seed = _mix(_mix(_mix(reads.long() ^ seed) ^ (rows & 0xFFFFFFFF)) ^ (rows >> 32))
+    noise = _mix((row_seed[:, None] + column * 0x9E3779B9) & 0xFFFFFFFF) >> 16
+    bits = new.view(torch.int32)
+    bits = torch.where(new.isfinite(), bits + noise.int(), bits)
+    return (bits & -0x10000).view(torch.float32).bfloat16()
+
+
+def _mix(x):
+    """A hash of 32-bit integers, held in int64, whose every output bit depends on every input bit."""
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
+    return x ^ (x >> 16)
 
 
 def tables_of(model):

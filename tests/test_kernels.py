@@ -1,0 +1,186 @@
+"""The Triton kernels against float64: on the GPU where there is one, elsewhere under Triton's interpreter (see conftest.py)."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import nanomem.memory
+from nanomem import kernels
+from nanomem.memory import MemoryTable, ProductKeyMemory, memory_read, product_key_topk
+from nanomem.optim import RowAdam, build_optimizer, stochastic_round
+
+pytest.importorskip("triton", reason="Triton, which only Linux has")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+
+
+@pytest.fixture(autouse=True)
+def triton_path(monkeypatch):
+    monkeypatch.setenv("NANOMEM_KERNELS", "triton")
+    torch.manual_seed(0)
+
+
+def randn(*shape, dtype=torch.float32):
+    return torch.randn(*shape).to(DEVICE, dtype)
+
+
+def sparse(rows, grads, shape):
+    return torch.sparse_coo_tensor(torch.tensor([list(rows)], device=DEVICE), grads, shape, check_invariants=True)
+
+
+def relative_error(ours, exact):
+    return ((ours.double() - exact).norm() / exact.norm().clamp(min=1e-30)).item() if exact.numel() else 0.0
+
+
+# n_keys and knn: powers of two or not, groups of 1, 2, 4 and 8 keys, all keys chosen; no token, one, and several programs
+SELECT_SHAPES = [(3, 2, 40, 4), (1, 1, 7, 7), (5, 1, 16, 3), (9, 2, 100, 1), (0, 2, 8, 2), (2, 1, 100, 8)]
+SELECT_SHAPES += [(4096, 4, 1024, 32), (1000, 4, 300, 16)] if DEVICE == "cuda" else []
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("n, heads, n_keys, knn", SELECT_SHAPES)
+def test_topk_equals_brute_force(n, heads, n_keys, knn, ties):
+    queries, keys = randn(n, heads, 2, 6), randn(heads, 2, n_keys, 6)
+    if ties:
+        queries, keys = queries.round(), keys.round()  # small whole numbers: exact arithmetic
+    scores, indices = product_key_topk(queries, keys, knn)
+    first, second = torch.einsum("nhcd,hckd->chnk", queries.double(), keys.double())
+    every = (first[..., :, None] + second[..., None, :]).flatten(-2).transpose(0, 1)
+    torch.testing.assert_close(scores.double(), every.topk(knn).values, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(every.gather(-1, indices), scores.double(), rtol=1e-5, atol=1e-5)
+    assert indices.dtype == torch.int64 and (indices.sort().values.diff() > 0).all()  # distinct
+    assert (scores.diff() <= 0).all()
+
+
+def test_topk_of_nan_and_infinite_scores_stays_within_the_table():
+    queries, keys = randn(4, 1, 2, 4), randn(1, 2, 33, 4)
+    queries[0], queries[1], queries[2, 0, 0, 0] = float("nan"), float("-inf"), float("inf")
+    _, indices = product_key_topk(queries, keys, 3)
+    assert indices.min() >= 0 and indices.max() < 33**2
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_topk_gradients(dtype):
+    queries, keys = randn(19, 2, 2, 20, dtype=dtype).requires_grad_(), randn(2, 2, 40, 20, dtype=dtype).requires_grad_()
+    grad = randn(19, 2, 3)
+    scores, indices = product_key_topk(queries, keys, 3)
+    scores.backward(grad)
+    q, k = (t.detach().double().requires_grad_() for t in (queries, keys))
+    first, second = torch.einsum("nhcd,hckd->chnk", q, k)
+    every = (first[..., :, None] + second[..., None, :]).flatten(-2).transpose(0, 1)
+    every.gather(-1, indices).backward(grad.double())
+    assert relative_error(scores, every.gather(-1, indices)) < 1e-5  # also of bfloat16 operands
+    assert relative_error(queries.grad, q.grad) < TOLERANCE[dtype] and relative_error(keys.grad, k.grad) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("n, lookups, n_slots, v_dim", [
+    (1, 1, 1, 1), (5, 7, 30, 13), (16, 8, 100, 64), (0, 4, 9, 8), (3, 20, 50, 300), (2, 3, 40, 2100), (60, 20, 1, 5)])
+def test_read_and_its_gradients_equal_float64(n, lookups, n_slots, v_dim, dtype):
+    values, weights = randn(n_slots, v_dim, dtype=dtype).requires_grad_(), randn(n, lookups, dtype=dtype).requires_grad_()
+    indices, grad = torch.randint(n_slots, (n, lookups), device=DEVICE), randn(n, v_dim, dtype=dtype)
+    v, w = (t.detach().double().requires_grad_() for t in (values, weights))
+    exact = (v[indices] * w[..., None]).sum(1)
+    exact.backward(grad.double())
+    out = memory_read(values, indices, weights)
+    out.backward(grad)
+    assert out.dtype == values.grad.dtype == weights.grad.dtype == dtype
+    for ours, theirs in ((out, exact), (values.grad, v.grad), (weights.grad, w.grad)):
+        assert relative_error(ours, theirs) < TOLERANCE[dtype]
+    for only in (values, weights):  # the gradient of one without the other takes another way
+        assert torch.equal(torch.autograd.grad(memory_read(values, indices, weights), only, grad)[0], only.grad)
+
+
+def test_inputs_that_are_not_contiguous():
+    values, indices, weights = randn(13, 30).t(), torch.randint(30, (7, 5), device=DEVICE).t(), randn(7, 5).t()
+    x = randn(13, 5).t()
+    exact = (values[indices].double() * weights[..., None]).sum(1)
+    assert relative_error(kernels.gather_sum(values, indices, weights), exact) < 1e-5
+    assert relative_error(kernels.gather_dot(values, indices, x), (values[indices].double() * x[:, None]).sum(-1)) < 1e-5
+    rows, sums, dots = kernels.scatter_sum(indices, weights, x, dot_with=values)
+    every = torch.zeros(30, 13, dtype=torch.float64, device=DEVICE)
+    every.index_add_(0, indices.flatten(), (weights[..., None].double() * x[:, None]).flatten(0, 1))
+    assert torch.equal(rows, indices.unique()) and relative_error(sums, every[rows]) < 1e-5
+    assert torch.equal(dots, kernels.gather_dot(values, indices, x))
+
+
+def test_the_values_gradient_is_the_same_every_time_when_few_slots_take_most_lookups():
+    n, lookups = 50, 8
+    indices = torch.where(torch.rand(n, lookups) < 0.7, 3, torch.randint(1000, (n, lookups))).to(DEVICE)
+    weights, x = randn(n, lookups), randn(n, 16)
+    (rows, first, _), (_, second, _) = (kernels.scatter_sum(indices, weights, x) for _ in range(2))
+    every = torch.zeros(1000, 16, dtype=torch.float64, device=DEVICE)
+    every.index_add_(0, indices.flatten(), (weights[..., None].double() * x[:, None]).flatten(0, 1))
+    assert torch.equal(first, second) and relative_error(first, every[rows]) < 1e-5
+
+
+def test_key_gradient_in_parts_equals_one_hot_products():
+    half_indices, grad, queries = torch.randint(9, (1100, 1, 2, 2), device=DEVICE), randn(1100, 1, 2), randn(1100, 1, 2, 3)
+    one_hot = torch.nn.functional.one_hot(half_indices, 9).double() * grad.double()[:, :, None, :, None]
+    exact = torch.einsum("nhcrk,nhcd->hckd", one_hot, queries.double())
+    assert relative_error(kernels.key_gradient(half_indices.int(), grad, queries, 9), exact) < 1e-5
+
+
+@pytest.mark.parametrize("v_dim", [6, 2100])
+def test_row_adam_equals_the_plain_one(v_dim, monkeypatch):
+    start = randn(9, v_dim)
+    tables = {}
+    for path in ("triton", "torch"):
+        monkeypatch.setenv("NANOMEM_KERNELS", path)
+        torch.manual_seed(1)
+        values = torch.nn.Parameter(start.clone())
+        optimizer = RowAdam([values], lr=0.1)
+        for rows in ([0, 2, 5], [2], [0, 5], [1, 2]):
+            values.grad = sparse(rows, randn(len(rows), v_dim), values.shape)
+            optimizer.step()
+        tables[path] = [values.detach(), *optimizer.state[values].values()]
+    for ours, plain in zip(tables["triton"], tables["torch"]):
+        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)
+
+
+def test_bfloat16_rows_are_rounded_with_the_same_noise_on_both_paths(monkeypatch):
+    start = {}
+    for path in ("triton", "torch"):
+        monkeypatch.setenv("NANOMEM_KERNELS", path)
+        torch.manual_seed(1)
+        values = torch.nn.Parameter(randn(40, 24, dtype=torch.bfloat16))
+        optimizer = RowAdam([values], lr=1e-3, seed=5)
+        for _ in range(3):
+            values.grad = sparse(range(40), randn(40, 24, dtype=torch.bfloat16), values.shape)
+            optimizer.step()
+        start[path] = values.detach()
+    # The last bit of float32 arithmetic may differ, and once in 2**16 or so that tips a number over.
+    assert (start["triton"] != start["torch"]).float().mean() < 0.01
+
+
+def test_layer_and_its_gradients_are_the_same_on_both_paths(monkeypatch):
+    layer = ProductKeyMemory(12, MemoryTable(100, 20), heads=2, knn=3, k_dim=8).to(DEVICE)
+    x = randn(1, 7, 12).requires_grad_()
+    results = []
+    for path in ("triton", "torch"):
+        monkeypatch.setenv("NANOMEM_KERNELS", path)
+        layer.zero_grad()
+        x.grad = None
+        y = layer(x)
+        y.square().sum().backward()
+        results.append([y, x.grad] + [p.grad.to_dense() for p in layer.parameters()])
+    for ours, plain in zip(*results):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_every_kernel_compiles_with_16_byte_loads(target):
+    script = Path(__file__).parent / "compile_kernels.py"
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, str(script), target], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    compiled = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {row["kernel"] for row in compiled} == {name for name in vars(kernels) if name.endswith("_kernel")}
+    assert all(row["shared"] <= 99 * 1024 for row in compiled)  # what every GPU of the last years has
+    for row in compiled:
+        assert row["wide_loads"] or row["dtype"] == "float32" or row["kernel"] == "_select_kernel", row
