@@ -238,10 +238,10 @@ def gather_dot(table, rows, x):
 # Writing rows
 
 
-def scatter_sum(rows, weights, x, dot_with=None):
+def scatter_sum(rows, weights, x, n_rows, dot_with=None):
     """sums[i] = sum over all (t, l) with rows[t, l] == unique[i] of weights[t, l] * x[t].
 
-    rows (n, L) int64, weights (n, L), x (n, d); dot_with: a table (n_rows, d)
+    rows (n, L) int64 below n_rows, weights (n, L), x (n, d); dot_with: a table (n_rows, d)
     -> unique (u,) int64 ascending, sums (u, d) of x's dtype, and dots (n, L) = <dot_with[rows[t, l]], x[t]>, None without
 
     Once the lookups are sorted by row, a row's sum is a bag of tokens. Rows with more than sqrt(n * L) lookups are cut into
@@ -254,9 +254,9 @@ def scatter_sum(rows, weights, x, dot_with=None):
     if m == 0:
         return rows.new_empty(0), x.new_empty(0, x.shape[1]), x.new_empty(n, lookups) if dot_with is not None else None
     if dot_with is not None and _tile(x.shape[1])[1] < x.shape[1]:  # too wide for a program to see the whole row
-        return *scatter_sum(rows, weights, x)[:2], gather_dot(dot_with, rows, x)
+        return *scatter_sum(rows, weights, x, n_rows)[:2], gather_dot(dot_with, rows, x)
 
-    key, order = torch.sort(rows.flatten(), stable=True)
+    key, order = torch.sort(rows.flatten().to(torch.int32 if n_rows <= 2**31 else torch.int64), stable=True)
     tokens, weights, x = order // lookups, weights.flatten()[order], x.contiguous()
     position = torch.arange(m, device=rows.device)
     is_first = torch.ones(m, dtype=torch.bool, device=rows.device)
@@ -266,7 +266,7 @@ def scatter_sum(rows, weights, x, dot_with=None):
     ends = torch.cat([starts[1:], starts.new_full((1,), m)])
     slots, begins = key[starts], is_first[starts]  # of a piece: its row, and whether it is the row's first
     number = begins.cumsum(0) - 1  # and the place of its row in `unique`
-    unique = slots[begins]
+    unique = slots[begins].long()
     alone = begins & torch.cat([begins[1:], begins.new_ones(1)])  # a piece that is the whole row
     sums, dots = x.new_empty(len(unique), x.shape[1]), x.new_empty(m) if dot_with is not None else None
 

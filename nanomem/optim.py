@@ -26,7 +26,7 @@ def row_gradient(values):
         return rows, grad[rows]
     rows, grads = grad._indices()[0], grad._values()
     if not (rows[1:] > rows[:-1]).all():  # slots that several layers or accumulated batches read (torch's flag gets lost)
-        rows, grads = scatter_sum(rows[:, None], grads.new_ones(len(rows), 1), grads)
+        rows, grads = scatter_sum(rows[:, None], grads.new_ones(len(rows), 1), grads, len(values))
         values.grad = torch.sparse_coo_tensor(rows[None], grads, values.shape, is_coalesced=True, check_invariants=False)
     return rows, grads
 

@@ -102,7 +102,7 @@ def test_inputs_that_are_not_contiguous():
     exact = (values[indices].double() * weights[..., None]).sum(1)
     assert relative_error(kernels.gather_sum(values, indices, weights), exact) < 1e-5
     assert relative_error(kernels.gather_dot(values, indices, x), (values[indices].double() * x[:, None]).sum(-1)) < 1e-5
-    rows, sums, dots = kernels.scatter_sum(indices, weights, x, dot_with=values)
+    rows, sums, dots = kernels.scatter_sum(indices, weights, x, 30, dot_with=values)
     every = torch.zeros(30, 13, dtype=torch.float64, device=DEVICE)
     every.index_add_(0, indices.flatten(), (weights[..., None].double() * x[:, None]).flatten(0, 1))
     assert torch.equal(rows, indices.unique()) and relative_error(sums, every[rows]) < 1e-5
@@ -113,7 +113,7 @@ def test_the_values_gradient_is_the_same_every_time_when_few_slots_take_most_loo
     n, lookups = 50, 8
     indices = torch.where(torch.rand(n, lookups) < 0.7, 3, torch.randint(1000, (n, lookups))).to(DEVICE)
     weights, x = randn(n, lookups), randn(n, 16)
-    (rows, first, _), (_, second, _) = (kernels.scatter_sum(indices, weights, x) for _ in range(2))
+    (rows, first, _), (_, second, _) = (kernels.scatter_sum(indices, weights, x, 1000) for _ in range(2))
     every = torch.zeros(1000, 16, dtype=torch.float64, device=DEVICE)
     every.index_add_(0, indices.flatten(), (weights[..., None].double() * x[:, None]).flatten(0, 1))
     assert torch.equal(first, second) and relative_error(first, every[rows]) < 1e-5
