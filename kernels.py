@@ -21,8 +21,6 @@ import torch
 import triton
 import triton.language as tl
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
 
 def _tile(dim):
     """(rows, columns, warps) of the tile that a program reads at once: 16 bytes a thread and several loads in flight."""
@@ -82,10 +80,10 @@ def _best_half(half_scores, tokens, n, n_keys, GROUP: tl.constexpr, N_GROUPS: tl
 
 
 @triton.jit
-def _select_kernel(half_scores, pair_a, pair_b, scores, half_indices, n, n_keys, knn, n_pairs,
+def _select_kernel(half_scores, pair_a, pair_b, scores, slots, n, n_keys, knn, n_pairs,
                    GROUP: tl.constexpr, N_GROUPS: tl.constexpr, K: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr):
     """half_scores (h, 2, n, n_keys) float32; pair_a, pair_b (n_pairs,) int32, the ranks (a, b) that can be among the best sums.
-    Writes scores (n, h, knn) float32, from high to low, and half_indices (n, h, 2, knn) int32.
+    Writes scores (n, h, knn) float32, from high to low, and slots (n, h, knn) int64.
 
     A program does BLOCK tokens of one head, both halves and their sums: what lies between, k * k candidates at worst, is
     never written. Reads 4 * n_keys * 2 bytes a token and head, and those of the chosen groups again, from cache.
@@ -105,11 +103,10 @@ def _select_kernel(half_scores, pair_a, pair_b, scores, half_indices, n, n_keys,
     first = tl.gather(_index(first), tl.load(pair_a + chosen), 1)
     second = tl.gather(_index(second), tl.load(pair_b + chosen), 1)
     rank = tl.arange(0, K)[None, :]
-    place = tokens[:, None].to(tl.int64) * tl.num_programs(1) + head
+    place = (tokens[:, None].to(tl.int64) * tl.num_programs(1) + head) * knn + rank
     mask = (tokens[:, None] < n) & (rank < knn)
-    tl.store(scores + place * knn + rank, _score(best), mask)
-    tl.store(half_indices + place * 2 * knn + rank, first, mask)
-    tl.store(half_indices + (place * 2 + 1) * knn + rank, second, mask)
+    tl.store(scores + place, _score(best), mask)
+    tl.store(slots + place, first.to(tl.int64) * n_keys + second, mask)
 
 
 def _select_sizes(n, n_keys, knn, n_pairs):
@@ -127,17 +124,17 @@ def select(half_scores, knn, pairs):
     """The knn best sums of a first and a second half score.
 
     half_scores (heads, 2, n, n_keys) float32; pairs: (a, b), two (n_pairs,) tensors from memory.candidate_pairs
-    -> scores (n, heads, knn) float32, from high to low; half_indices (n, heads, 2, knn) int32, the keys they are of
+    -> scores (n, heads, knn) float32, from high to low, and the slots they are of, int64
     """
     heads, _, n, n_keys = half_scores.shape
     a, b = (ranks.int() for ranks in pairs)
     scores = half_scores.new_empty(n, heads, knn)
-    half_indices = torch.empty(n, heads, 2, knn, dtype=torch.int32, device=half_scores.device)
+    slots = torch.empty(n, heads, knn, dtype=torch.int64, device=half_scores.device)
     if scores.numel():
         sizes = _select_sizes(n, n_keys, knn, len(a))
         _select_kernel[triton.cdiv(n, sizes["BLOCK"]), heads](
-            half_scores.contiguous(), a, b, scores, half_indices, n, n_keys, knn, len(a), **sizes)
-    return scores, half_indices
+            half_scores.contiguous(), a, b, scores, slots, n, n_keys, knn, len(a), **sizes)
+    return scores, slots
 
 
 # ------------------------------------------------------------------------------------------------
@@ -295,7 +292,7 @@ def _key_gradient_kernel(half_indices, grad, queries, out, n, n_keys, half, knn,
                          BLOCK_N: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_HALF: tl.constexpr, PRECISION: tl.constexpr):
     """out[s, h, c, i] = sum over tokens t of part s, and ranks r with half_indices[t, h, c, r] == i, of grad[t, h, r] * queries[t, h, c].
 
-    half_indices (n, heads, 2, knn) int32, grad (n, heads, knn), queries (n, heads, 2, half), out (parts, heads, 2, n_keys, half).
+    half_indices (n, heads, 2, knn) integers, grad (n, heads, knn), queries (n, heads, 2, half), out (parts, heads, 2, n_keys, half).
 
     With few keys and very many lookups of each, sorting would cost more than multiplying: a program lays the weights of
     BLOCK_N tokens out as a matrix (BLOCK_N, BLOCK_KEYS), mostly zeros, made of comparisons in registers, and has the tensor
@@ -325,7 +322,7 @@ def _key_gradient_kernel(half_indices, grad, queries, out, n, n_keys, half, knn,
 def key_gradient(half_indices, grad, queries, n_keys):
     """The gradient of the half keys: each key sums the queries that chose it, weighted by the score's gradient.
 
-    half_indices (n, heads, 2, knn) int32, grad (n, heads, knn), queries (n, heads, 2, k_dim / 2)
+    half_indices (n, heads, 2, knn) integers, grad (n, heads, knn), queries (n, heads, 2, k_dim / 2)
     -> (heads, 2, n_keys, k_dim / 2) of the queries' dtype
     """
     n, heads, _, half = queries.shape

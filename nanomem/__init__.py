@@ -4,9 +4,10 @@ import importlib.util
 import sys
 from pathlib import Path
 
-# kernels.py lies at the top level, for readers, and is imported as nanomem.kernels, since PyPI has a `kernels` of its own.
-# It is run when first used, for it needs Triton, which only Linux has and only GPUs want.
-_path = Path(__file__).resolve().parent.parent / "kernels.py"
+# kernels.py lies at the top level, for readers, and is imported as nanomem.kernels: PyPI has a `kernels` of its own, which
+# other programs look for. It is run when first used, for it needs Triton, which only Linux has and only GPUs want.
+_folder = Path(__file__).resolve().parent
+_path = next(path for path in (_folder / "kernels.py", _folder.parent / "kernels.py") if path.exists())  # installed, or a clone
 _spec = importlib.util.spec_from_file_location("nanomem.kernels", _path)
 _spec.loader = importlib.util.LazyLoader(_spec.loader)
 kernels = sys.modules["nanomem.kernels"] = importlib.util.module_from_spec(_spec)

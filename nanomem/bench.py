@@ -1,18 +1,46 @@
 """
 How long one training step of a memory layer takes, beside what one would write from PyTorch's parts.
 
-    python -m nanomem.bench                     4096 tokens, d=128, 4 heads, k=16, k_dim 128, 1M and 16M slots
+    python -m nanomem.bench                     on a CPU: 4096 tokens, d=128, 4 heads, k=16, k_dim 128, 1M and 16M slots
+    python -m nanomem.bench --device=cuda       on a GPU: that shape and larger ones, up to the paper's
+    python -m nanomem.bench --device=cuda --peer=PATH    also the paper's own layer, from a checkout of facebookresearch/memory
     python -m nanomem.bench --n_keys=256 --knn=32 --dim=256
 
-A step is forward, backward (to the input, too), and the update of all parameters. Both layers have the same parts
-(query projection, qk-norm, gate, output projection) and differ in three places:
+A step is forward, backward (to the input, too), and the update of all parameters. All layers have the same parts
+(query projection, qk-norm, gate, output projection; the paper's has no qk-norm) and differ in three places:
 
-    pytorch   einsum and all k*k candidates     F.embedding_bag     fused AdamW over the table's dense gradient
     nanomem   pruned candidates                 memory_read         RowAdam over the rows read
+    pytorch   einsum and all k*k candidates     F.embedding_bag     fused AdamW over the table's dense gradient
+    compiled  the same, compiled                by torch.compile    (on a GPU)
+    paper     einsum and all k*k candidates     its Triton kernels  fused AdamW over the table's dense gradient
 
-Each measurement runs in a process of its own, since whichever layer came first would pay for the memory of both;
-they take turns, and the table shows medians. On a CPU both are timed twice: with the system's allocator as it is, and
-as train.py sets it (nanomem.config.keep_freed_memory), which helps dense gradients most.
+Each measurement runs in a process of its own, since whichever layer came first would pay for the memory of all; they take
+turns, and the table shows medians. On a CPU each is timed twice: with the system's allocator as it is, and as train.py
+sets it (nanomem.config.keep_freed_memory), which helps dense gradients most. On a GPU a second table tells how near the kernels
+come to what the card can do: bytes they must move over time, as a share of what a copy reaches in the same process.
+
+What was tried (2 cores of an AMD EPYC, AVX2, 1M slots, the CPU's shape; in ms, predicted -> measured):
+
+    top-k of 1,024 half scores: in two levels, groups of 8 first             100 ->  60 ->  85   kept
+      float32 and index packed into a float64, partitioned by NumPy           85 ->  45 ->  56   kept
+      the same on 2 threads of our own, OpenMP's spinning beside them         56 ->  40 ->  54   kept: it scales with cores
+      bitonic sorting network of torch.minimum and maximum                    85 -> 100          not written: passes over memory
+    gradient of the keys: matrix products with a one-hot matrix, 128 keys    3.9 -> 1.5 -> 3.6   dropped: a key can occur twice in a
+                                                                                                 token's slots, and scatter_add_ is slow
+    sorting lookups as int32 or int16 instead of int64: radix passes           3.8 -> 2 -> 2.1   kept
+    gradient of the weights: sampled_addmm instead of gathering rows         97 ->     ->  25   kept
+    large temporaries: page faults of a fresh 117 MB gradient                 62 ->   8 ->   8   keep_freed_memory
+      or huge pages (THP_MEM_ALLOC_ENABLE=1 in the environment)               62 ->  15 ->  15   the user's to set
+
+No GPU could be had yet. What the kernels were designed by, to be measured (H100, the paper's shape: 32k tokens, d=1024, 4 heads,
+k=32, k_dim 512, 1M slots, bf16):
+
+    select    648 million warp instructions, counted in the compiled code: 0.7 ms at full issue, 1.5 expected; plus the scores,
+              0.2 ms of cuBLAS and 0.3 of L2 traffic. A warp to 2 rows (512 packed numbers) instead of 4 warps to 16: 79 registers
+              in place of 255, and a quarter fewer instructions.
+    read      8.7 GB: 2.9 ms at 3 TB/s
+    backward  8.6 GB from L2, 2.1 + 2.1 GB from memory, for both gradients in one pass: 4 ms; two passes would take 7
+    update    6.5 GB: 2.2 ms
 """
 
 import json
@@ -22,25 +50,30 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from nanomem import optim
 from nanomem.config import UserError, keep_freed_memory, machine_memory, one_line_errors, parse, pick_device, setting
-from nanomem.memory import MemoryTable, ProductKeyMemory
+from nanomem.memory import MemoryTable, ProductKeyMemory, memory_read, product_key_topk
 
-KINDS = ("nanomem", "pytorch")
+KINDS = ("nanomem", "pytorch", "compiled", "paper")
+SHAPE = ("tokens", "dim", "heads", "knn", "k_dim", "n_keys")
+CPU_SHAPES = [(4096, 128, 4, 16, 128, 1024), (4096, 128, 4, 16, 128, 4096)]
+GPU_SHAPES = [(4096, 128, 4, 16, 128, 1024), (16384, 512, 4, 32, 256, 512), (32768, 1024, 4, 32, 512, 1024), (32768, 1024, 4, 32, 512, 2048)]
 
 
 @dataclass
 class BenchConfig:
     """The settings of the benchmark."""
 
-    n_keys: str = setting("1024,4096", "keys a half, one or several: n_keys**2 slots", group="Settings")
+    n_keys: str = setting("auto", "keys a half, one or several: n_keys**2 slots; auto: the shapes above", group="Settings")
     tokens: int = setting(4096, "tokens a step")
     dim: int = setting(128, "width of input, output and values")
     heads: int = setting(4, "lookups a token")
@@ -49,64 +82,181 @@ class BenchConfig:
     steps: int = setting(10, "steps timed in a process, after 3 that are not")
     rounds: int = setting(3, "processes for each measurement, in turn")
     device: str = setting("auto", "cpu, cuda, cuda:1, mps; auto: the first of cuda, mps and cpu that is there")
+    dtype: str = setting("auto", "of parameters and activations; auto: bfloat16 on cuda, else float32", ("auto", "float32", "bfloat16"))
+    peer: str = setting("", "a checkout of facebookresearch/memory, the paper's code, to measure beside")
     keep_freed: bool = setting(False, "with --only: call keep_freed_memory first")
-    only: str = setting("", "measure this kind in this process and print JSON: what the benchmark calls itself with", ("", *KINDS))
+    only: str = setting("", "measure this in this process and print JSON: what the benchmark calls itself with", ("", *KINDS, "kernels"))
+
+
+# ------------------------------------------------------------------------------------------------
+# The layers
+
+
+class PlainPyTorchTable(MemoryTable):
+    """Reads as one would at first."""
+
+    def forward(self, indices, weights):
+        return F.embedding_bag(indices, self.values, per_sample_weights=weights.to(self.values.dtype), mode="sum")
 
 
 class PlainPyTorchMemory(ProductKeyMemory):
-    """The same layer, its lookup and its read written as one would at first."""
+    """The same layer, its lookup written as one would at first."""
 
-    def forward(self, x):
-        shape, x = x.shape, x.reshape(-1, self.dim)
+    def lookup(self, x):
         queries = F.normalize(self.query_proj(x).view(len(x), self.heads, 2, -1), dim=-1) * self.qk_scale.view(1, -1, 1, 1)
         half_scores = torch.einsum("nhcd,hckd->nhck", queries, F.normalize(self.keys, dim=-1))
         scores, indices = half_scores.topk(self.knn)
         sums = (scores[:, :, 0, :, None] + scores[:, :, 1, None, :]).flatten(-2)
         slots = (indices[:, :, 0, :, None] * self.n_keys + indices[:, :, 1, None, :]).flatten(-2)
         best, chosen = sums.topk(self.knn)
-        weights = F.softmax(best, dim=-1)
-        y = F.embedding_bag(slots.gather(-1, chosen).flatten(1), self.table.values, per_sample_weights=weights.flatten(1), mode="sum")
-        return self.out_proj(y * F.silu(self.gate_proj(x))).view(shape)
+        return slots.gather(-1, chosen), F.softmax(best, dim=-1)
+
+
+def paper_layer(config, n_keys):
+    """The paper's own layer, and the module that reads its values. Raises UserError if there is none at config.peer."""
+    if not Path(config.peer, "lingua", "product_key", "memory.py").exists():
+        raise UserError(f"--peer={config.peer} has no lingua/product_key/memory.py: expected a checkout of facebookresearch/memory")
+    sys.path.insert(0, config.peer)
+    from lingua.product_key.memory import HashingMemory
+
+    layer = HashingMemory(config.dim, config.dim, mem_k_dim=config.k_dim, mem_heads=config.heads, mem_knn=config.knn, mem_n_keys=n_keys)
+    layer.reset_parameters()
+    return layer, layer.values
+
+
+def build(kind, config, n_keys, device, dtype):
+    """(the layer, the module in it that reads values, its optimizers)"""
+    with device:
+        if kind == "paper":
+            layer, table = paper_layer(config, n_keys)
+        else:
+            layer_class, table_class = (ProductKeyMemory, MemoryTable) if kind == "nanomem" else (PlainPyTorchMemory, PlainPyTorchTable)
+            table = table_class(n_keys**2, config.dim)
+            layer = layer_class(config.dim, table, config.heads, config.knn, config.k_dim)
+    layer.to(dtype)
+    if kind == "nanomem":
+        return layer, table, optim.build_optimizer(layer)
+    optimizers = [torch.optim.AdamW(layer.parameters(), lr=1e-3, fused=True)]
+    return (torch.compile(layer) if kind == "compiled" else layer), table, optimizers
+
+
+# ------------------------------------------------------------------------------------------------
+# Measuring
+
+
+class Clock:
+    """Moments in time, on the GPU's own clock where there is one."""
+
+    def __init__(self, device):
+        self.on_gpu, self.moments = device.type == "cuda", []
+
+    def mark(self, *_):
+        if self.on_gpu:
+            self.moments.append(torch.cuda.Event(enable_timing=True))
+            self.moments[-1].record()
+        else:
+            self.moments.append(time.perf_counter())
+
+    def read(self):
+        """Milliseconds between one moment and the next, and from first to last; forgets them."""
+        if self.on_gpu:
+            torch.cuda.synchronize()
+        moments, self.moments = self.moments, []
+        between = (lambda a, b: a.elapsed_time(b)) if self.on_gpu else (lambda a, b: 1e3 * (b - a))
+        return [between(a, b) for a, b in [*zip(moments, moments[1:]), (moments[0], moments[-1])]]
 
 
 def measure(kind, config, n_keys):
-    """One process's timings: {"forward": ms, "backward": ms, "update": ms, "step": ms, "peak_gb": GB}, medians."""
+    """One process's timings in ms, medians: {"lookup", "read", "backward", "update", "step"}, and "peak_gb"."""
     device = pick_device(config.device)
+    dtype = dtype_of(config, device)
     if config.keep_freed:
         keep_freed_memory()
     torch.manual_seed(0)
-    layer_class = ProductKeyMemory if kind == "nanomem" else PlainPyTorchMemory
-    with device:
-        table = MemoryTable(n_keys**2, config.dim, sparse_grad=kind == "nanomem")
-        layer = layer_class(config.dim, table, config.heads, config.knn, config.k_dim)
-    if kind == "nanomem":
-        optimizers = optim.build_optimizer(layer)
-    else:
-        optimizers = [torch.optim.AdamW(layer.parameters(), lr=1e-3, fused=True)]
-
-    def now():
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-        return time.perf_counter()
+    layer, table, optimizers = build(kind, config, n_keys, device, dtype)
+    clock = Clock(device)
+    hooked = kind != "compiled"  # torch.compile sees no parts
+    if hooked:
+        table.register_forward_pre_hook(clock.mark)
+    names = ("lookup", "read", "backward", "update", "step") if hooked else ("forward", "backward", "update", "step")
 
     rows = []
     for _ in range(3 + config.steps):
-        x = torch.randn(1, config.tokens, config.dim, device=device, requires_grad=True)
-        grad = torch.randn(1, config.tokens, config.dim, device=device)
-        start = now()
+        x = torch.randn(1, config.tokens, config.dim, device=device, dtype=dtype, requires_grad=True)
+        grad = torch.randn_like(x)
+        clock.mark()
         y = layer(x)
-        forward = now()
+        clock.mark()
         y.backward(grad)
-        backward = now()
+        clock.mark()
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        end = now()
-        rows.append((forward - start, backward - forward, end - backward, end - start))
-    names = ("forward", "backward", "update", "step")
-    result = {name: statistics.median(column) * 1e3 for name, column in zip(names, zip(*rows[3:]))}
-    on_gpu = device.type == "cuda"
-    return result | {"peak_gb": torch.cuda.max_memory_allocated(device) / 1e9 if on_gpu else peak_rss()}
+        clock.mark()
+        rows.append(clock.read())
+    result = {name: statistics.median(column) for name, column in zip(names, zip(*rows[3:]))}
+    return result | {"peak_gb": torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else peak_rss()}
+
+
+def measure_kernels(config, n_keys):
+    """The parts alone, on a GPU: milliseconds, and bytes they must move over time as a share of what a copy reaches.
+
+    Reads and gradients are of slots drawn evenly; "scattered" of 100,000 slots spread over ever larger tables.
+    """
+    device, clock = pick_device(config.device), None
+    dtype, tokens, dim, heads, knn = dtype_of(config, device), config.tokens, config.dim, config.heads, config.knn
+    clock, lookups, size = Clock(device), heads * knn, torch.finfo(dtype).bits // 8
+
+    def ms(function):
+        rows = []
+        for _ in range(3 + config.steps):
+            clock.mark()
+            function()
+            clock.mark()
+            rows.append(clock.read()[0])
+        return statistics.median(rows[3:])
+
+    torch.manual_seed(0)
+    source = torch.randn(2**28 if device.type == "cuda" else 2**22, device=device)
+    target = torch.empty_like(source)
+    copied = 2 * source.nbytes / ms(lambda: target.copy_(source))  # bytes a millisecond
+    del source, target
+
+    queries = torch.randn(tokens, heads, 2, config.k_dim // 2, device=device, dtype=dtype)
+    keys = torch.randn(heads, 2, n_keys, config.k_dim // 2, device=device, dtype=dtype)
+    half_scores = torch.einsum("nhcd,hckd->nhck", queries, keys)
+    candidates = torch.randn(tokens, heads, knn * knn, device=device, dtype=dtype)
+    result = {"copy_gb_s": copied / 1e6, "topk": ms(lambda: product_key_topk(queries, keys, knn)),
+              "two_torch_topk": ms(lambda: (half_scores.topk(knn), candidates.topk(knn)))}
+    del half_scores, candidates
+
+    def read_and_update(n_slots, unique):
+        table = MemoryTable(n_slots, dim).to(device, dtype)
+        optimizer, weights = optim.RowAdam([table.values]), torch.rand(tokens, lookups, device=device, dtype=dtype)
+        indices = torch.randint(unique, (tokens, lookups), device=device) * (n_slots // unique)
+        grad = torch.randn(tokens, dim, device=device, dtype=dtype)
+        with torch.no_grad():
+            read = ms(lambda: memory_read(table.values, indices, weights))
+        weights.requires_grad_()
+        y = table(indices, weights)
+        backward = ms(lambda: torch.autograd.grad(y, (table.values, weights), grad, retain_graph=True))
+        table.values.grad = torch.autograd.grad(y, table.values, grad)[0]
+        return read, backward, ms(optimizer.step), len(indices.unique())
+
+    read, backward, update, unique = read_and_update(n_keys**2, n_keys**2)
+    row = size * dim
+    result |= {
+        "read": read, "read_share": row * tokens * (lookups + 1) / read / copied,
+        "backward": backward, "backward_share": row * (tokens * (lookups + 1) + 2 * unique) / backward / copied,
+        "update": update, "update_share": unique * (3 * row + 16) / update / copied}
+    scattered = {n: read_and_update(n**2, 10**5) for n in (512, 1024, 2048, 4096) if n**2 * (2 * row + 8) < 0.8 * machine_memory(device)}
+    return result | {"scattered": {n**2: sum(times[:3]) for n, times in scattered.items()}}
+
+
+def dtype_of(config, device):
+    """The torch dtype that --dtype means on this device."""
+    name = config.dtype if config.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
+    return getattr(torch, name)
 
 
 def peak_rss():
@@ -116,57 +266,107 @@ def peak_rss():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
-def in_own_process(kind, keep_freed, config, n_keys):
-    """`measure` in a new process. Raises UserError with what it said if it fails."""
-    command = [sys.executable, "-m", "nanomem.bench", f"--only={kind}", f"--n_keys={n_keys}", f"--keep_freed={str(keep_freed).lower()}"]
-    command += [f"--{name}={getattr(config, name)}" for name in ("tokens", "dim", "heads", "knn", "k_dim", "steps", "device")]
+def in_own_process(kind, shape, config, keep_freed=False):
+    """`measure` or `measure_kernels` in a new process; {"failed": why} if it ran out of memory. Raises UserError if it fails otherwise."""
+    settings = dict(zip(SHAPE, shape)) | {"only": kind, "keep_freed": str(keep_freed).lower()}
+    settings |= {name: getattr(config, name) for name in ("steps", "device", "dtype", "peer")}
+    command = [sys.executable, "-m", "nanomem.bench", *(f"--{name}={value}" for name, value in settings.items())]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
+        if "out of memory" in done.stderr.lower():
+            return {"failed": "out of memory"}
         raise UserError(f"{' '.join(command[1:])} ended with exit code {done.returncode}: {done.stderr.strip()[-500:]}")
-    return json.loads(done.stdout)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-def memory_needed(kind, config, n_keys):
+def memory_needed(kind, shape, item_size):
     """Bytes that the table takes in training: values, gradient and two moments, or values and 8 bytes a slot."""
-    return n_keys**2 * (config.dim * 16 if kind == "pytorch" else config.dim * 4 + 8)
+    _, dim, _, _, _, n_keys = shape
+    return n_keys**2 * (dim * item_size + 8 if kind == "nanomem" else dim * item_size * 4)
 
 
-def main():
-    """Runs the measurements in turn and prints the table."""
-    config = BenchConfig(**parse(BenchConfig, sys.argv[1:]))
-    if not all(n.strip().isdecimal() and int(n) >= max(config.knn, 1) for n in config.n_keys.split(",")):
-        raise UserError(f"n_keys must be numbers such as 1024,4096, none below knn = {config.knn}; got {config.n_keys!r}")
+# ------------------------------------------------------------------------------------------------
+# Showing
+
+
+def shapes_of(config, given, device):
+    """The shapes to measure, as tuples in the order of SHAPE. Raises UserError for settings that can't be."""
     for name in ("tokens", "dim", "heads", "knn", "k_dim", "steps", "rounds"):
         if getattr(config, name) < 1:
             raise UserError(f"{name} must be 1 or more, got {getattr(config, name)}")
-    sizes = [int(n) for n in config.n_keys.split(",")]
-    if config.only:
-        print(json.dumps(measure(config.only, config, sizes[0])))
-        return
-    device, console = pick_device(config.device), Console(highlight=False)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads, {platform.machine()}"
-    rows = [(n, kind, kept) for n in sizes for kept in ((False, True) if device.type == "cpu" else (False,)) for kind in KINDS]
-    fitting = [row for row in rows if memory_needed(row[1], config, row[0]) < 0.9 * machine_memory(device)]
-    results = {row: [] for row in fitting}
-    for n, kind, kept in track(fitting * config.rounds, "measuring", console=console, disable=not console.is_terminal):
-        results[n, kind, kept].append(in_own_process(kind, kept, config, n))
-    median = {row: {key: statistics.median(r[key] for r in found) for key in found[0]} for row, found in results.items()}
+    if not given.keys() & set(SHAPE):
+        return GPU_SHAPES if device.type == "cuda" else CPU_SHAPES
+    sizes = "1024,4096" if config.n_keys == "auto" else config.n_keys
+    if not all(n.strip().isdecimal() and int(n) >= config.knn for n in sizes.split(",")):
+        raise UserError(f"n_keys must be numbers such as 1024,4096, none below knn = {config.knn}; got {config.n_keys!r}")
+    return [(*(getattr(config, name) for name in SHAPE[:-1]), int(n)) for n in sizes.split(",")]
 
-    console.print(f"One layer step: {config.tokens} tokens, d={config.dim}, {config.heads} heads, k={config.knn}, k_dim {config.k_dim}; "
-                  f"{name}, torch {torch.__version__}", soft_wrap=True)
-    table = Table()
-    for title in ("slots", "layer", "freed memory", "forward", "backward", "update", "step ms", "peak GB", "times as fast"):
+
+def title_of(shape):
+    """A line that says what a table's rows are of."""
+    tokens, dim, heads, knn, k_dim, n_keys = shape
+    return f"{n_keys**2:,} slots: {tokens:,} tokens, d={dim}, {heads} heads, k={knn}, k_dim {k_dim}"
+
+
+def show_steps(console, shape, rows):
+    """A table of the layers' steps; rows {(kind, kept): medians, or {"failed": why}}."""
+    table = Table(title=title_of(shape), box=box.SIMPLE, padding=(0, 1), title_justify="left")
+    for title in ("layer", "freed memory", "lookup", "read", "backward", "update", "step ms", "peak GB", "times as fast"):
         table.add_column(title, justify="left" if title in ("layer", "freed memory") else "right")
-    for n, kind, kept in rows:
-        cells = [f"{n**2:,}", kind, "kept" if kept else "given back"]
-        if (n, kind, kept) in median:
-            row = median[n, kind, kept]
-            cells += [f"{row[key]:.1f}" for key in ("forward", "backward", "update", "step", "peak_gb")]
-            cells += [f"{median[n, 'pytorch', kept]['step'] / row['step']:.2f}"] if (n, "pytorch", kept) in median else []
-        else:
-            cells += ["", "", "", "", f"needs {memory_needed(kind, config, n) / 1e9:.0f}"]
-        table.add_row(*cells, end_section=kind == KINDS[-1] and kept == rows[-1][2])
+    for (kind, kept), row in rows.items():
+        cells = [kind, {None: "", True: "kept", False: "given back"}[kept]]
+        if "failed" in row:
+            table.add_row(*cells, row["failed"])
+            continue
+        cells += [f"{row['lookup']:.1f}", f"{row['read']:.1f}"] if "lookup" in row else [f"{row['forward']:.1f}", ""]
+        cells += [f"{row[key]:.1f}" for key in ("backward", "update", "step", "peak_gb")]
+        plain = rows.get(("pytorch", kept), {})
+        table.add_row(*cells, f"{plain['step'] / row['step']:.2f}" if "step" in plain else "")
     console.print(table)
+
+
+def show_kernels(console, row):
+    """What the kernels alone reach."""
+    if "failed" in row:
+        console.print(f"the parts alone: {row['failed']}")
+        return
+    console.print(f"copy {row['copy_gb_s']:,.0f} GB/s   top-k {row['topk']:.2f} ms, the two torch.topk it replaces {row['two_torch_topk']:.2f} ms")
+    console.print("   ".join(f"{name} {row[name]:.2f} ms, {row[name + '_share']:.0%} of the copy's bandwidth" for name in ("read", "backward", "update")))
+    console.print("100,000 slots scattered over " + ", ".join(f"{int(n):,}: {ms:.2f} ms" for n, ms in row["scattered"].items()) + "\n")
+
+
+def main():
+    """Runs the measurements in turn and prints the tables."""
+    given = parse(BenchConfig, sys.argv[1:])
+    config = BenchConfig(**given)
+    device, console = pick_device(config.device), Console(highlight=False, soft_wrap=True)
+    shapes = shapes_of(config, given, device)
+    if config.only:
+        result = measure_kernels(config, shapes[0][-1]) if config.only == "kernels" else measure(config.only, config, shapes[0][-1])
+        print(json.dumps(result))
+        return
+    on_cpu, on_gpu = device.type == "cpu", device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if on_gpu else f"{torch.get_num_threads()} threads, {platform.machine()}"
+    dtype = dtype_of(config, device)
+    console.print(f"One training step of a memory layer; {name}, {dtype}, torch {torch.__version__}")
+    kinds = [kind for kind in KINDS if (kind != "compiled" or on_gpu) and (kind != "paper" or config.peer)]
+    tasks = [(shape, kind, kept) for shape in shapes for kept in ((False, True) if on_cpu else (None,)) for kind in kinds]
+    tasks += [(shape, "kernels", None) for shape in shapes if on_gpu]
+    found = {task: [] for task in tasks}
+    for shape, kind, kept in track(tasks * config.rounds, "measuring", console=console, disable=not console.is_terminal):
+        if kind != "kernels" and (needed := memory_needed(kind, shape, dtype.itemsize)) > 0.9 * machine_memory(device):
+            found[shape, kind, kept].append({"failed": f"{needed / 1e9:.0f} GB"})
+        else:
+            found[shape, kind, kept].append(in_own_process(kind, shape, config, bool(kept)))
+
+    def median(rows):
+        return next((r for r in rows if "failed" in r), None) or {
+            key: rows[0][key] if key == "scattered" else statistics.median(r[key] for r in rows) for key in rows[0]}
+
+    for shape in shapes:
+        show_steps(console, shape, {(kind, kept): median(rows) for (s, kind, kept), rows in found.items() if s == shape and kind != "kernels"})
+        if on_gpu:
+            show_kernels(console, median(found[shape, "kernels", None]))
 
 
 if __name__ == "__main__":

@@ -23,16 +23,13 @@ import functools
 import importlib.util
 import math
 import os
-import warnings
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from nanomem import kernels
+from nanomem import cpu, kernels
 
-warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")  # the one operation used here is tested
 
 
 
@@ -82,16 +79,10 @@ def gather_dot(table, rows, x):
     """
     if use_kernels(table):
         return kernels.gather_dot(table, rows, x)
-    n, lookups = rows.shape
-    # torch refuses a sparse matrix of more entries than a dense one would have: a table smaller than a token's lookups.
-    if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and lookups <= len(table):
-        # x @ table.T, computed only where a sparse matrix has its entries: the rows looked up. On 2 cores 8 times
-        # as fast as gathering the rows.
-        starts = torch.arange(0, n * lookups + 1, lookups)
-        wanted = torch.sparse_csr_tensor(starts, rows.flatten(), x.new_zeros(n * lookups), (n, len(table)), check_invariants=False)
-        return torch.sparse.sampled_addmm(wanted, x, table.t(), beta=0.0).values().view(n, lookups)
+    if cpu.can_gather_dot(table, rows):
+        return cpu.gather_dot(table, rows, x)
     # One lookup of every token at a time, so that no (n, lookups, dim) tensor is ever built.
-    return torch.stack([(table[rows[:, l]] * x).sum(-1) for l in range(lookups)], dim=1)
+    return torch.stack([(table[rows[:, l]] * x).sum(-1) for l in range(rows.shape[1])], dim=1)
 
 
 def narrowest_integer(n):
@@ -109,7 +100,7 @@ def scatter_sum(rows, weights, x, n_rows):
     """
     if use_kernels(x):
         return kernels.scatter_sum(rows, weights, x, n_rows)[:2]
-    rows, order = torch.sort(rows.flatten().to(narrowest_integer(n_rows)), stable=True)  # on a CPU a radix sort, byte by byte
+    rows, order = torch.sort(rows.flatten().to(narrowest_integer(n_rows)), stable=True)  # a CPU's radix sort goes byte by byte
     first = torch.ones_like(rows, dtype=torch.bool)
     first[1:] = rows[1:] != rows[:-1]
     starts = first.nonzero().squeeze(1)
@@ -134,56 +125,6 @@ def candidate_pairs(knn, device):
     return torch.tensor(pairs, device=device).unbind(1)
 
 
-def _topk(scores, k):
-    """scores.topk(k) along the last dimension, exactly; of float32 on a CPU, where it is the largest part of the lookup, in
-    half the time.
-    """
-    n = scores.shape[-1]
-    if scores.device.type != "cpu" or scores.dtype != torch.float32:
-        return scores.topk(k)
-    rows = scores.reshape(-1, n)
-    n_groups = n // 8
-    if n % 8 or n_groups < 2 * k:
-        best = _largest(_pack(rows, torch.arange(n)), k)
-    else:
-        # The k groups with the largest maxima hold the k largest numbers, so only their members are looked at. Group g
-        # has the members g, g + n_groups, g + 2 * n_groups, ...: its maximum is one of whole rows.
-        groups = _unpack(_largest(_pack(rows.unflatten(-1, (8, n_groups)).amax(-2), torch.arange(n_groups)), k))[1]
-        members = (groups[..., None] + torch.arange(0, n, n_groups)).flatten(-2)
-        best = _largest(_pack(rows.gather(-1, members), members), k)
-    best, indices = _unpack(best.sort(-1, descending=True).values)
-    return best.view(*scores.shape[:-1], k), indices.view(*scores.shape[:-1], k)
-
-
-def _pack(scores, indices):
-    """float32 scores and the integers (< 2**29) they go with as float64: a float32 leaves its 29 low bits empty."""
-    packed = scores.double()
-    packed.view(torch.int64).bitwise_or_(indices)
-    return packed
-
-
-def _unpack(packed):
-    bits = packed.view(torch.int64)
-    return (bits & -(2**29)).view(torch.float64).float(), bits & (2**29 - 1)
-
-
-def _largest(packed, k):
-    """The k largest of each row (rows, n), in no order. NumPy partitions with vector instructions, on each thread a share."""
-    n = packed.shape[-1]
-    if k < n:
-        first, *others = (rows.numpy() for rows in packed.chunk(torch.get_num_threads()))
-        under_way = [_threads().submit(rows.partition, n - k, axis=-1) for rows in others]
-        first.partition(n - k, axis=-1)
-        for share in under_way:
-            share.result()
-    return packed[:, n - k:]
-
-
-@functools.cache
-def _threads():
-    return ThreadPoolExecutor(os.cpu_count())
-
-
 def _half_scores(queries, keys):
     """<queries[t, h, c], keys[h, c, i]>: queries (n, heads, 2, half), keys (heads, 2, n_keys, half) -> (heads, 2, n, n_keys).
 
@@ -203,25 +144,24 @@ def _half_scores(queries, keys):
 def _select(half_scores, knn):
     """The knn best sums of a first and a second half score, from the pairs that can be among them.
 
-    half_scores (heads, 2, n, n_keys) -> scores (n, heads, knn), from high to low; half_indices (n, heads, 2, knn), the keys they are of
+    half_scores (heads, 2, n, n_keys) -> scores (n, heads, knn), from high to low, and the slots they are of, int64
     """
-    pairs = candidate_pairs(knn, half_scores.device)
+    n_keys = half_scores.shape[-1]
+    a, b = candidate_pairs(knn, half_scores.device)
     if use_kernels(half_scores):
-        return kernels.select(half_scores, knn, pairs)
-    a, b = pairs
-    best, indices = _topk(half_scores, knn)  # (heads, 2, n, knn)
+        return kernels.select(half_scores, knn, (a, b))
+    best, indices = cpu.topk(half_scores, knn)  # (heads, 2, n, knn)
     sums = best[:, 0].index_select(-1, a) + best[:, 1].index_select(-1, b)
-    scores, chosen = sums.topk(knn)  # (heads, n, knn)
-    # From the place of the pair chosen to the ranks of its halves, and from a rank to the half key that has it.
-    half_indices = torch.stack([indices[:, 0].gather(-1, a[chosen]), indices[:, 1].gather(-1, b[chosen])], dim=1)
-    return scores.transpose(0, 1), half_indices.permute(2, 0, 1, 3)
+    slots = indices[:, 0].index_select(-1, a) * n_keys + indices[:, 1].index_select(-1, b)
+    scores, slots = cpu.topk(sums, knn, slots)  # (heads, n, knn)
+    return scores.transpose(0, 1), slots.transpose(0, 1)
 
 
 # Registered with torch.library, so that torch.compile takes the search for one operation and goes on around it.
 @torch.library.custom_op("nanomem::product_key_topk", mutates_args=())
 def _product_key_topk(queries: torch.Tensor, keys: torch.Tensor, knn: int) -> tuple[torch.Tensor, torch.Tensor]:
-    scores, half_indices = zip(*(_select(_half_scores(chunk, keys), knn) for chunk in queries.split(_chunk_size(keys))))
-    return torch.cat(scores), torch.cat(half_indices)
+    scores, slots = zip(*(_select(_half_scores(chunk, keys), knn) for chunk in queries.split(_chunk_size(keys))))
+    return torch.cat(scores), torch.cat(slots)
 
 
 def _chunk_size(keys):
@@ -235,16 +175,17 @@ def _chunk_size(keys):
 def _(queries, keys, knn):
     n, heads = queries.shape[:2]
     scores = queries.new_empty(n, heads, knn, dtype=torch.float64 if queries.dtype == torch.float64 else torch.float32)
-    return scores, queries.new_empty(n, heads, 2, knn, dtype=torch.int32 if use_kernels(queries) else torch.int64)
+    return scores, scores.new_empty(n, heads, knn, dtype=torch.int64)
 
 
 @torch.library.custom_op("nanomem::product_key_topk_backward", mutates_args=())
 def _product_key_topk_backward(grad_scores: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor,
-                               half_indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+                               slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     # A score is <q1, K1[i]> + <q2, K2[j]> for the slot (i, j) chosen. Only the chosen ones have a gradient,
     # so the queries' is a read of the keys and the keys' a scatter of the queries, weighted by grad_scores.
     n, heads, _, half = queries.shape
     n_keys, knn = keys.shape[2], grad_scores.shape[-1]
+    half_indices = torch.stack([slots // n_keys, slots % n_keys], dim=2)  # (n, heads, 2, knn)
     base = torch.arange(heads * 2, device=keys.device).view(heads, 2, 1) * n_keys
     rows = (half_indices + base).view(n * heads * 2, knn)
     weights = grad_scores.to(keys.dtype).unsqueeze(2).expand(n, heads, 2, knn).reshape(rows.shape)
@@ -256,7 +197,7 @@ def _product_key_topk_backward(grad_scores: torch.Tensor, queries: torch.Tensor,
 
 
 @_product_key_topk_backward.register_fake
-def _(grad_scores, queries, keys, half_indices):
+def _(grad_scores, queries, keys, slots):
     return torch.empty_like(queries), torch.empty_like(keys)
 
 
@@ -296,9 +237,7 @@ def product_key_topk(queries, keys, knn):
     if torch.is_autocast_enabled(queries.device.type) and queries.device.type == "cuda":
         dtype = torch.get_autocast_dtype("cuda")  # for the tensor cores; the scores are float32 all the same
         queries, keys = queries.to(dtype), keys.to(dtype)
-    scores, half_indices = _product_key_topk(queries, keys, knn)
-    first, second = half_indices.long().unbind(2)
-    return scores, first * keys.shape[2] + second
+    return _product_key_topk(queries, keys, knn)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -332,7 +271,7 @@ class _MemoryRead(torch.autograd.Function):
         return grad_values, None, grad_weights, None
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # the gradient of values is sparse, of as many rows as were read, and torch.compile takes neither
 def memory_read(values, indices, weights, sparse_grad=False):
     """The weighted sum of the rows each token looks up: out[t] = sum over l of weights[t, l] * values[indices[t, l]].
 
@@ -372,6 +311,7 @@ class MemoryTable(nn.Module):
         self.values = nn.Parameter(torch.empty(n_slots, v_dim))
         nn.init.normal_(self.values, std=v_dim**-0.5)
 
+    @torch.compiler.disable  # so that a compiled model has one graph break a memory layer, here
     def forward(self, indices, weights):
         """indices (n, lookups) int64 and weights (n, lookups) -> (n, v_dim)"""
         return memory_read(self.values, indices, weights.to(self.values.dtype), self.sparse_grad)

@@ -1,0 +1,42 @@
+import pytest
+import torch
+
+from nanomem import cpu
+
+
+@pytest.mark.parametrize("n, k", [(1, 1), (5, 5), (50, 16), (64, 4), (1024, 16), (1032, 32)])
+@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize("ties", [False, True])
+def test_topk_equals_torchs(n, k, labelled, ties):
+    torch.manual_seed(0)
+    scores = torch.randn(3, 20, n).mul(3).round() if ties else torch.randn(3, 20, n)
+    labels = (torch.randperm(n) * 500_000).expand(3, 20, n) if labelled else None
+    best, chosen = cpu.topk(scores, k, labels)
+    assert torch.equal(best, scores.topk(k).values)
+    places = chosen if labels is None else labels[0, 0].argsort()[chosen // 500_000]
+    assert torch.equal(scores.gather(-1, places), best)
+    assert (places.sort().values.diff() > 0).all()  # distinct
+
+
+def test_extreme_scores_and_labels():
+    scores = torch.tensor([[0.0, -0.0, 1e-45, -1e-45, 3.4e38, -3.4e38, 1.0, 1.0000001]])
+    labels = torch.tensor([[2**29 - 1, 0, 5, 7, 1, 2**28, 3, 4]])
+    best, chosen = cpu.topk(scores, 4, labels)
+    assert torch.equal(best, scores[:, [4, 7, 6, 2]]) and chosen.tolist() == [[1, 4, 3, 5]]
+
+
+def test_labels_that_do_not_fit_are_kept_all_the_same():
+    best, chosen = cpu.topk(torch.tensor([[1.0, 3.0, 2.0]]), 2, torch.tensor([[2**40, 2**41, 2**42]]))
+    assert best.tolist() == [[3.0, 2.0]] and chosen.tolist() == [[2**41, 2**42]]
+
+
+def test_an_empty_batch():
+    best, chosen = cpu.topk(torch.empty(2, 0, 8), 3)
+    assert best.shape == chosen.shape == (2, 0, 3)
+
+
+def test_gather_dot_equals_products_of_gathered_rows():
+    torch.manual_seed(0)
+    table, rows, x = torch.randn(9, 5), torch.randint(9, (7, 4)), torch.randn(7, 5)
+    torch.testing.assert_close(cpu.gather_dot(table, rows, x), (table[rows] * x[:, None]).sum(-1))
+    assert not cpu.can_gather_dot(table[:3], rows)
