@@ -69,7 +69,8 @@ def settings(argv):
 def check_table_fits(config, device):
     """Raises UserError for memory tables larger than the machine's memory, which would kill the process without a word."""
     tables = (1 if config.mem_share_values else len(config.memory_layer_numbers())) if config.ffn == "memory" else 0
-    needed = tables * config.mem_n_keys**2 * (4 * (config.mem_v_dim or config.n_embd) + 8)  # values, and RowAdam's 8 bytes
+    row = getattr(torch, config.mem_dtype).itemsize * (config.mem_v_dim or config.n_embd) + 8  # values, and RowAdam's 8 bytes
+    needed = tables * config.mem_n_keys**2 * row
     if needed > machine_memory(device):
         raise UserError(f"mem_n_keys={config.mem_n_keys} makes tables of {needed / 1e9:,.0f} GB, and {device} has "
                         f"{machine_memory(device) / 1e9:,.0f} GB; a smaller mem_n_keys or mem_v_dim fits")

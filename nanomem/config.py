@@ -48,6 +48,7 @@ class GPTConfig:
     mem_gated: bool = setting(True, "multiply what was read by silu(W_gate x)")
     mem_qk_norm: bool = setting(True, "normalise queries and keys")
     mem_share_values: bool = setting(True, "one table of values for all memory layers")
+    mem_dtype: str = setting("float32", "of the values; bfloat16 takes half the memory and is rounded stochastically", ("float32", "bfloat16"))
 
     def replace(self, **changes):
         """A copy with other settings."""

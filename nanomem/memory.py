@@ -11,6 +11,7 @@ feed-forward layer and holds far more parameters than one, since a token reads o
     out = W_out (y * silu(W_gate x))         Memory+'s input-dependent gate
 
 Read it in this order:
+    use_kernels         on a GPU the functions below hand over to Triton kernels that compute the same
     gather_sum ...      the arithmetic: reading rows, and what flows back from it
     product_key_topk    finds the best k of N slots in sqrt(N) time, exactly
     memory_read         sums the chosen values; its gradients touch only the rows that were read
@@ -31,10 +32,8 @@ import torch.nn.functional as F
 from nanomem import cpu, kernels
 
 
-
-
 def use_kernels(x):
-    """Whether the Triton kernels (kernels.py) compute with x, or plain PyTorch does.
+    """Whether the Triton kernels (kernels.py) compute with x, or plain PyTorch does, as here.
 
     They do for 16- and 32-bit floats on a CUDA or ROCm GPU where Triton is installed. The environment variable NANOMEM_KERNELS
     forces either: "triton" (on a CPU that takes Triton's interpreter, TRITON_INTERPRET=1) or "torch".
@@ -104,8 +103,8 @@ def scatter_sum(rows, weights, x, n_rows):
     first = torch.ones_like(rows, dtype=torch.bool)
     first[1:] = rows[1:] != rows[:-1]
     starts = first.nonzero().squeeze(1)
-    tokens = order // weights.shape[1]
-    sums = F.embedding_bag(tokens, x, offsets=starts, per_sample_weights=weights.flatten()[order], mode="sum")
+    tokens, weights = order // weights.shape[1], weights.flatten().index_select(0, order)
+    sums = F.embedding_bag(tokens, x, offsets=starts, per_sample_weights=weights, mode="sum")
     return rows[starts].long(), sums
 
 
@@ -185,7 +184,8 @@ def _product_key_topk_backward(grad_scores: torch.Tensor, queries: torch.Tensor,
     # so the queries' is a read of the keys and the keys' a scatter of the queries, weighted by grad_scores.
     n, heads, _, half = queries.shape
     n_keys, knn = keys.shape[2], grad_scores.shape[-1]
-    half_indices = torch.stack([slots // n_keys, slots % n_keys], dim=2)  # (n, heads, 2, knn)
+    first = slots // n_keys
+    half_indices = torch.stack([first, slots - first * n_keys], dim=2)  # (n, heads, 2, knn)
     base = torch.arange(heads * 2, device=keys.device).view(heads, 2, 1) * n_keys
     rows = (half_indices + base).view(n * heads * 2, knn)
     weights = grad_scores.to(keys.dtype).unsqueeze(2).expand(n, heads, 2, knn).reshape(rows.shape)
@@ -299,16 +299,17 @@ def memory_read(values, indices, weights, sparse_grad=False):
 class MemoryTable(nn.Module):
     """The values of a memory: n_slots rows of v_dim numbers. Several layers may share one table, as in Memory+.
 
-    Train it with `nanomem.optim.build_optimizer`, whose update touches only the rows read. With
+    Train it with `nanomem.optim.build_optimizer`, whose update touches only the rows read, and rounds bfloat16 values
+    stochastically (dtype=torch.bfloat16; torch's default dtype otherwise). With
     sparse_grad=False its gradient is dense and any torch optimizer will do, at a cost that grows with n_slots.
     """
 
-    def __init__(self, n_slots, v_dim, sparse_grad=True):
+    def __init__(self, n_slots, v_dim, sparse_grad=True, dtype=None):
         super().__init__()
         if n_slots < 1 or v_dim < 1:
             raise ValueError(f"n_slots and v_dim must be 1 or more, got {n_slots} and {v_dim}")
         self.n_slots, self.v_dim, self.sparse_grad = n_slots, v_dim, sparse_grad
-        self.values = nn.Parameter(torch.empty(n_slots, v_dim))
+        self.values = nn.Parameter(torch.empty(n_slots, v_dim, dtype=dtype))
         nn.init.normal_(self.values, std=v_dim**-0.5)
 
     @torch.compiler.disable  # so that a compiled model has one graph break a memory layer, here

@@ -202,7 +202,7 @@ def feed_forwards(config):
             modules.append(FeedForward(config.n_embd, hidden))
             continue
         if table is None or not config.mem_share_values:
-            table = MemoryTable(config.mem_n_keys**2, config.mem_v_dim or config.n_embd)
+            table = MemoryTable(config.mem_n_keys**2, config.mem_v_dim or config.n_embd, dtype=getattr(torch, config.mem_dtype))
         modules.append(ProductKeyMemory(config.n_embd, table, config.mem_heads, config.mem_knn,
                                         config.mem_k_dim or config.n_embd, config.mem_qk_norm, config.mem_gated))
     return modules

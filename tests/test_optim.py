@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from nanomem.memory import MemoryTable, ProductKeyMemory
-from nanomem.optim import RowAdam, build_optimizer, clip_gradients, row_gradient, schedule
+from nanomem.optim import RowAdam, build_optimizer, clip_gradients, row_gradient, schedule, stochastic_round
 
 
 def sparse(rows, grads, n):
-    return torch.sparse_coo_tensor(torch.tensor([rows]), grads, (n, grads.shape[1]), check_invariants=True)
+    return torch.sparse_coo_tensor(torch.tensor([list(rows)]), grads, (n, grads.shape[1]), check_invariants=True)
 
 
 def test_row_adam_equals_a_loop_over_rows():
@@ -142,3 +142,25 @@ def test_schedule_rises_linearly_and_falls_to_its_floor():
     assert schedule(10, 10, 100, 0.1) == 1
     assert schedule(55, 10, 100, 0.1) == pytest.approx(0.55)
     assert schedule(100, 10, 100, 0.1) == schedule(500, 10, 100, 0.1) == pytest.approx(0.1)
+
+
+def test_bfloat16_is_rounded_so_that_small_steps_add_up():
+    torch.manual_seed(0)
+    values = torch.nn.Parameter(torch.ones(50, 200, dtype=torch.bfloat16))  # the next bfloat16 below 1 is 1 - 2**-8
+    optimizer = RowAdam([values], lr=2**-12)
+    for _ in range(32):
+        values.grad = sparse(range(50), torch.ones(50, 200).bfloat16(), 50)
+        optimizer.step()  # moves each by lr, a sixteenth of the spacing
+    assert values.double().mean().item() == pytest.approx(1 - 32 * 2**-12, abs=2e-4)
+    assert len(values.unique()) > 3  # by chance
+
+
+def test_rounding_noise_differs_between_rows_columns_and_reads_and_is_the_same_each_time():
+    new = torch.full((3, 1000), 1 + 2**-9)
+    first = stochastic_round(new, 0, torch.tensor([4, 5, 4]), torch.tensor([1, 1, 2], dtype=torch.int32))
+    again = stochastic_round(new[:1], 0, torch.tensor([4]), torch.tensor([1], dtype=torch.int32))
+    assert torch.equal(first[:1], again)
+    up = (first > 1).float()
+    torch.testing.assert_close(up.mean(1), torch.full((3,), 0.25), atol=0.06, rtol=0)
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        assert abs(torch.corrcoef(up[[a, b]])[0, 1]) < 0.12
