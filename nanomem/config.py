@@ -41,9 +41,9 @@ class GPTConfig:
 
     mem_layers: str = setting("1,2", "layers, counted from 0, whose feed-forward is a memory layer", group="Memory")
     mem_n_keys: int = setting(128, "keys a half; the memory has mem_n_keys**2 slots")
-    mem_heads: int = setting(2, "lookups a token in each memory layer")
+    mem_heads: int = setting(1, "lookups a token in each memory layer")
     mem_knn: int = setting(16, "slots read by each head")
-    mem_k_dim: int = setting(0, "length of a query and of a key, even; 0: n_embd")
+    mem_k_dim: int = setting(128, "length of a query and of a key, even; 0: n_embd")
     mem_v_dim: int = setting(0, "length of a value; 0: n_embd")
     mem_gated: bool = setting(True, "multiply what was read by silu(W_gate x)")
     mem_qk_norm: bool = setting(True, "normalise queries and keys")

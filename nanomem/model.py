@@ -16,16 +16,15 @@ from nanomem.memory import MemoryTable, ProductKeyMemory
 
 
 def rope_tables(length, dim, base=10000.0):
-    """Cosines and sines of rotary positions (Su et al. 2021): two (length, dim / 2) tensors."""
+    """Cosines and sines of rotary positions (Su et al. 2021), as `rotate` wants them: two (length, dim) tensors."""
     frequencies = base ** -(torch.arange(0, dim, 2).float() / dim)
     angles = torch.outer(torch.arange(length).float(), frequencies)
-    return angles.cos(), angles.sin()
+    return torch.cat((angles.cos(), angles.cos()), dim=-1), torch.cat((-angles.sin(), angles.sin()), dim=-1)
 
 
 def rotate(x, cos, sin):
-    """Rotates each pair (x[i], x[i + dim/2]) by its position's angle: x (batch, head, time, dim)."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+    """Rotates each pair (x[i], x[i + dim/2]) by its position's angle: x (batch, time, any, head, dim)."""
+    return x * cos[:, None, None] + x.roll(x.shape[-1] // 2, -1) * sin[:, None, None]
 
 
 class Attention(nn.Module):
@@ -40,8 +39,9 @@ class Attention(nn.Module):
     def forward(self, x, cos, sin, cache=None):
         """x (batch, time, n_embd); cache, if any, is a list of the keys and values so far, extended in place."""
         B, T, C = x.shape
-        q, k, v = self.qkv_proj(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        qkv = self.qkv_proj(x).view(B, T, 3, self.n_head, C // self.n_head)
+        q, k = rotate(qkv[:, :, :2], cos, sin).transpose(1, 3).unbind(2)  # (batch, head, time, dim)
+        v = qkv[:, :, 2].transpose(1, 2)
         if cache is not None:
             if cache:
                 k, v = torch.cat((cache[0], k), dim=2), torch.cat((cache[1], v), dim=2)
@@ -210,11 +210,14 @@ def feed_forwards(config):
 
 def default_hidden(config):
     """The feed-forward width where none is set: Llama's 8/3 n_embd beside memory layers. For ffn="dense" the width
-    at which the model takes as many FLOPs a token as with memory, so that comparing the two is fair by default.
+    at which the model takes as many FLOPs a token as with memory, so that comparing the two is fair by default. A multiple
+    of 8, which multiplies up to a sixth faster, unless that is more than 1% off.
     """
     llama = max(8, 8 * round(config.n_embd / 3))
     if config.ffn == "memory":
         return llama
     with torch.device("meta"):  # counts without allocating
         memory = feed_forwards(config.replace(ffn="memory", ffn_hidden=llama))
-    return max(1, round(sum(m.flops_per_token() for m in memory) / (config.n_layer * 6 * config.n_embd)))
+    width = sum(m.flops_per_token() for m in memory) / (config.n_layer * 6 * config.n_embd)
+    multiple = 8 * round(width / 8)
+    return multiple if abs(multiple - width) <= 0.01 * width else max(1, round(width))

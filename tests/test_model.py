@@ -93,7 +93,7 @@ def test_flops_equal_torchs_count_of_the_products(ffn, monkeypatch):
     monkeypatch.setattr(memory_module, "_product_key_topk", memory_module._product_key_topk._init_fn)  # the counter can't look into a custom op
     model = small(ffn=ffn)
     idx = batch(4)[0]
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # attention as products it can count
+    with torch.no_grad(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # attention as products it can count
         model(idx)
     # torch counts matrix products; the read of heads * knn rows in each memory layer is a gather to it.
     reads = len(model.memory_layers()) * 2 * (2 * 3 * 16)
