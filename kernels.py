@@ -15,11 +15,23 @@ Sums are accumulated in float32, in an order that depends on the input alone: no
 Sizes: n tokens, h heads, k slots a head, L = h * k lookups a token, u rows read by any of them, d = v_dim, e bytes a number.
 """
 
+import functools
 import math
 
 import torch
 import triton
 import triton.language as tl
+
+
+def _on_its_device(launcher):
+    """Triton launches on the current GPU; this makes it that of the launcher's first tensor."""
+
+    @functools.wraps(launcher)
+    def call(x, *args, **options):
+        with torch.cuda.device_of(x):
+            return launcher(x, *args, **options)
+
+    return call
 
 
 def _tile(dim):
@@ -120,6 +132,7 @@ def _select_sizes(n, n_keys, knn, n_pairs):
     return dict(GROUP=group, N_GROUPS=n_groups, K=K, PAIRS=pairs, BLOCK=block, num_warps=min(8, max(1, widest // 1024)))
 
 
+@_on_its_device
 def select(half_scores, knn, pairs):
     """The knn best sums of a first and a second half score.
 
@@ -187,6 +200,7 @@ def _gather_sum(table, rows, weights, out, n_bags, lookups=0, bags=(None, None),
     return out
 
 
+@_on_its_device
 def gather_sum(table, rows, weights):
     """out[t] = sum over l of weights[t, l] * table[rows[t, l]].
 
@@ -217,6 +231,7 @@ def _gather_dot_kernel(table, rows, x, out, dim, lookups, BLOCK_ROWS: tl.constex
         tl.store(out + token * lookups + lookup, total, lookup < lookups)
 
 
+@_on_its_device
 def gather_dot(table, rows, x):
     """out[t, l] = <table[rows[t, l]], x[t]>.
 
@@ -235,6 +250,7 @@ def gather_dot(table, rows, x):
 # Writing rows
 
 
+@_on_its_device
 def scatter_sum(rows, weights, x, n_rows, dot_with=None):
     """sums[i] = sum over all (t, l) with rows[t, l] == unique[i] of weights[t, l] * x[t].
 
@@ -299,8 +315,9 @@ def _key_gradient_kernel(half_indices, grad, queries, out, n, n_keys, half, knn,
     cores multiply it with their queries: in tf32, which holds 16-bit queries exactly, or three times for float32's digits.
     """
     key = tl.program_id(0) * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
-    part, head_half, n_head_halves = tl.program_id(2), tl.program_id(1), tl.num_programs(1)
-    column = tl.arange(0, BLOCK_HALF)
+    head_half, n_head_halves, n_blocks = tl.program_id(1), tl.num_programs(1), tl.cdiv(half, BLOCK_HALF)
+    part = tl.program_id(2) // n_blocks
+    column = tl.program_id(2) % n_blocks * BLOCK_HALF + tl.arange(0, BLOCK_HALF)
     total = tl.zeros((BLOCK_KEYS, BLOCK_HALF), tl.float32)
     end = tl.minimum(n, (part + 1) * n_split)
     for start in range(part * n_split, end, BLOCK_N):
@@ -319,6 +336,7 @@ def _key_gradient_kernel(half_indices, grad, queries, out, n, n_keys, half, knn,
     tl.store(out + place[:, None] * half + column[None, :], total, (key < n_keys)[:, None] & (column < half)[None, :])
 
 
+@_on_its_device
 def key_gradient(half_indices, grad, queries, n_keys):
     """The gradient of the half keys: each key sums the queries that chose it, weighted by the score's gradient.
 
@@ -327,11 +345,11 @@ def key_gradient(half_indices, grad, queries, n_keys):
     """
     n, heads, _, half = queries.shape
     parts = max(1, min(8, n // 512))  # enough programs to fill a GPU; added up below, in order
-    n_split, block_half = -(-n // parts), max(16, triton.next_power_of_2(half))
+    n_split, block_half = -(-n // parts), max(16, min(256, triton.next_power_of_2(half)))
     out = torch.zeros(parts, heads, 2, n_keys, half, device=queries.device)
     precision = "ieee" if torch.version.hip else "tf32x3" if queries.dtype == torch.float32 else "tf32"
     if n:
-        _key_gradient_kernel[triton.cdiv(n_keys, 64), heads * 2, parts](
+        _key_gradient_kernel[triton.cdiv(n_keys, 64), heads * 2, parts * triton.cdiv(half, block_half)](
             half_indices.contiguous(), grad.contiguous(), queries.contiguous(), out, n, n_keys, half, half_indices.shape[3], n_split,
             BLOCK_N=32, BLOCK_KEYS=64, BLOCK_HALF=block_half, PRECISION=precision, num_warps=8 if block_half >= 128 else 4)
     return out.sum(0).to(queries.dtype)
@@ -386,6 +404,7 @@ def _row_adam_kernel(values, rows, grads, second_moment, reads, lr, beta2, log2_
         tl.store(place, new, mask)
 
 
+@_on_its_device
 def row_adam(values, rows, grads, second_moment, reads, lr, beta2, eps, seed):
     """Updates values (n_slots, d), second_moment (n_slots,) float32 and reads (n_slots,) int32 in place.
 

@@ -15,8 +15,8 @@ A step is forward, backward (to the input, too), and the update of all parameter
     paper     einsum and all k*k candidates     its Triton kernels  fused AdamW over the table's dense gradient
 
 Each measurement runs in a process of its own, since whichever layer came first would pay for the memory of all; they take
-turns, and the table shows medians. On a CPU each is timed twice: with the system's allocator as it is, and as train.py
-sets it (nanomem.config.keep_freed_memory), which helps dense gradients most. On a GPU a second table tells how near the kernels
+turns, and the table shows medians. "Read" has the gate and the output projection in it. On a CPU each is timed twice: with
+memory allocated as it comes, and as train.py has it (nanomem.config.keep_freed_memory), which helps dense gradients most. On a GPU a second table tells how near the kernels
 come to what the card can do: bytes they must move over time, as a share of what a copy reaches in the same process.
 
 What was tried (2 cores of an AMD EPYC, AVX2, 1M slots, the CPU's shape; in ms, predicted -> measured):
@@ -30,7 +30,7 @@ What was tried (2 cores of an AMD EPYC, AVX2, 1M slots, the CPU's shape; in ms, 
     sorting lookups as int32 or int16 instead of int64: radix passes           3.8 -> 2 -> 2.1   kept
     gradient of the weights: sampled_addmm instead of gathering rows         97 ->     ->  25   kept
     large temporaries: page faults of a fresh 117 MB gradient                 62 ->   8 ->   8   keep_freed_memory
-      or huge pages (THP_MEM_ALLOC_ENABLE=1 in the environment)               62 ->  15 ->  15   the user's to set
+      and pages of 2 MB: a whole step with freed memory kept                 317 -> 300 -> 278   keep_freed_memory
 
 No GPU could be had yet. What the kernels were designed by, to be measured (H100, the paper's shape: 32k tokens, d=1024, 4 heads,
 k=32, k_dim 512, 1M slots, bf16):
@@ -84,7 +84,7 @@ class BenchConfig:
     device: str = setting("auto", "cpu, cuda, cuda:1, mps; auto: the first of cuda, mps and cpu that is there")
     dtype: str = setting("auto", "of parameters and activations; auto: bfloat16 on cuda, else float32", ("auto", "float32", "bfloat16"))
     peer: str = setting("", "a checkout of facebookresearch/memory, the paper's code, to measure beside")
-    keep_freed: bool = setting(False, "with --only: call keep_freed_memory first")
+    keep_freed: bool = setting(False, "with --only: call keep_freed_memory first, as train.py does")
     only: str = setting("", "measure this in this process and print JSON: what the benchmark calls itself with", ("", *KINDS, "kernels"))
 
 
@@ -311,10 +311,10 @@ def title_of(shape):
 def show_steps(console, shape, rows):
     """A table of the layers' steps; rows {(kind, kept): medians, or {"failed": why}}."""
     table = Table(title=title_of(shape), box=box.SIMPLE, padding=(0, 1), title_justify="left")
-    for title in ("layer", "freed memory", "lookup", "read", "backward", "update", "step ms", "peak GB", "times as fast"):
-        table.add_column(title, justify="left" if title in ("layer", "freed memory") else "right")
+    for title in ("layer", "memory", "lookup", "read", "backward", "update", "step ms", "peak GB", "times as fast"):
+        table.add_column(title, justify="left" if title in ("layer", "memory") else "right")
     for (kind, kept), row in rows.items():
-        cells = [kind, {None: "", True: "kept", False: "given back"}[kept]]
+        cells = [kind, {None: "", True: "as train.py", False: "as it comes"}[kept]]
         if "failed" in row:
             table.add_row(*cells, row["failed"])
             continue
@@ -323,6 +323,9 @@ def show_steps(console, shape, rows):
         plain = rows.get(("pytorch", kept), {})
         table.add_row(*cells, f"{plain['step'] / row['step']:.2f}" if "step" in plain else "")
     console.print(table)
+    ours, plain = rows.get(("nanomem", True), {}), rows.get(("pytorch", False), {})
+    if "step" in ours and "step" in plain:
+        console.print(f"  nanomem as train.py runs it, against pytorch as it comes: {plain['step'] / ours['step']:.2f} times as fast\n")
 
 
 def show_kernels(console, row):
@@ -340,6 +343,7 @@ def main():
     given = parse(BenchConfig, sys.argv[1:])
     config = BenchConfig(**given)
     device, console = pick_device(config.device), Console(highlight=False, soft_wrap=True)
+    console.width = max(console.width, 110)
     shapes = shapes_of(config, given, device)
     if config.only:
         result = measure_kernels(config, shapes[0][-1]) if config.only == "kernels" else measure(config.only, config, shapes[0][-1])

@@ -55,7 +55,8 @@ for dtype, v_dim in ((torch.bfloat16, 1024), (torch.float32, 100)):
     dtype_name = str(dtype).split(".")[1]
     values, x = torch.zeros(n_slots, v_dim, dtype=dtype), torch.zeros(n, v_dim, dtype=dtype)
     slots, weights = torch.randint(n_slots, (n, heads * knn)), torch.zeros(n, heads * knn, dtype=dtype)
-    kernels.select(torch.zeros(heads, 2, n, n_keys), knn, candidate_pairs(knn, x.device))
+    for k in (1, knn):
+        kernels.select(torch.zeros(heads, 2, n, n_keys), k, candidate_pairs(k, x.device))
     kernels.gather_sum(values, slots, weights)
     kernels.gather_dot(values, slots, x)
     kernels.scatter_sum(slots, weights, x, n_slots, dot_with=values)

@@ -119,8 +119,9 @@ def test_the_values_gradient_is_the_same_every_time_when_few_slots_take_most_loo
     assert torch.equal(first, second) and relative_error(first, every[rows]) < 1e-5
 
 
-def test_key_gradient_in_parts_equals_one_hot_products():
-    half_indices, grad, queries = torch.randint(9, (1100, 1, 2, 2), device=DEVICE), randn(1100, 1, 2), randn(1100, 1, 2, 3)
+@pytest.mark.parametrize("n, half", [(1100, 3), (3, 300)])
+def test_key_gradient_in_parts_equals_one_hot_products(n, half):
+    half_indices, grad, queries = torch.randint(9, (n, 1, 2, 2), device=DEVICE), randn(n, 1, 2), randn(n, 1, 2, half)
     one_hot = torch.nn.functional.one_hot(half_indices, 9).double() * grad.double()[:, :, None, :, None]
     exact = torch.einsum("nhcrk,nhcd->hckd", one_hot, queries.double())
     assert relative_error(kernels.key_gradient(half_indices.int(), grad, queries, 9), exact) < 1e-5
