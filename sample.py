@@ -126,7 +126,7 @@ def trace(model, data, tokens, shown=3):
     looked_up = lookups_of(model, tokens[:, -model.config.block_size:])
     words = [data.encoding.decode([t]) for t in tokens[0, -model.config.block_size:].tolist()]
     table = Table(title=f"Slots read, and their weights within a head (the {shown} heaviest of "
-                        f"{model.config.mem_heads} heads x {model.config.mem_knn} slots)")
+                        f"{model.config.mem_heads} head{'s' * (model.config.mem_heads > 1)} x {model.config.mem_knn} slots)")
     for title in ("token", *(f"layer {layer}" for layer in looked_up)):
         table.add_column(title)
     heaviest = set()  # (layer, slot) of each token
