@@ -8,8 +8,8 @@ The memory layer's Triton kernels, for GPUs. Loaded as `nanomem.kernels`; nanome
     key_gradient      the gradient of the half keys
     row_adam          the update of the rows read
 
-All but `select` move far more bytes than they do arithmetic, so each says how many bytes it must move: that over the
-card's bandwidth is the time to aim at. `python -m nanomem.bench --device=cuda` measures the share of it that is reached.
+`select` and `key_gradient` are bound by instructions. The others move far more bytes than they do arithmetic, so each says
+how many: that over the card's bandwidth is the time to aim at. `python -m nanomem.bench --device=cuda` measures the share of it that is reached.
 Sums are accumulated in float32, in an order that depends on the input alone: no atomics, the same result every time.
 
 Sizes: n tokens, h heads, k slots a head, L = h * k lookups a token, u rows read by any of them, d = v_dim, e bytes a number.
@@ -44,7 +44,7 @@ def _tile(dim):
 # Choosing slots
 #
 # A score and where it came from are packed into one int64 that sorts like the score, so that a plain top-k of integers
-# finds both. Ties go to the lower index.
+# finds both. Ties are broken the same way every time.
 
 
 @triton.jit
@@ -136,11 +136,11 @@ def _select_sizes(n, n_keys, knn, n_pairs):
 def select(half_scores, knn, pairs):
     """The knn best sums of a first and a second half score.
 
-    half_scores (heads, 2, n, n_keys) float32; pairs: (a, b), two (n_pairs,) tensors from memory.candidate_pairs
+    half_scores (heads, 2, n, n_keys) float32; pairs: (a, b), two (n_pairs,) int32 tensors from memory.candidate_pairs
     -> scores (n, heads, knn) float32, from high to low, and the slots they are of, int64
     """
     heads, _, n, n_keys = half_scores.shape
-    a, b = (ranks.int() for ranks in pairs)
+    a, b = pairs
     scores = half_scores.new_empty(n, heads, knn)
     slots = torch.empty(n, heads, knn, dtype=torch.int64, device=half_scores.device)
     if scores.numel():
@@ -260,7 +260,7 @@ def scatter_sum(rows, weights, x, n_rows, dot_with=None):
     Once the lookups are sorted by row, a row's sum is a bag of tokens. Rows with more than sqrt(n * L) lookups are cut into
     pieces of that many, so that no program does more however few rows take most lookups; another launch adds the pieces up.
     With dot_with, the gradients of values and of weights share a pass, in which a value is read once a row, not once a
-    lookup. Bytes: e * d * (n * L + 2 * u), of which x's n * L rows come mostly from the L2 cache.
+    lookup. Bytes: e * d * (n * L + 2 * u), of which x's n * L rows come from the L2 cache as far as it holds x.
     """
     n, lookups = rows.shape
     m = n * lookups
@@ -271,15 +271,15 @@ def scatter_sum(rows, weights, x, n_rows, dot_with=None):
 
     key, order = torch.sort(rows.flatten().to(torch.int32 if n_rows <= 2**31 else torch.int64), stable=True)
     tokens, weights, x = order // lookups, weights.flatten()[order], x.contiguous()
-    position = torch.arange(m, device=rows.device)
     is_first = torch.ones(m, dtype=torch.bool, device=rows.device)
     is_first[1:] = key[1:] != key[:-1]
-    first = torch.where(is_first, position, 0).cummax(0).values  # where the lookup's row begins
-    starts = ((position - first) % math.ceil(m**0.5) == 0).nonzero().squeeze(1)  # of the pieces, as many as the GPU counts
+    row_starts = is_first.nonzero().squeeze(1)  # the GPU counts, the CPU waits: sizes must be known to go on
+    place_in_row = torch.arange(m, device=rows.device) - row_starts[is_first.cumsum(0) - 1]
+    starts = (place_in_row % math.ceil(m**0.5) == 0).nonzero().squeeze(1)  # of the pieces
     ends = torch.cat([starts[1:], starts.new_full((1,), m)])
     slots, begins = key[starts], is_first[starts]  # of a piece: its row, and whether it is the row's first
     number = begins.cumsum(0) - 1  # and the place of its row in `unique`
-    unique = slots[begins].long()
+    unique = key[row_starts].long()
     alone = begins & torch.cat([begins[1:], begins.new_ones(1)])  # a piece that is the whole row
     sums, dots = x.new_empty(len(unique), x.shape[1]), x.new_empty(m) if dot_with is not None else None
 
@@ -312,7 +312,8 @@ def _key_gradient_kernel(half_indices, grad, queries, out, n, n_keys, half, knn,
 
     With few keys and very many lookups of each, sorting would cost more than multiplying: a program lays the weights of
     BLOCK_N tokens out as a matrix (BLOCK_N, BLOCK_KEYS), mostly zeros, made of comparisons in registers, and has the tensor
-    cores multiply it with their queries: in tf32, which holds 16-bit queries exactly, or three times for float32's digits.
+    cores multiply it with their queries: in tf32, which holds 16-bit queries exactly and rounds the weights to 11 bits, or
+    three times for float32's digits.
     """
     key = tl.program_id(0) * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
     head_half, n_head_halves, n_blocks = tl.program_id(1), tl.num_programs(1), tl.cdiv(half, BLOCK_HALF)
@@ -374,7 +375,7 @@ def _row_adam_kernel(values, rows, grads, second_moment, reads, lr, beta2, log2_
     grads (u, d), second_moment (n_slots,) float32, reads (n_slots,) int32.
 
     STOCHASTIC: values are bfloat16, and rounded up with the probability that makes the expectation right; the noise is a
-    hash of seed, slot, count of reads and column. Bytes: u * (d * (2 * values' e + gradients' e) + 16), in one pass.
+    hash of seed, slot, count of reads and column. Bytes: u * (d * (2 * values' e + gradients' e) + 24), in one pass.
     """
     row = tl.load(rows + tl.program_id(0))
     grad_row = grads + tl.program_id(0).to(tl.int64) * dim
@@ -408,9 +409,12 @@ def _row_adam_kernel(values, rows, grads, second_moment, reads, lr, beta2, log2_
 def row_adam(values, rows, grads, second_moment, reads, lr, beta2, eps, seed):
     """Updates values (n_slots, d), second_moment (n_slots,) float32 and reads (n_slots,) int32 in place.
 
-    rows (u,) int64, each once; grads (u, d). bfloat16 values are rounded stochastically.
+    rows (u,) int64, each once; grads (u, d). bfloat16 values are rounded stochastically. Raises ValueError unless values
+    are contiguous.
     """
+    if not values.is_contiguous():
+        raise ValueError(f"values must be contiguous, got strides {values.stride()}")
     _, block_dim, warps = _tile(values.shape[1])
     if len(rows):
-        _row_adam_kernel[len(rows),](values, rows, grads.contiguous(), second_moment, reads, lr, beta2, math.log2(beta2), eps, seed,
+        _row_adam_kernel[len(rows),](values, rows, grads.contiguous(), second_moment, reads, lr, beta2, math.log2(beta2) if beta2 else -math.inf, eps, seed,
                                      values.shape[1], STOCHASTIC=values.dtype == torch.bfloat16, BLOCK_DIM=block_dim, num_warps=warps)

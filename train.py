@@ -32,7 +32,7 @@ from rich.text import Text
 from nanomem import checkpoint, facts, optim, tokenizer
 from nanomem.config import Config, UserError, keep_freed_memory, machine_memory, one_line_errors, parse, pick_device
 from nanomem.data import open_data
-from nanomem.memory import SlotUsage, observe_lookups
+from nanomem.memory import SlotUsage, observe_lookups, use_kernels
 from nanomem.model import GPT
 
 console = Console(highlight=False, markup=False, emoji=False)  # users' data is shown as it is
@@ -224,6 +224,7 @@ with one_line_errors():
     config.vocab_size = data.encoding.n_vocab
     check_table_fits(config, device)
     model = GPT(config).to(device)
+    use_kernels(model.embedding.weight)  # a wrong NANOMEM_KERNELS is found here
     optimizers = optim.build_optimizer(model, config.learning_rate, config.mem_lr, config.weight_decay)
     if header:
         checkpoint.load(out_dir, model, optimizers)

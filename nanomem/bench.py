@@ -36,10 +36,12 @@ No GPU could be had yet. What the kernels were designed by, to be measured (H100
 k=32, k_dim 512, 1M slots, bf16):
 
     select    648 million warp instructions, counted in the compiled code: 0.7 ms at full issue, 1.5 expected; plus the scores,
-              0.2 ms of cuBLAS and 0.3 of L2 traffic. A warp to 2 rows (512 packed numbers) instead of 4 warps to 16: 79 registers
+              0.2 ms of cuBLAS and 0.7 of writing and reading them, 128 MB at a time. A warp to 2 rows (512 packed numbers) instead of 4 warps to 16: 79 registers
               in place of 255, and a quarter fewer instructions.
     read      8.7 GB: 2.9 ms at 3 TB/s
-    backward  8.6 GB from L2, 2.1 + 2.1 GB from memory, for both gradients in one pass: 4 ms; two passes would take 7
+    backward  8.6 GB of a 67 MB gradient, of which the 50 MB L2 holds a part, and 2.1 + 2.1 GB of rows, for both gradients in one
+              pass: 4 to 5 ms; in two, 8.6 GB of values more
+    keys      137 GFLOP in tf32, and comparisons of as many instructions as select: 1 to 2 ms
     update    6.5 GB: 2.2 ms
 """
 
@@ -61,7 +63,7 @@ from rich.table import Table
 
 from nanomem import optim
 from nanomem.config import UserError, keep_freed_memory, machine_memory, one_line_errors, parse, pick_device, setting
-from nanomem.memory import MemoryTable, ProductKeyMemory, memory_read, product_key_topk
+from nanomem.memory import MemoryTable, ProductKeyMemory, memory_read, product_key_topk, select
 
 KINDS = ("nanomem", "pytorch", "compiled", "paper")
 SHAPE = ("tokens", "dim", "heads", "knn", "k_dim", "n_keys")
@@ -113,9 +115,7 @@ class PlainPyTorchMemory(ProductKeyMemory):
 
 
 def paper_layer(config, n_keys):
-    """The paper's own layer, and the module that reads its values. Raises UserError if there is none at config.peer."""
-    if not Path(config.peer, "lingua", "product_key", "memory.py").exists():
-        raise UserError(f"--peer={config.peer} has no lingua/product_key/memory.py: expected a checkout of facebookresearch/memory")
+    """The paper's own layer, and the module that reads its values."""
     sys.path.insert(0, config.peer)
     from lingua.product_key.memory import HashingMemory
 
@@ -131,7 +131,7 @@ def build(kind, config, n_keys, device, dtype):
             layer, table = paper_layer(config, n_keys)
         else:
             layer_class, table_class = (ProductKeyMemory, MemoryTable) if kind == "nanomem" else (PlainPyTorchMemory, PlainPyTorchTable)
-            table = table_class(n_keys**2, config.dim)
+            table = table_class(n_keys**2, config.dim, dtype=dtype)
             layer = layer_class(config.dim, table, config.heads, config.knn, config.k_dim)
     layer.to(dtype)
     if kind == "nanomem":
@@ -148,9 +148,11 @@ class Clock:
     """Moments in time, on the GPU's own clock where there is one."""
 
     def __init__(self, device):
-        self.on_gpu, self.moments = device.type == "cuda", []
+        self.on_gpu, self.on_mps, self.moments = device.type == "cuda", device.type == "mps", []
 
     def mark(self, *_):
+        if self.on_mps:
+            torch.mps.synchronize()
         if self.on_gpu:
             self.moments.append(torch.cuda.Event(enable_timing=True))
             self.moments[-1].record()
@@ -174,6 +176,8 @@ def measure(kind, config, n_keys):
         keep_freed_memory()
     torch.manual_seed(0)
     layer, table, optimizers = build(kind, config, n_keys, device, dtype)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)  # not that of building the layer
     clock = Clock(device)
     hooked = kind != "compiled"  # torch.compile sees no parts
     if hooked:
@@ -201,20 +205,21 @@ def measure(kind, config, n_keys):
 def measure_kernels(config, n_keys):
     """The parts alone, on a GPU: milliseconds, and bytes they must move over time as a share of what a copy reaches.
 
-    Reads and gradients are of slots drawn evenly; "scattered" of 100,000 slots spread over ever larger tables.
+    Reads and gradients are of slots drawn evenly; "scattered" of 100,000 slots spread over ever larger tables. The share of
+    the backward pass counts each gradient that is gathered, so it can exceed 1 where the L2 cache holds them.
     """
-    device, clock = pick_device(config.device), None
+    device = pick_device(config.device)
     dtype, tokens, dim, heads, knn = dtype_of(config, device), config.tokens, config.dim, config.heads, config.knn
-    clock, lookups, size = Clock(device), heads * knn, torch.finfo(dtype).bits // 8
+    clock, lookups, size = Clock(device), heads * knn, dtype.itemsize
 
     def ms(function):
-        rows = []
-        for _ in range(3 + config.steps):
-            clock.mark()
+        for _ in range(3):
             function()
-            clock.mark()
-            rows.append(clock.read()[0])
-        return statistics.median(rows[3:])
+        clock.mark()
+        for _ in range(config.steps):  # one after the other, so that the CPU can run ahead of the GPU
+            function()
+        clock.mark()
+        return clock.read()[0] / config.steps
 
     torch.manual_seed(0)
     source = torch.randn(2**28 if device.type == "cuda" else 2**22, device=device)
@@ -224,14 +229,19 @@ def measure_kernels(config, n_keys):
 
     queries = torch.randn(tokens, heads, 2, config.k_dim // 2, device=device, dtype=dtype)
     keys = torch.randn(heads, 2, n_keys, config.k_dim // 2, device=device, dtype=dtype)
-    half_scores = torch.einsum("nhcd,hckd->nhck", queries, keys)
-    candidates = torch.randn(tokens, heads, knn * knn, device=device, dtype=dtype)
+    half_scores = torch.einsum("nhcd,hckd->hcnk", queries.float(), keys.float()).contiguous()
+    candidates = torch.randn(tokens, heads, knn * knn, device=device)
     result = {"copy_gb_s": copied / 1e6, "topk": ms(lambda: product_key_topk(queries, keys, knn)),
+              "select": ms(lambda: select(half_scores, knn)),
               "two_torch_topk": ms(lambda: (half_scores.topk(knn), candidates.topk(knn)))}
     del half_scores, candidates
+    scores, _ = product_key_topk(queries.requires_grad_(), keys.requires_grad_(), knn)
+    grad_scores = torch.randn_like(scores)
+    result["topk_backward"] = ms(lambda: torch.autograd.grad(scores, (queries, keys), grad_scores, retain_graph=True))
 
     def read_and_update(n_slots, unique):
-        table = MemoryTable(n_slots, dim).to(device, dtype)
+        with device:
+            table = MemoryTable(n_slots, dim, dtype=dtype)
         optimizer, weights = optim.RowAdam([table.values]), torch.rand(tokens, lookups, device=device, dtype=dtype)
         indices = torch.randint(unique, (tokens, lookups), device=device) * (n_slots // unique)
         grad = torch.randn(tokens, dim, device=device, dtype=dtype)
@@ -250,7 +260,7 @@ def measure_kernels(config, n_keys):
         "backward": backward, "backward_share": row * (tokens * (lookups + 1) + 2 * unique) / backward / copied,
         "update": update, "update_share": unique * (3 * row + 16) / update / copied}
     scattered = {n: read_and_update(n**2, 10**5) for n in (512, 1024, 2048, 4096) if n**2 * (2 * row + 8) < 0.8 * machine_memory(device)}
-    return result | {"scattered": {n**2: sum(times[:3]) for n, times in scattered.items()}}
+    return result | {f"scattered_{n**2:,}": sum(times[:3]) for n, times in scattered.items()}
 
 
 def dtype_of(config, device):
@@ -267,15 +277,13 @@ def peak_rss():
 
 
 def in_own_process(kind, shape, config, keep_freed=False):
-    """`measure` or `measure_kernels` in a new process; {"failed": why} if it ran out of memory. Raises UserError if it fails otherwise."""
+    """`measure` or `measure_kernels` in a new process; {"failed": the last line it said} if it did, so that no other result is lost."""
     settings = dict(zip(SHAPE, shape)) | {"only": kind, "keep_freed": str(keep_freed).lower()}
     settings |= {name: getattr(config, name) for name in ("steps", "device", "dtype", "peer")}
     command = [sys.executable, "-m", "nanomem.bench", *(f"--{name}={value}" for name, value in settings.items())]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        if "out of memory" in done.stderr.lower():
-            return {"failed": "out of memory"}
-        raise UserError(f"{' '.join(command[1:])} ended with exit code {done.returncode}: {done.stderr.strip()[-500:]}")
+        return {"failed": (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1][:200]}
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -298,7 +306,9 @@ def shapes_of(config, given, device):
         return GPU_SHAPES if device.type == "cuda" else CPU_SHAPES
     sizes = "1024,4096" if config.n_keys == "auto" else config.n_keys
     if not all(n.strip().isdecimal() and int(n) >= config.knn for n in sizes.split(",")):
-        raise UserError(f"n_keys must be numbers such as 1024,4096, none below knn = {config.knn}; got {config.n_keys!r}")
+        raise UserError(f"n_keys must be numbers such as 1024,4096, none below knn = {config.knn}; got {sizes!r}")
+    if config.k_dim % 2:
+        raise UserError(f"k_dim must be even, to be split into two halves, got {config.k_dim}")
     return [(*(getattr(config, name) for name in SHAPE[:-1]), int(n)) for n in sizes.split(",")]
 
 
@@ -333,9 +343,11 @@ def show_kernels(console, row):
     if "failed" in row:
         console.print(f"the parts alone: {row['failed']}")
         return
-    console.print(f"copy {row['copy_gb_s']:,.0f} GB/s   top-k {row['topk']:.2f} ms, the two torch.topk it replaces {row['two_torch_topk']:.2f} ms")
+    console.print(f"copy {row['copy_gb_s']:,.0f} GB/s   scores and top-k {row['topk']:.2f} ms, their gradients {row['topk_backward']:.2f} ms; "
+                  f"top-k alone {row['select']:.2f} ms, the two torch.topk in its place {row['two_torch_topk']:.2f} ms")
     console.print("   ".join(f"{name} {row[name]:.2f} ms, {row[name + '_share']:.0%} of the copy's bandwidth" for name in ("read", "backward", "update")))
-    console.print("100,000 slots scattered over " + ", ".join(f"{int(n):,}: {ms:.2f} ms" for n, ms in row["scattered"].items()) + "\n")
+    scattered = {name.removeprefix("scattered_"): ms for name, ms in row.items() if name.startswith("scattered_")}
+    console.print("read, backward and update of 100,000 slots scattered over " + ", ".join(f"{n}: {ms:.2f} ms" for n, ms in scattered.items()) + "\n")
 
 
 def main():
@@ -350,6 +362,10 @@ def main():
         print(json.dumps(result))
         return
     on_cpu, on_gpu = device.type == "cpu", device.type == "cuda"
+    if config.peer and not Path(config.peer, "lingua", "product_key", "memory.py").exists():
+        raise UserError(f"--peer={config.peer} has no lingua/product_key/memory.py: expected a checkout of facebookresearch/memory")
+    if config.peer and (not on_gpu or config.heads < 2):
+        raise UserError(f"--peer needs --device=cuda and 2 heads or more, got {device} and {config.heads}: the paper's layer asks for both")
     name = torch.cuda.get_device_name(device) if on_gpu else f"{torch.get_num_threads()} threads, {platform.machine()}"
     dtype = dtype_of(config, device)
     console.print(f"One training step of a memory layer; {name}, {dtype}, torch {torch.__version__}")
@@ -365,7 +381,7 @@ def main():
 
     def median(rows):
         return next((r for r in rows if "failed" in r), None) or {
-            key: rows[0][key] if key == "scattered" else statistics.median(r[key] for r in rows) for key in rows[0]}
+            key: statistics.median(r[key] for r in rows) for key in rows[0]}
 
     for shape in shapes:
         show_steps(console, shape, {(kind, kept): median(rows) for (s, kind, kept), rows in found.items() if s == shape and kind != "kernels"})

@@ -226,6 +226,8 @@ def pick_device(name):
         device = None
     if device is None or device.type not in found or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
         raise UserError(f"--device={name} is not on this machine, which has {', '.join(found)}")
+    if device.type == "cuda" and device.index:
+        torch.cuda.set_device(device)
     return device
 
 

@@ -21,10 +21,11 @@ LABEL_BITS = 29  # what a float32 leaves empty in a float64
 def topk(scores, k, labels=None):
     """The k largest scores along the last dimension, from high to low, and the labels they have there, or their places.
 
-    scores (..., n), labels (..., n) int64 -> (..., k), (..., k) int64. Exact. On other devices, for other dtypes than float32
+    scores and int64 labels, both of one shape (..., rows, n) -> (..., rows, k), (..., rows, k) int64. Exact. On other devices, for other dtypes than float32
     and for labels of 2**29 or more it is torch.topk.
 
-    torch.topk sorts pairs of a score and a place. Here both are packed into one float64, which sorts like the score.
+    torch.topk sorts pairs of a score and a place. Here both are packed into one float64: a float32 leaves its 29 low bits
+    zero, and a label put there changes the number by less than the spacing of float32, so it sorts like the score.
     """
     n = scores.shape[-1]
     labels_fit = labels is None or labels.numel() == 0 or labels.max() < 2**LABEL_BITS
@@ -41,7 +42,11 @@ def topk(scores, k, labels=None):
     packed = scores.double()
     packed.view(torch.int64).bitwise_or_(torch.arange(n) if labels is None else labels)
     bits = largest(packed.flatten(0, -2), k).view(*scores.shape[:-1], k).view(torch.int64)
-    return (bits & -(2**LABEL_BITS)).view(torch.float64).float(), bits & (2**LABEL_BITS - 1)
+    best = (bits & -(2**LABEL_BITS)).view(torch.float64).float()
+    if best.isnan().any():  # an infinity with a label is a NaN, which sorts above all: so none goes unseen
+        best, places = scores.topk(k)
+        return best, places if labels is None else labels.gather(-1, places)
+    return best, bits & (2**LABEL_BITS - 1)
 
 
 def largest(numbers, k):
@@ -63,6 +68,10 @@ def largest(numbers, k):
 @functools.cache
 def _threads():
     return ThreadPoolExecutor(os.cpu_count())
+
+
+if hasattr(os, "register_at_fork"):  # a forked process has none of its parent's threads
+    os.register_at_fork(after_in_child=_threads.cache_clear)
 
 
 def can_gather_dot(table, rows):

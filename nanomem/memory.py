@@ -44,6 +44,8 @@ def use_kernels(x):
         raise ValueError(f"NANOMEM_KERNELS must be auto, triton or torch, got {choice!r}")
     if choice == "auto":
         choice = "triton" if x.is_cuda and _has_triton() else "torch"
+    if choice == "triton" and not (_has_triton() and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")):
+        raise ValueError(f"NANOMEM_KERNELS=triton needs Triton and a GPU, or Triton's interpreter (TRITON_INTERPRET=1); the tensor is on {x.device}")
     return choice == "triton" and x.dtype != torch.float64
 
 
@@ -114,14 +116,14 @@ def scatter_sum(rows, weights, x, n_rows):
 
 @functools.lru_cache
 def candidate_pairs(knn, device):
-    """Ranks (a, b) of first and second halves that can be among the best knn sums: two (n_pairs,) int64 tensors.
+    """Ranks (a, b) of first and second halves that can be among the best knn sums: two (n_pairs,) int32 tensors.
 
     Both lists of half scores are sorted, so the pair at ranks (a, b) is beaten or equalled by all
     (a + 1) * (b + 1) - 1 pairs of no higher ranks. It is needed only if they leave room for it: 119 pairs
     instead of 1,024 for knn = 32. Row a of the table of pairs keeps its first knn // (a + 1) entries.
     """
     pairs = [(a, b) for a in range(knn) for b in range(knn // (a + 1))]
-    return torch.tensor(pairs, device=device).unbind(1)
+    return tuple(ranks.contiguous() for ranks in torch.tensor(pairs, dtype=torch.int32, device=device).unbind(1))
 
 
 def _half_scores(queries, keys):
@@ -140,7 +142,7 @@ def _half_scores(queries, keys):
     return scores.view(*keys.shape[:2], len(queries), keys.shape[2])
 
 
-def _select(half_scores, knn):
+def select(half_scores, knn):
     """The knn best sums of a first and a second half score, from the pairs that can be among them.
 
     half_scores (heads, 2, n, n_keys) -> scores (n, heads, knn), from high to low, and the slots they are of, int64
@@ -153,21 +155,21 @@ def _select(half_scores, knn):
     sums = best[:, 0].index_select(-1, a) + best[:, 1].index_select(-1, b)
     slots = indices[:, 0].index_select(-1, a) * n_keys + indices[:, 1].index_select(-1, b)
     scores, slots = cpu.topk(sums, knn, slots)  # (heads, n, knn)
-    return scores.transpose(0, 1), slots.transpose(0, 1)
+    return scores.transpose(0, 1), slots.transpose(0, 1)  # views
 
 
 # Registered with torch.library, so that torch.compile takes the search for one operation and goes on around it.
 @torch.library.custom_op("nanomem::product_key_topk", mutates_args=())
 def _product_key_topk(queries: torch.Tensor, keys: torch.Tensor, knn: int) -> tuple[torch.Tensor, torch.Tensor]:
-    scores, slots = zip(*(_select(_half_scores(chunk, keys), knn) for chunk in queries.split(_chunk_size(keys))))
+    scores, slots = zip(*(select(_half_scores(chunk, keys), knn) for chunk in queries.split(_chunk_size(keys))))
     return torch.cat(scores), torch.cat(slots)
 
 
 def _chunk_size(keys):
-    """So many tokens at a time that their half scores (heads, 2, tokens, n_keys) stay in cache, 16 MB of a CPU's or 32 MB
-    of a GPU's: on a CPU a fifth faster than all at once, and the memory for all of them is never needed.
+    """So many tokens at a time that their half scores (heads, 2, tokens, n_keys) take 16 MB on a CPU, where they stay in cache
+    and a lookup takes a fifth less time than all at once, or 128 MB on a GPU, which is kept busy. All are never there.
     """
-    return max(1, 2**(22 if keys.device.type == "cpu" else 23) // keys[..., 0].numel())
+    return max(1, 2**(22 if keys.device.type == "cpu" else 25) // keys[..., 0].numel())
 
 
 @_product_key_topk.register_fake
@@ -190,7 +192,7 @@ def _product_key_topk_backward(grad_scores: torch.Tensor, queries: torch.Tensor,
     rows = (half_indices + base).view(n * heads * 2, knn)
     weights = grad_scores.to(keys.dtype).unsqueeze(2).expand(n, heads, 2, knn).reshape(rows.shape)
     grad_queries = gather_sum(keys.reshape(-1, half), rows, weights).view(queries.shape)
-    if use_kernels(keys):
+    if use_kernels(keys):  # few rows, each of many lookups: there is a faster way than sorting them
         return grad_queries, kernels.key_gradient(half_indices, grad_scores, queries, n_keys)
     unique, sums = scatter_sum(rows, weights, queries.reshape(-1, half), heads * 2 * n_keys)
     return grad_queries, torch.zeros_like(keys).view(-1, half).index_copy_(0, unique, sums).view(keys.shape)
@@ -223,15 +225,17 @@ def product_key_topk(queries, keys, knn):
         keys: (heads, 2, n_keys, k_dim / 2), of the same dtype.
         knn: how many slots to choose for each token and head.
     Returns:
-        scores (n, heads, knn), sorted from high to low, differentiable in queries and keys, and
+        scores (n, heads, knn), float32 for 16-bit queries, sorted from high to low, differentiable in queries and keys, and
         indices (n, heads, knn) int64: distinct slots that have these scores.
     Raises:
-        ValueError: shapes that don't fit each other, or knn outside 1..n_keys.
+        ValueError: shapes or dtypes that don't fit each other, or knn outside 1..n_keys.
     """
     if queries.dim() != 4 or keys.dim() != 4 or queries.shape[1:3] != keys.shape[:2] or queries.shape[3] != keys.shape[3] \
             or queries.shape[2] != 2:
         raise ValueError("expected queries (n, heads, 2, k_dim/2) and keys (heads, 2, n_keys, k_dim/2), "
                          f"got {tuple(queries.shape)} and {tuple(keys.shape)}")
+    if queries.dtype != keys.dtype:
+        raise ValueError(f"expected queries and keys of one dtype, got {queries.dtype} and {keys.dtype}")
     if not 1 <= knn <= keys.shape[2]:
         raise ValueError(f"knn must be from 1 to n_keys = {keys.shape[2]}, got {knn}")
     if torch.is_autocast_enabled(queries.device.type) and queries.device.type == "cuda":
@@ -284,11 +288,13 @@ def memory_read(values, indices, weights, sparse_grad=False):
     Returns:
         (n, v_dim), differentiable in values and weights.
     Raises:
-        ValueError: shapes that don't fit each other.
+        ValueError: shapes or dtypes that don't fit each other.
     """
     if values.dim() != 2 or indices.dim() != 2 or indices.shape != weights.shape or indices.shape[1] == 0:
         raise ValueError("expected values (n_slots, v_dim), indices and weights (n, lookups) with one lookup or more, "
                          f"got {tuple(values.shape)}, {tuple(indices.shape)} and {tuple(weights.shape)}")
+    if values.dtype != weights.dtype:
+        raise ValueError(f"expected weights of the values' dtype, {values.dtype}, got {weights.dtype}")
     return _MemoryRead.apply(values, indices, weights, sparse_grad)
 
 

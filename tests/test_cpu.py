@@ -40,3 +40,10 @@ def test_gather_dot_equals_products_of_gathered_rows():
     table, rows, x = torch.randn(9, 5), torch.randint(9, (7, 4)), torch.randn(7, 5)
     torch.testing.assert_close(cpu.gather_dot(table, rows, x), (table[rows] * x[:, None]).sum(-1))
     assert not cpu.can_gather_dot(table[:3], rows)
+
+
+@pytest.mark.parametrize("scores", [[1.0, -float("inf"), 2.0], [1.0, 2.0, float("inf"), float("inf"), -float("inf")], [-float("inf")] * 4])
+def test_infinite_scores(scores):
+    scores = torch.tensor([scores])
+    best, places = cpu.topk(scores, 2)
+    assert torch.equal(best, scores.topk(2).values) and torch.equal(scores.gather(-1, places), best) and places.unique().numel() == 2
