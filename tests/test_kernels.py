@@ -183,7 +183,7 @@ def test_every_kernel_compiles_with_16_byte_loads(target):
     assert {row["kernel"] for row in compiled} == {name for name in vars(kernels) if name.endswith("_kernel")}
     assert all(row["shared"] <= 99 * 1024 for row in compiled)  # what every GPU of the last years has
     for row in compiled:
-        if row["kernel"] not in ("_select_kernel", "_key_gradient_kernel"):
+        if row["kernel"] in ("_gather_sum_kernel", "_gather_dot_kernel") or (row["kernel"] == "_row_adam_kernel" and target != "gfx942"):
             aligned = row["v_dim"] % 8 == 0
             assert row["wide_loads"] == aligned or (target == "gfx942" and not aligned), row  # AMD's compiler joins other loads
 
