@@ -250,6 +250,19 @@ def gather_dot(table, rows, x):
 # Writing rows
 
 
+def _pieces(key):
+    """Cuts sorted row numbers (m,) into pieces of one row and at most sqrt(m) lookups.
+
+    -> starts and ends (pieces,) int64, and whether a piece is its row's first. Waits for the GPU to count them.
+    """
+    m = len(key)
+    is_first = torch.ones(m, dtype=torch.bool, device=key.device)
+    is_first[1:] = key[1:] != key[:-1]
+    place_in_row = torch.arange(m, device=key.device) - is_first.nonzero().squeeze(1)[is_first.cumsum(0) - 1]
+    starts = (place_in_row % math.ceil(m**0.5) == 0).nonzero().squeeze(1)
+    return starts, torch.cat([starts[1:], starts.new_full((1,), m)]), is_first[starts]
+
+
 @_on_its_device
 def scatter_sum(rows, weights, x, n_rows, dot_with=None):
     """sums[i] = sum over all (t, l) with rows[t, l] == unique[i] of weights[t, l] * x[t].
@@ -271,15 +284,9 @@ def scatter_sum(rows, weights, x, n_rows, dot_with=None):
 
     key, order = torch.sort(rows.flatten().to(torch.int32 if n_rows <= 2**31 else torch.int64), stable=True)
     tokens, weights, x = order // lookups, weights.flatten()[order], x.contiguous()
-    is_first = torch.ones(m, dtype=torch.bool, device=rows.device)
-    is_first[1:] = key[1:] != key[:-1]
-    row_starts = is_first.nonzero().squeeze(1)  # the GPU counts, the CPU waits: sizes must be known to go on
-    place_in_row = torch.arange(m, device=rows.device) - row_starts[is_first.cumsum(0) - 1]
-    starts = (place_in_row % math.ceil(m**0.5) == 0).nonzero().squeeze(1)  # of the pieces
-    ends = torch.cat([starts[1:], starts.new_full((1,), m)])
-    slots, begins = key[starts], is_first[starts]  # of a piece: its row, and whether it is the row's first
-    number = begins.cumsum(0) - 1  # and the place of its row in `unique`
-    unique = key[row_starts].long()
+    starts, ends, begins = _pieces(key)
+    slots, number = key[starts], begins.cumsum(0) - 1  # a piece's row, and the place of that in `unique`
+    unique = slots[begins].long()
     alone = begins & torch.cat([begins[1:], begins.new_ones(1)])  # a piece that is the whole row
     sums, dots = x.new_empty(len(unique), x.shape[1]), x.new_empty(m) if dot_with is not None else None
 

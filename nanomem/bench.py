@@ -258,7 +258,7 @@ def measure_kernels(config, n_keys):
     result |= {
         "read": read, "read_share": row * tokens * (lookups + 1) / read / copied,
         "backward": backward, "backward_share": row * (tokens * (lookups + 1) + 2 * unique) / backward / copied,
-        "update": update, "update_share": unique * (3 * row + 16) / update / copied}
+        "update": update, "update_share": unique * (3 * row + 24) / update / copied}
     scattered = {n: read_and_update(n**2, 10**5) for n in (512, 1024, 2048, 4096) if n**2 * (2 * row + 8) < 0.8 * machine_memory(device)}
     return result | {f"scattered_{n**2:,}": sum(times[:3]) for n, times in scattered.items()}
 

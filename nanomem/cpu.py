@@ -21,8 +21,8 @@ LABEL_BITS = 29  # what a float32 leaves empty in a float64
 def topk(scores, k, labels=None):
     """The k largest scores along the last dimension, from high to low, and the labels they have there, or their places.
 
-    scores and int64 labels, both of one shape (..., rows, n) -> (..., rows, k), (..., rows, k) int64. Exact. On other devices, for other dtypes than float32
-    and for labels of 2**29 or more it is torch.topk.
+    scores and int64 labels, both of one shape (..., rows, n) -> (..., rows, k), (..., rows, k) int64. Exact. On other
+    devices, for other dtypes than float32, for infinite scores and for labels of 2**29 or more it is torch.topk.
 
     torch.topk sorts pairs of a score and a place. Here both are packed into one float64: a float32 leaves its 29 low bits
     zero, and a label put there changes the number by less than the spacing of float32, so it sorts like the score.
@@ -30,8 +30,7 @@ def topk(scores, k, labels=None):
     n = scores.shape[-1]
     labels_fit = labels is None or labels.numel() == 0 or labels.max() < 2**LABEL_BITS
     if scores.device.type != "cpu" or scores.dtype != torch.float32 or not labels_fit:
-        best, places = scores.topk(k)
-        return best, places if labels is None else labels.gather(-1, places)
+        return _torch_topk(scores, k, labels)
     n_groups = n // 8
     if labels is None and n % 8 == 0 and n_groups >= 2 * k:
         # The k groups with the largest maxima hold the k largest numbers, so only their members are looked at. Group g
@@ -44,9 +43,13 @@ def topk(scores, k, labels=None):
     bits = largest(packed.flatten(0, -2), k).view(*scores.shape[:-1], k).view(torch.int64)
     best = (bits & -(2**LABEL_BITS)).view(torch.float64).float()
     if best.isnan().any():  # an infinity with a label is a NaN, which sorts above all: so none goes unseen
-        best, places = scores.topk(k)
-        return best, places if labels is None else labels.gather(-1, places)
+        return _torch_topk(scores, k, labels)
     return best, bits & (2**LABEL_BITS - 1)
+
+
+def _torch_topk(scores, k, labels):
+    best, places = scores.topk(k)
+    return best, places if labels is None else labels.gather(-1, places)
 
 
 def largest(numbers, k):
