@@ -375,11 +375,12 @@ def _mix(x):
     return x ^ (x >> 16)
 
 
-@triton.jit(do_not_specialize=["seed"])
-def _row_adam_kernel(values, rows, grads, second_moment, reads, lr, beta2, log2_beta2, eps, seed, dim,
+@triton.jit(do_not_specialize=["seed", "first_column"])
+def _row_adam_kernel(values, rows, grads, second_moment, reads, mean_square, lr, beta2, log2_beta2, eps, seed, first_column, dim,
                      STOCHASTIC: tl.constexpr, BLOCK_DIM: tl.constexpr):
     """RowAdam's update (nanomem/optim.py) of row rows[i] by grads[i], i the program: values (n_slots, d), rows (u,) int64,
-    grads (u, d), second_moment (n_slots,) float32, reads (n_slots,) int32.
+    grads (u, d), second_moment (n_slots,) float32, reads (n_slots,) int32, mean_square (u,) float32 of the gradients' rows, or
+    None to compute it from grads.
 
     STOCHASTIC: values are bfloat16, and rounded up with the probability that makes the expectation right; the noise is a
     hash of seed, slot, count of reads and column. Bytes: u * (d * (2 * values' e + gradients' e) + 24), in one pass.
@@ -387,12 +388,16 @@ def _row_adam_kernel(values, rows, grads, second_moment, reads, lr, beta2, log2_
     row = tl.load(rows + tl.program_id(0))
     grad_row = grads + tl.program_id(0).to(tl.int64) * dim
     column = tl.arange(0, BLOCK_DIM)
-    squares = tl.zeros((BLOCK_DIM,), tl.float32)
-    for c in range(0, dim, BLOCK_DIM):
-        g = tl.load(grad_row + c + column, c + column < dim, other=0.0).to(tl.float32)
-        squares += g * g
+    if mean_square is None:
+        squares = tl.zeros((BLOCK_DIM,), tl.float32)
+        for c in range(0, dim, BLOCK_DIM):
+            g = tl.load(grad_row + c + column, c + column < dim, other=0.0).to(tl.float32)
+            squares += g * g
+        mean = tl.sum(squares, axis=0) / dim
+    else:
+        mean = tl.load(mean_square + tl.program_id(0))
     moment = tl.load(second_moment + row)
-    moment += (1.0 - beta2) * (tl.sum(squares, axis=0) / dim - moment)
+    moment += (1.0 - beta2) * (mean - moment)
     count = tl.load(reads + row) + 1
     factor = lr / (tl.sqrt(moment / (1.0 - tl.exp2(count.to(tl.float32) * log2_beta2))) + eps)
     tl.store(second_moment + row, moment)
@@ -404,7 +409,7 @@ def _row_adam_kernel(values, rows, grads, second_moment, reads, lr, beta2, log2_
         place = values + row * dim + c + column
         new = tl.load(place, mask, other=0.0).to(tl.float32) - factor * g
         if STOCHASTIC:
-            noise = _mix(row_seed + (c + column).to(tl.uint32) * 0x9E3779B9) >> 16
+            noise = _mix(row_seed + (first_column + c + column).to(tl.uint32) * 0x9E3779B9) >> 16
             bits = new.to(tl.uint32, bitcast=True)
             finite = (bits & 0x7F800000) != 0x7F800000
             new = tl.where(finite, bits + noise, bits)  # bfloat16 is the upper half of a float32
@@ -413,15 +418,17 @@ def _row_adam_kernel(values, rows, grads, second_moment, reads, lr, beta2, log2_
 
 
 @_on_its_device
-def row_adam(values, rows, grads, second_moment, reads, lr, beta2, eps, seed):
+def row_adam(values, rows, grads, second_moment, reads, lr, beta2, eps, seed, mean_square=None, first_column=0):
     """Updates values (n_slots, d), second_moment (n_slots,) float32 and reads (n_slots,) int32 in place.
 
-    rows (u,) int64, each once; grads (u, d). bfloat16 values are rounded stochastically. Raises ValueError unless values
-    are contiguous.
+    rows (u,) int64, each once; grads (u, d). bfloat16 values are rounded stochastically. Where values are the columns of a table
+    from first_column on, mean_square (u,) float32 is that of the gradient's whole rows. Raises ValueError unless values are
+    contiguous.
     """
     if not values.is_contiguous():
         raise ValueError(f"values must be contiguous, got strides {values.stride()}")
     _, block_dim, warps = _tile(values.shape[1])
     if len(rows):
-        _row_adam_kernel[len(rows),](values, rows, grads.contiguous(), second_moment, reads, lr, beta2, math.log2(beta2) if beta2 else -math.inf, eps, seed,
-                                     values.shape[1], STOCHASTIC=values.dtype == torch.bfloat16, BLOCK_DIM=block_dim, num_warps=warps)
+        _row_adam_kernel[len(rows),](values, rows, grads.contiguous(), second_moment, reads, mean_square, lr, beta2,
+                                     math.log2(beta2) if beta2 else -math.inf, eps, seed, first_column, values.shape[1],
+                                     STOCHASTIC=values.dtype == torch.bfloat16, BLOCK_DIM=block_dim, num_warps=warps)

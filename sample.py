@@ -42,23 +42,25 @@ class SampleConfig:
 
 def latest_run():
     """The folder in out/ with the newest checkpoint."""
-    found = sorted(Path("out").glob(f"*/{checkpoint.FILE}"), key=lambda path: path.stat().st_mtime)
+    found = sorted(Path("out").glob(f"*/checkpoint-*/{checkpoint.HEADER}"), key=lambda path: path.stat().st_mtime)
     if not found:
         raise UserError("no run in out/: train one with python train.py, or name its folder with --out_dir")
-    return found[-1].parent
+    return found[-1].parent.parent
 
 
 def open_run(config):
     """(model, encoding, settings) of the run in config.out_dir. Raises UserError where there is none."""
     out_dir = latest_run() if config.out_dir == "auto" else Path(config.out_dir)
-    header = checkpoint.read_header(out_dir)
+    folder, header, refused = checkpoint.newest(out_dir)
     if header is None:
-        raise UserError(f"no {checkpoint.FILE} in {out_dir}; --out_dir must name the folder of a run of train.py")
+        raise UserError(f"no checkpoint in {out_dir}; --out_dir must name the folder of a run of train.py")
+    for problem in refused.values():
+        console.print(f"{problem}: using {folder}", soft_wrap=True)
     device = pick_device(config.device)
     run = Config.from_saved(header["config"], out_dir)
     encoding = open_tokenizer(run, out_dir / "tokenizer.tiktoken", None)
     model = GPT(run)
-    checkpoint.load(out_dir, model)
+    checkpoint.load(folder, model)
     console.print(f"{out_dir}: {run.data}, {run.ffn}, {header['iteration']} iterations", style="dim", soft_wrap=True)
     return model.to(device).eval(), encoding, run.replace(out_dir=str(out_dir))
 

@@ -5,14 +5,17 @@ Trains a small language model with memory layers, and tells what it has learned.
     python train.py --ffn=dense              the same without memory, at equal FLOPs
     python train.py --data=facts.jsonl       your own facts;   --data=book.txt   your own text
     python train.py --help                   every setting
+    torchrun --standalone --nproc_per_node=8 train.py          on eight GPUs, or in eight processes of a CPU
 
 - one file, read from top to bottom: settings, data, model, optimizers, loop, report
 - out_dir gets config.json, metrics.jsonl and a checkpoint; --resume goes on as if never stopped, bit for bit
 - Ctrl-C saves before it stops
+- equal settings give equal results in any number of processes, which divide the work: batches, and columns of memory tables
 """
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -29,13 +32,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from nanomem import checkpoint, facts, optim, tokenizer
+from nanomem import checkpoint, facts, optim, sharding, tokenizer
 from nanomem.config import Config, UserError, keep_freed_memory, machine_memory, one_line_errors, parse, pick_device
 from nanomem.data import open_data
-from nanomem.memory import SlotUsage, observe_lookups, use_kernels
+from nanomem.memory import MemoryTable, SlotUsage, observe_lookups, use_kernels
 from nanomem.model import GPT
 
-console = Console(highlight=False, markup=False, emoji=False)  # users' data is shown as it is
+first = os.environ.get("RANK", "0") == "0"  # of several processes, the one that prints and writes
+LAUNCH = os.environ.get("TORCHELASTIC_RUN_ID", "")  # the same when torchrun starts its processes again
+console = Console(highlight=False, markup=False, emoji=False, quiet=not first)  # users' data is shown as it is
 
 
 # ------------------------------------------------------------------------------------------------
@@ -43,16 +48,23 @@ console = Console(highlight=False, markup=False, emoji=False)  # users' data is 
 
 
 def settings(argv):
-    """The run's settings and, with --resume, its checkpoint's header (None if there is no checkpoint yet).
+    """The run's settings, and the folder and header of the checkpoint to go on from (None if there is none).
 
-    With --resume the settings are those of the run in out_dir, changed by the command line's.
+    With --resume the settings are those of the run in out_dir, changed by the command line's. When torchrun starts the processes
+    again, since one has died, they go on from what they have saved.
     """
     given = parse(Config, argv)
     config = Config(**given)
     out_dir = Path(config.out_dir if config.out_dir != "auto" else f"out/{Path(config.data).stem}-{config.ffn}")
-    header = None
+    folder = header = None
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    if config.resume or restarted:
+        folder, header, refused = checkpoint.newest(out_dir)
+        if not config.resume and header and header["launch"] != LAUNCH:
+            folder = header = None  # of an earlier run: this one died before it could move it aside
+        for problem in refused.values():
+            console.print(f"{problem}: using {folder}", soft_wrap=True)
     if config.resume:
-        header = checkpoint.read_header(out_dir)
         before = checkpoint.read_json(out_dir / "config.json") or (header and header["config"])
         # vocab_size is what the tokenizer has, perhaps less than was asked for
         for name in given.keys() & {f.name for f in config.groups("Model", "Memory", "Data")} - {"vocab_size"}:
@@ -63,22 +75,25 @@ def settings(argv):
         raise UserError(f"out_dir must be a folder of its own, such as out/mine; got {out_dir}")
     config.out_dir = str(out_dir)
     config.check()
-    return config, header
+    return config, folder, header
 
 
-def check_table_fits(config, device):
+def check_tables_fit(config, device):
     """Raises UserError for memory tables larger than the machine's memory, which would kill the process without a word."""
     tables = (1 if config.mem_share_values else len(config.memory_layer_numbers())) if config.ffn == "memory" else 0
-    row = getattr(torch, config.mem_dtype).itemsize * (config.mem_v_dim or config.n_embd) + 8  # values, and RowAdam's 8 bytes
-    needed = tables * config.mem_n_keys**2 * row
+    columns = (config.mem_v_dim or config.n_embd) / (config.mem_parallel or sharding.size())
+    row = getattr(torch, config.mem_dtype).itemsize * columns + 8  # values, and RowAdam's 8 bytes
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device.type == "cpu" else 1  # processes that share the memory
+    needed = tables * config.mem_n_keys**2 * row * here
     if needed > machine_memory(device):
         raise UserError(f"mem_n_keys={config.mem_n_keys} makes tables of {needed / 1e9:,.0f} GB, and {device} has "
-                        f"{machine_memory(device) / 1e9:,.0f} GB; a smaller mem_n_keys or mem_v_dim fits")
+                        f"{machine_memory(device) / 1e9:,.0f} GB; a smaller mem_n_keys or mem_v_dim fits"
+                        + (", or more GPUs" if device.type == "cuda" else ""))
 
 
 def make_room(out_dir):
     """What an earlier run left in out_dir moves to out_dir.1, or the next number that is free: nothing is overwritten."""
-    if (out_dir / checkpoint.FILE).exists():
+    if checkpoint.folders(out_dir):
         earlier = next(path for path in (Path(f"{out_dir}.{n}") for n in itertools.count(1)) if not path.exists())
         out_dir.rename(earlier)
         console.print(f"moved the earlier run in {out_dir} to {earlier}", soft_wrap=True)
@@ -144,15 +159,17 @@ def minutes(seconds):
 def stop_unless_finite(number, what, iteration):
     """Ends the run where training has come apart, before that reaches the checkpoint."""
     if not math.isfinite(number):
-        good = out_dir / checkpoint.FILE
-        sys.exit(f"{what} is {number} at iteration {iteration}; "
-                 + (f"the last good checkpoint is {good}" if good.exists() else "there is no checkpoint yet")
-                 + ". A lower learning_rate or mem_lr may help.")
+        good = checkpoint.folders(out_dir)
+        message = (f"{what} is {number} at iteration {iteration}; " + (f"the last good checkpoint is {good[0]}" if good else "there is no checkpoint yet")
+                   + ". A lower learning_rate or mem_lr may help.")
+        sys.exit(message if first else 1)
 
 
 @torch.no_grad()
 def evaluate(most):
-    """val loss, recall (over at most `most` facts of a kind) and slot usage, for metrics.jsonl."""
+    """val loss, recall (over at most `most` facts of a kind) and slot usage, for metrics.jsonl. Several processes, which read
+    their tables together, all compute the same.
+    """
     model.eval()
     usage, losses = SlotUsage(), []
     with autocast:
@@ -209,41 +226,56 @@ def tell_what_it_knows(recalled):
 # Setting up: whatever is wrong with the settings or the data ends here, with one line
 
 with one_line_errors():
-    config, header = settings(sys.argv[1:])
-    device = pick_device(config.device)
     keep_freed_memory()
+    sharding.start()
+    with sharding.together():
+        config, folder, header = settings(sys.argv[1:])
+        device = pick_device(config.device)
+        out_dir = Path(config.out_dir)
+        data = open_data(config, out_dir / "tokenizer.tiktoken" if header else None)
+        config.vocab_size = data.encoding.n_vocab
+        batches, rows = sharding.share_of_batch(config.batch_size, config.gradient_accumulation_steps)
+        check_tables_fit(config, device)
+    sharding.check_same(dataclasses.asdict(config) | {"data": data.digest(), "the checkpoint": folder})
+
     half = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=half)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it to be deterministic
         torch.use_deterministic_algorithms(True)
     torch.manual_seed(config.seed)
-
-    out_dir = Path(config.out_dir)
-    data = open_data(config, out_dir / "tokenizer.tiktoken" if header else None)
-    config.vocab_size = data.encoding.n_vocab
-    check_table_fits(config, device)
-    model = GPT(config).to(device)
-    use_kernels(model.embedding.weight)  # a wrong NANOMEM_KERNELS is found here
-    optimizers = optim.build_optimizer(model, config.learning_rate, config.mem_lr, config.weight_decay)
-    if header:
-        checkpoint.load(out_dir, model, optimizers)
-    else:
-        make_room(out_dir)
-    checkpoint.write_text(out_dir / "config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-    if header is None:
-        tokenizer.save(data.encoding, out_dir / "tokenizer.tiktoken")
+    with sharding.together():
+        mesh = sharding.make_mesh(device, config.mem_parallel)
+        with device:
+            model = GPT(config, functools.partial(sharding.ShardedTable, mesh=mesh) if mesh else MemoryTable)
+        if config.dtype == "float64":
+            model.double()
+        use_kernels(model.embedding.weight)  # a wrong NANOMEM_KERNELS is found here
+        optimizers = optim.build_optimizer(model, config.learning_rate, config.mem_lr, config.weight_decay)
+        if header:
+            checkpoint.load(folder, model, optimizers)
     step, elapsed = (header["iteration"], header["elapsed_s"]) if header else (0, 0.0)
-    metrics = Metrics(out_dir / "metrics.jsonl", step)
+    with sharding.together():
+        if first:
+            if not header:
+                make_room(out_dir)
+                tokenizer.save(data.encoding, out_dir / "tokenizer.tiktoken")
+            checkpoint.write_text(out_dir / "config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+            metrics = Metrics(out_dir / "metrics.jsonl", step)
 
-forward = torch.compile(model) if config.compile else model
+parallel = sharding.data_parallel(model) if mesh else None
+forward = parallel or model
+forward = torch.compile(forward) if config.compile else forward
 
 core, in_tables = model.count_parameters()
 console.print(f"{config.data}, {config.ffn}: {core:,} parameters + {in_tables:,} in memory tables, "
-              f"{model.flops_per_token() / 1e6:.3f} million FLOPs a token, on {device} -> {out_dir}", soft_wrap=True)
+              f"{model.flops_per_token() / 1e6:.3f} million FLOPs a token, on {device.type if mesh else device} -> {out_dir}", soft_wrap=True)
+if mesh:
+    console.print(f"{sharding.size()} processes, {mesh['replica'].size()} x {mesh['shard'].size()}: each holds 1/{mesh['shard'].size()} of the tables' "
+                  f"columns; {sharding.bytes_per_token(model):,} bytes a token on the wire for them", soft_wrap=True)
 if data.facts:
     console.print(f"{len(data.facts.entities):,} entities x {len(data.facts.attributes)} attributes = {data.facts.codes.size:,} facts")
-if config.resume:
+if header or config.resume:
     console.print(f"going on from iteration {step}" if header else f"no checkpoint in {out_dir} yet: starting from the beginning")
 
 # ------------------------------------------------------------------------------------------------
@@ -253,10 +285,11 @@ interrupted = False
 
 
 def interrupt(signum, frame):
-    """The first Ctrl-C lets the step in progress finish; a second one stops at once."""
+    """The first Ctrl-C lets the step in progress finish; a second one stops at once (torchrun repeats the first to its processes)."""
     global interrupted
     interrupted = True
-    signal.signal(signum, signal.SIG_DFL)
+    if not mesh:
+        signal.signal(signum, signal.SIG_DFL)
 
 
 signal.signal(signal.SIGINT, interrupt)
@@ -265,34 +298,39 @@ signal.signal(signal.SIGTERM, interrupt)
 tokens_an_update = config.batch_size * config.gradient_accumulation_steps * config.block_size
 floor = min(1.0, config.min_lr / config.learning_rate) if config.learning_rate else 0.0
 started, window, recalled = time.perf_counter() - elapsed, (step, time.perf_counter()), {}
-saved_step = step if header else None
+saved_step, stopping = step if header else None, False
 
 
 def save():
     """A checkpoint of this moment."""
     global saved_step
-    with one_line_errors():
-        header = {"config": dataclasses.asdict(config), "iteration": step, "elapsed_s": time.perf_counter() - started}
-        checkpoint.save(out_dir, model, optimizers, header)
+    header = {"config": dataclasses.asdict(config), "iteration": step, "elapsed_s": time.perf_counter() - started, "launch": LAUNCH}
+    checkpoint.save(out_dir, model, optimizers, header)
     saved_step = step
 
 
 display = Display(config, step)
 with display.bar:
-    while step < config.max_iters and not interrupted:
+    while step < config.max_iters and not stopping:
         ratio = optim.schedule(step, config.warmup_iters, config.max_iters, floor)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * ratio
+        if config.dropout:  # masks that depend on nothing but these numbers, so that a resumed run draws the same
+            torch.manual_seed(int(np.random.SeedSequence([config.seed, step, sharding.rank()]).generate_state(1, np.uint64)[0]))
 
         train_loss = 0.0
-        for i in range(config.gradient_accumulation_steps):
+        for i in batches:
             x, y = data.batch("train", step * config.gradient_accumulation_steps + i, config.batch_size)
-            with autocast:
-                loss = forward(x.to(device), y.to(device))[1] / config.gradient_accumulation_steps
-            loss.backward()
+            share = (y[rows] >= 0).sum().item() / (y >= 0).sum().item() / config.gradient_accumulation_steps
+            with parallel.no_sync() if parallel and i != batches[-1] else contextlib.nullcontext():
+                with autocast:
+                    loss = forward(x[rows].to(device), y[rows].to(device))[1] * share  # its part of the mean: parts are added up
+                loss.backward()
             train_loss += loss.item()
+        train_loss, stopping = sharding.total(train_loss, interrupted)
         stop_unless_finite(train_loss, "the loss", step + 1)
+        sharding.add_replicas(model)
         for norm in optim.clip_gradients(model, config.grad_clip or math.inf):
             stop_unless_finite(norm.item(), "the gradient's norm", step + 1)
         for optimizer in optimizers:
@@ -312,19 +350,27 @@ with display.bar:
                 row |= result
                 display.line(row)
             display.update(row)
-            metrics.write(row)
+            if first:
+                metrics.write(row)
             window = (step, time.perf_counter())
-        if evaluates:
-            save()
+        if evaluates and step < config.max_iters:
+            try:
+                save()
+            except UserError as error:  # a full disk: there may be room the next time
+                console.print(f"{error}; training goes on", soft_wrap=True)
 if saved_step != step:
-    save()
+    with one_line_errors():
+        save()
 
 # ------------------------------------------------------------------------------------------------
 # What came of it
 
-if interrupted:
-    console.print(f"stopped at iteration {step}, all saved. To go on: python train.py --resume --out_dir={out_dir}", soft_wrap=True)
+if stopping and step < config.max_iters:
+    command = "torchrun ..." if mesh else "python"
+    console.print(f"stopped at iteration {step}, all saved. To go on: {command} train.py --resume --out_dir={out_dir}", soft_wrap=True)
+    sharding.stop()
     sys.exit(130)
 if data.facts:
     tell_what_it_knows(recalled or evaluate(most=20_000)[1])
 console.print(f"Talk to it: python sample.py --out_dir={out_dir}", soft_wrap=True)
+sharding.stop()

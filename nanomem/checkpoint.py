@@ -1,22 +1,36 @@
 """
-Checkpoints: one safetensors file with the model, the optimizers' state, the random number generators and, as
-JSON in its header, the settings and where the run stands.
+Checkpoints: a folder with the model and the optimizers' state in safetensors files, one from each process that holds columns of
+the tables, and a JSON file with the settings, where the run stands, and the files' sizes.
+
+    out/world-memory/checkpoint-1600/checkpoint.json
+    out/world-memory/checkpoint-1600/part-1-of-1.safetensors
 
 - loaded as data, never as code: no pickle
-- written under another name and moved into place, so that a kill at any moment leaves the old one or the new one
+- loaded into any number of processes, whatever number wrote it: the files are laid out as torch.distributed.checkpoint's
+  HuggingFaceStorageReader reads them, which cuts columns anew
+- written under another name and moved into place, so that a kill at any moment leaves a whole one; the one before is kept too, and
+  used where a file of the newest is missing or cut
 """
 
 import json
 import os
+import shutil
+import warnings
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from nanomem import sharding
 from nanomem.config import UserError
 
-FILE = "checkpoint.safetensors"
+HEADER = "checkpoint.json"
+KEPT = 2
+
+
+# ------------------------------------------------------------------------------------------------
+# Files
 
 
 def write_atomically(path, write):
@@ -24,17 +38,27 @@ def write_atomically(path, write):
     temporary = path.with_name(path.name + ".tmp")
     try:
         write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
+        sync(temporary)
         os.replace(temporary, path)
-        if hasattr(os, "O_DIRECTORY"):  # the new name, too, reaches the disk (not on Windows)
-            folder = os.open(path.parent, os.O_DIRECTORY)
-            os.fsync(folder)
-            os.close(folder)
+        sync_folder(path.parent)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
         kept = "what was there before is kept" if path.exists() else "nothing was there before"
         raise UserError(f"could not write {path} ({error}); {kept}") from None
+
+
+def sync(path):
+    """Returns when a file's content is on disk."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(path):
+    """Returns when the names in a folder are on disk (not on Windows, which can't)."""
+    if hasattr(os, "O_DIRECTORY"):
+        folder = os.open(path, os.O_DIRECTORY)
+        os.fsync(folder)
+        os.close(folder)
 
 
 def write_text(path, text):
@@ -52,6 +76,55 @@ def read_json(path):
         raise UserError(f"{path} is not JSON ({error})") from None
 
 
+# ------------------------------------------------------------------------------------------------
+# Which checkpoint
+
+
+def folders(out_dir):
+    """The folders of out_dir's checkpoints, the newest first."""
+    numbered = [(int(path.name.removeprefix("checkpoint-")), path) for path in Path(out_dir).glob("checkpoint-*")
+                if path.name.removeprefix("checkpoint-").isdecimal()]
+    return [path for _, path in sorted(numbered, reverse=True)]
+
+
+def read_header(folder):
+    """The header that a checkpoint was saved with, and "files". Raises UserError naming the file that is missing or cut."""
+    header = read_json(folder / HEADER)
+    try:
+        sizes = header["files"].items()
+        header["config"], header["iteration"]
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{folder / HEADER} is {'missing' if header is None else 'not the header of a nanomem checkpoint'}") from None
+    for name, size in sizes:
+        path = folder / name
+        if not path.exists():
+            raise UserError(f"{path} is missing")
+        if path.stat().st_size != size:
+            raise UserError(f"{path} has {path.stat().st_size:,} bytes, and was written with {size:,}")
+    return header
+
+
+def newest(out_dir):
+    """out_dir's newest whole checkpoint: (its folder, its header, {folder of a newer one: what is wrong with it}); (None, None, {})
+    if there are no checkpoints.
+
+    Raises UserError if there are, and none is whole.
+    """
+    refused = {}
+    for folder in folders(out_dir):
+        try:
+            return folder, read_header(folder), refused
+        except UserError as error:
+            refused[folder] = str(error)
+    if refused:
+        raise UserError(f"no checkpoint in {out_dir} is whole: {'; '.join(refused.values())}")
+    return None, None, {}
+
+
+# ------------------------------------------------------------------------------------------------
+# Saving and loading
+
+
 def _optimizer_tensors(model, optimizers):
     """{name: tensor} of the optimizers' state; the name holds the parameter's."""
     name_of = {id(p): name for name, p in model.named_parameters()}
@@ -59,57 +132,89 @@ def _optimizer_tensors(model, optimizers):
             for optimizer in optimizers for p, state in optimizer.state.items() for key, tensor in state.items()}
 
 
+def _part(model, optimizers):
+    """What this process writes: (its number, of how many, {name: tensor}, {name: where in the whole tensor it begins}).
+
+    The processes of the first replica write their columns of the tables, the first of them all else too, which all have alike.
+    """
+    tables = {f"model.{name}": table for table in sharding.tables(model) for name, p in model.named_parameters() if p is table.values}
+    tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()} | _optimizer_tensors(model, optimizers)
+    replica, number, count = sharding.rank(), 0, 1
+    for table in tables.values():
+        (replica, number), count = table.mesh.get_coordinate(), table.mesh["shard"].size()
+    if number:
+        tensors = {name: tensors[name] for name in tables}
+    begins = {name: [0, tables[name].columns.start] if name in tables else [0] * tensor.dim() for name, tensor in tensors.items()}
+    return number, count, tensors if replica == 0 else {}, begins
+
+
 def save(out_dir, model, optimizers, header):
-    """Writes out_dir/checkpoint.safetensors. header: a dict for JSON, `config` and `iteration` among it.
+    """Writes out_dir/checkpoint-ITERATION, then deletes all but the newest two. All processes call it.
 
-    Raises UserError, the checkpoint before kept, if it can't be written.
+    header: a dict for JSON, `config` and `iteration` among it. Raises UserError, in all processes and with the checkpoints
+    before it kept, if it can't be written.
     """
-    tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
-    tensors |= _optimizer_tensors(model, optimizers)
-    tensors["rng.cpu"] = torch.get_rng_state()
-    device = next(model.parameters()).device
-    if device.type == "cuda":
-        tensors["rng.cuda"] = torch.cuda.get_rng_state(device)
-    path = Path(out_dir) / FILE
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata={"nanomem": json.dumps(header)}))
-
-
-def read_header(out_dir):
-    """The header of out_dir's checkpoint, None if there is no checkpoint. Raises UserError for a file that is not one."""
-    path = Path(out_dir) / FILE
-    if not path.exists():
-        return None
+    folder = Path(out_dir) / f"checkpoint-{header['iteration']}"
+    temporary = folder.with_name(folder.name + ".tmp")
+    number, count, tensors, begins = _part(model, optimizers)
+    files = [temporary / f"part-{i + 1}-of-{count}.safetensors" for i in range(count)]
+    first = sharding.rank() == 0
     try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads(file.metadata()["nanomem"])
-            header["config"], header["iteration"]  # a KeyError or TypeError for another kind of header
-            return header
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is not a whole nanomem checkpoint ({error})") from None
+        with sharding.together():
+            if first:
+                for stale in Path(out_dir).glob("checkpoint-*.tmp"):
+                    shutil.rmtree(stale)
+                temporary.mkdir()
+        with sharding.together():
+            if tensors:  # not with torch.distributed.checkpoint's writer, which makes two copies of them first
+                info = {name: {"saved_offsets": begin} for name, begin in begins.items()}
+                save_file(tensors, files[number], metadata={"DCP_SHARDING_INFO": json.dumps(info)})
+                sync(files[number])
+        with sharding.together():
+            if first:
+                write_text(temporary / HEADER, json.dumps(header | {"files": {f.name: f.stat().st_size for f in files}}, indent=2) + "\n")
+                shutil.rmtree(folder, ignore_errors=True)  # of the same iteration there can only be one that `newest` has refused
+                os.replace(temporary, folder)
+                sync_folder(folder.parent)
+                for old in folders(out_dir)[folders(out_dir).index(folder) + KEPT:]:  # those refused are newer, and stay
+                    shutil.rmtree(old)
+    except UserError as error:
+        if first:
+            shutil.rmtree(temporary, ignore_errors=True)
+        kept = [path.name for path in folders(out_dir)[:1]]
+        raise UserError(f"could not write {folder} ({error}); {f'{kept[0]} is kept' if kept else 'there is none before it'}") from None
 
 
-def load(out_dir, model, optimizers=()):
-    """Fills model, optimizers and random number generators from out_dir's checkpoint.
+def load(folder, model, optimizers=()):
+    """Fills model and optimizers from a checkpoint's folder, each process with the columns it holds, whichever process wrote them.
 
-    Raises UserError if the file is damaged or is of a model of another shape.
+    Raises UserError if a file is damaged or is of a model of another shape.
     """
-    path = Path(out_dir) / FILE
+    import torch.distributed.checkpoint as dcp  # takes a second: only when it is needed
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    target = {}
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            for name, p in model.named_parameters():
-                saved = file.get_tensor(f"model.{name}")
-                if saved.shape != p.shape:
-                    raise UserError(f"{path}: {name} has shape {tuple(saved.shape)}, the model's is {tuple(p.shape)}")
-                p.data.copy_(saved)
-                for optimizer in optimizers:
-                    if any(p is q for group in optimizer.param_groups for q in group["params"]):
-                        prefix = f"optimizer.{name}."
-                        optimizer.state[p] = {key.removeprefix(prefix): file.get_tensor(key).to(p.device)
-                                              for key in file.keys() if key.startswith(prefix)}
-            if optimizers:
-                torch.set_rng_state(file.get_tensor("rng.cpu"))
-                device = next(model.parameters()).device
-                if device.type == "cuda" and "rng.cuda" in file.keys():
-                    torch.cuda.set_rng_state(file.get_tensor("rng.cuda"), device)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} can't be loaded ({error})") from None
+        reader = HuggingFaceStorageReader(str(folder))
+        saved = reader.read_metadata().state_dict_metadata
+        for name, p in model.named_parameters():
+            whole = p.detach()
+            for table in sharding.tables(model):
+                if p is table.values:
+                    whole = DTensor.from_local(whole, table.mesh, [Replicate(), Shard(1)], run_check=False)
+            found = saved.get(f"model.{name}")
+            if found is None or found.size != whole.shape:
+                raise UserError(f"{folder}: {name} has shape {tuple(found.size) if found else None}, the model's is {tuple(whole.shape)}")
+            target[f"model.{name}"] = whole
+            for optimizer in optimizers:
+                if any(p is q for group in optimizer.param_groups for q in group["params"]):
+                    prefix = f"optimizer.{name}."
+                    optimizer.state[p] = {key.removeprefix(prefix): torch.empty(found.size, dtype=found.properties.dtype, device=p.device)
+                                          for key, found in saved.items() if key.startswith(prefix)}
+                    target |= {prefix + key: tensor for key, tensor in optimizer.state[p].items()}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # no news: each process reads for itself
+            dcp.load(target, storage_reader=reader, no_dist=True)
+    except (SafetensorError, OSError, dcp.CheckpointException) as error:
+        raise UserError(f"{folder} can't be loaded ({error})") from None

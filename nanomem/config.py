@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 
 def setting(default, help, choices=None, group=None):
@@ -24,6 +25,9 @@ def setting(default, help, choices=None, group=None):
 
 class UserError(Exception):
     """Something the user can mend: shown as one line, without a traceback."""
+
+
+MISTAKES = (UserError, ValueError, OSError, ModuleNotFoundError, SafetensorError)  # what bad settings, data or disks raise
 
 
 @dataclass
@@ -126,12 +130,14 @@ class Config(GPTConfig):
     min_lr: float = setting(8e-4, "learning rate at the end; the values' falls in the same proportion")
     warmup_iters: int = setting(100, "updates over which the learning rates rise from 0")
     weight_decay: float = setting(0.1, "AdamW's weight decay, for matrices")
+    mem_parallel: int = setting(0, "processes that a table's columns are split over, under torchrun; 0: all of them")
     grad_clip: float = setting(1.0, "largest norm of the gradient, of tables and others apart; 0: no limit")
 
     out_dir: str = setting("auto", "folder for checkpoint, config and metrics; auto: out/DATA-FFN", group="Run")
     resume: bool = setting(False, "go on from the checkpoint in out_dir, with its settings")
     device: str = setting("auto", "cpu, cuda, cuda:1, mps; auto: the first of cuda, mps and cpu that is there")
-    dtype: str = setting("auto", "of the matrix products; auto: bfloat16 on cuda, else float32", ("auto", "float32", "bfloat16"))
+    dtype: str = setting("auto", "of the matrix products; auto: bfloat16 on cuda, else float32; float64: everything, for checking",
+                         ("auto", "float32", "bfloat16", "float64"))
     compile: bool = setting(False, "torch.compile the model")
     deterministic: bool = setting(False, "on cuda too, the same run bit for bit from the same seed")
     eval_interval: int = setting(200, "updates between evaluations, each followed by a checkpoint")
@@ -144,9 +150,12 @@ class Config(GPTConfig):
         for name in ("batch_size", "gradient_accumulation_steps", "eval_interval", "eval_iters", "log_interval"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
-        for name in ("max_iters", "warmup_iters", "learning_rate", "mem_lr", "min_lr", "weight_decay", "grad_clip", "zipf", "seed"):
+        for name in ("max_iters", "warmup_iters", "learning_rate", "mem_lr", "min_lr", "weight_decay", "grad_clip", "zipf", "seed",
+                     "mem_parallel"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be 0 or more and finite, got {getattr(self, name)}")
+        if self.dtype == "float64" and self.mem_dtype != "float32":
+            raise ValueError(f"dtype=float64 is for everything, the tables too; it can't go with mem_dtype={self.mem_dtype}")
         if self.seed >= 2**63:
             raise ValueError(f"seed must be under 2**63, got {self.seed}")
 
@@ -216,16 +225,19 @@ def print_help(cls):
 
 
 def pick_device(name):
-    """The torch device of --device. Raises UserError for one this machine doesn't have."""
+    """The torch device of --device; under torchrun, of cuda each process its own. Raises UserError for one this machine doesn't have."""
     found = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
-    if name == "auto":
-        return torch.device(found[0])
+    name = found[0] if name == "auto" else name
     try:
         device = torch.device(name)
     except RuntimeError:
         device = None
+    if device == torch.device("cuda") and "LOCAL_RANK" in os.environ:  # torchrun's: a GPU a process
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+        device = torch.device(name)
     if device is None or device.type not in found or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
-        raise UserError(f"--device={name} is not on this machine, which has {', '.join(found)}")
+        gpus = f" ({torch.cuda.device_count()} of them)" if "cuda" in found else ""
+        raise UserError(f"--device={name} is not on this machine, which has {', '.join(found)}{gpus}")
     if device.type == "cuda" and device.index:
         torch.cuda.set_device(device)
     return device
@@ -257,9 +269,12 @@ def keep_freed_memory():
 
 @contextlib.contextmanager
 def one_line_errors():
-    """A user's mistake ends the program with one line on stderr and exit code 2, without a traceback."""
+    """A user's mistake ends the program with one line on stderr and exit code 2, without a traceback. Of the processes
+    that torchrun started on a machine, the first one prints it.
+    """
     try:
         yield
-    except (UserError, ValueError, OSError, ModuleNotFoundError) as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+    except MISTAKES as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)

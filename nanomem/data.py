@@ -5,6 +5,7 @@ Batch number `step` of a split depends on nothing but the seed and that number, 
 stream with no state to save.
 """
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,11 @@ class FactData:
                              f"block_size={block_size}: raise block_size")
         self.cumulative = np.cumsum(fact_set.frequency)
         self.has_questions = bool((fact_set.role != facts.ASKED).any())
+
+    def digest(self):
+        """A hash of the facts and their tokens, for telling whether two processes have the same."""
+        sentences = self.sentences
+        return digest(repr((self.facts.entities, sentences.pieces, sentences.names, sentences.values)).encode(), self.facts.codes)
 
     def batch(self, split, step, batch_size):
         """inputs and targets, (batch_size, block_size) int64 each; a target of -1 has no loss."""
@@ -80,6 +86,10 @@ class TextData:
                              f"it needs {10 * (block_size + 1)}, or a smaller block_size")
         self.bytes_per_token = len(encoding.decode_bytes(tokens[cut:].tolist())) / len(tokens[cut:])  # of the val split
 
+    def digest(self):
+        """A hash of the text's tokens, for telling whether two processes have the same."""
+        return digest(self.tokens["train"], self.tokens["val"])
+
     def batch(self, split, step, batch_size):
         """inputs and targets, (batch_size, block_size) int64 each."""
         rng = np.random.default_rng([self.seed, SPLITS.index(split), step])
@@ -87,6 +97,11 @@ class TextData:
         starts = rng.integers(len(tokens) - self.block_size, size=batch_size)
         blocks = torch.from_numpy(np.stack([tokens[i:i + self.block_size + 1] for i in starts]))
         return blocks[:, :-1].contiguous(), blocks[:, 1:].contiguous()
+
+
+def digest(*contents):
+    """The SHA-256 of bytes and contiguous arrays, its first 16 digits."""
+    return hashlib.sha256(b"".join(contents)).hexdigest()[:16]
 
 
 def open_data(config, tokenizer_path=None):

@@ -308,15 +308,21 @@ class MemoryTable(nn.Module):
     Train it with `nanomem.optim.build_optimizer`, whose update touches only the rows read, and rounds bfloat16 values
     stochastically (dtype=torch.bfloat16; torch's default dtype otherwise). With
     sparse_grad=False its gradient is dense and any torch optimizer will do, at a cost that grows with n_slots.
+    `columns` (a range) holds only these: sharding.py splits a table over processes.
     """
 
-    def __init__(self, n_slots, v_dim, sparse_grad=True, dtype=None):
+    group = None  # the processes that hold the other columns
+
+    def __init__(self, n_slots, v_dim, sparse_grad=True, dtype=None, columns=None):
         super().__init__()
         if n_slots < 1 or v_dim < 1:
             raise ValueError(f"n_slots and v_dim must be 1 or more, got {n_slots} and {v_dim}")
         self.n_slots, self.v_dim, self.sparse_grad = n_slots, v_dim, sparse_grad
-        self.values = nn.Parameter(torch.empty(n_slots, v_dim, dtype=dtype))
-        nn.init.normal_(self.values, std=v_dim**-0.5)
+        self.columns = range(v_dim) if columns is None else columns
+        self.values = nn.Parameter(torch.empty(n_slots, len(self.columns), dtype=dtype))
+        with torch.no_grad():
+            for rows in self.values.split(2**16):  # whole rows are drawn, so that a column begins the same however they are split
+                rows.copy_(torch.empty(len(rows), v_dim, dtype=dtype).normal_(std=v_dim**-0.5)[:, self.columns.start:self.columns.stop])
 
     @torch.compiler.disable  # so that a compiled model has one graph break a memory layer, here
     def forward(self, indices, weights):

@@ -91,14 +91,17 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """The language model. Raises ValueError for a config that can't be (config.check says which setting)."""
+    """The language model. Raises ValueError for a config that can't be (config.check says which setting).
 
-    def __init__(self, config: GPTConfig):
+    make_table(n_slots, v_dim, dtype=...) makes its memory tables; several processes split theirs with a ShardedTable.
+    """
+
+    def __init__(self, config: GPTConfig, make_table=MemoryTable):
         super().__init__()
         config.check()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
-        self.blocks = nn.ModuleList(Block(config, ffn) for ffn in feed_forwards(config))
+        self.blocks = nn.ModuleList(Block(config, ffn) for ffn in feed_forwards(config, make_table))
         self.norm = nn.RMSNorm(config.n_embd)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.embedding.weight
@@ -141,7 +144,7 @@ class GPT(nn.Module):
         logits = self.lm_head(self.norm(x))
         if targets is None:
             return logits, None
-        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+        return logits, F.cross_entropy(logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32)), targets.flatten(), ignore_index=-1)
 
     def new_cache(self):
         """An empty key-value cache for `forward`: a list for each layer."""
@@ -184,16 +187,17 @@ class GPT(nn.Module):
         return {i: block.ffn for i, block in enumerate(self.blocks) if isinstance(block.ffn, ProductKeyMemory)}
 
     def count_parameters(self):
-        """(parameters outside memory tables, parameters in them), each counted once."""
-        in_tables = sum(m.values.numel() for m in self.modules() if isinstance(m, MemoryTable))
-        return sum(p.numel() for p in self.parameters()) - in_tables, in_tables
+        """(parameters outside memory tables, parameters in them), each counted once, whichever process holds them."""
+        tables = [m for m in self.modules() if isinstance(m, MemoryTable)]
+        core = sum(p.numel() for p in self.parameters()) - sum(table.values.numel() for table in tables)
+        return core, sum(table.n_slots * table.v_dim for table in tables)
 
     def flops_per_token(self):
         """FLOPs of the forward pass for one token of a full block: 2 a multiply-add. Training takes three times as many."""
         return 2 * self.lm_head.weight.numel() + sum(b.attention.flops_per_token() + b.ffn.flops_per_token() for b in self.blocks)
 
 
-def feed_forwards(config):
+def feed_forwards(config, make_table=MemoryTable):
     """A feed-forward module for each layer: memory in mem_layers if ffn is "memory", SwiGLU elsewhere."""
     hidden = config.ffn_hidden or default_hidden(config)
     modules, table = [], None
@@ -202,7 +206,7 @@ def feed_forwards(config):
             modules.append(FeedForward(config.n_embd, hidden))
             continue
         if table is None or not config.mem_share_values:
-            table = MemoryTable(config.mem_n_keys**2, config.mem_v_dim or config.n_embd, dtype=getattr(torch, config.mem_dtype))
+            table = make_table(config.mem_n_keys**2, config.mem_v_dim or config.n_embd, dtype=getattr(torch, config.mem_dtype))
         modules.append(ProductKeyMemory(config.n_embd, table, config.mem_heads, config.mem_knn,
                                         config.mem_k_dim or config.n_embd, config.mem_qk_norm, config.mem_gated))
     return modules

@@ -9,9 +9,20 @@ Optimizers for models with memory layers.
 import math
 
 import torch
+import torch.distributed as dist
 
 from nanomem import kernels
 from nanomem.memory import MemoryTable, scatter_sum, use_kernels
+
+
+def squared_norms(grads, group=None):
+    """The squared norm of each row, float32 at least: grads (u, columns) -> (u,), over all columns if a group of processes has
+    them split.
+    """
+    squares = torch.linalg.vector_norm(grads, dim=1, dtype=torch.promote_types(grads.dtype, torch.float32)).square()
+    if group is not None:
+        dist.all_reduce(squares, group=group)
+    return squares
 
 
 def row_gradient(values):
@@ -45,13 +56,15 @@ class RowAdam(torch.optim.Optimizer):
     bfloat16 tables are rounded stochastically: up or down by chance, so that the expectation is right and steps smaller than
     bfloat16's spacing are not all lost. The noise is a function of seed, row, n_r and column.
 
-    Takes sparse gradients, or dense ones, of which it updates the rows that are not zero.
+    Takes sparse gradients, or dense ones, of which it updates the rows that are not zero. `group`: the processes that the
+    tables' columns are split over (sharding.py); the squares are then of whole rows, and the noise that of the whole table.
     """
 
     CHUNK = 2**18  # numbers updated at a time: temporaries stay in cache, 1.5 times as fast as all at once
 
-    def __init__(self, params, lr=1e-2, beta2=0.99, eps=1e-10, seed=0):
+    def __init__(self, params, lr=1e-2, beta2=0.99, eps=1e-10, seed=0, group=None):
         super().__init__(params, dict(lr=lr, beta2=beta2, eps=eps, seed=seed))
+        self.group = group
 
     @torch.no_grad()
     def step(self):
@@ -74,12 +87,17 @@ class RowAdam(torch.optim.Optimizer):
             state["second_moment"] = torch.zeros(len(values), device=values.device)
             state["reads"] = torch.zeros(len(values), dtype=torch.int32, device=values.device)
         rows, grads = row_gradient(values)
+        mean_square, first_column = None, 0
+        if self.group is not None:
+            mean_square = squared_norms(grads, self.group) / (grads.shape[1] * dist.get_world_size(self.group))
+            first_column = grads.shape[1] * dist.get_rank(self.group)
         if use_kernels(values):
-            kernels.row_adam(values, rows, grads, state["second_moment"], state["reads"], lr, beta2, eps, seed)
+            kernels.row_adam(values, rows, grads, state["second_moment"], state["reads"], lr, beta2, eps, seed, mean_square, first_column)
             return
+        if mean_square is None:
+            mean_square = squared_norms(grads) / grads.shape[1]
         moment = state["second_moment"][rows]
         reads = state["reads"][rows] + 1
-        mean_square = torch.linalg.vector_norm(grads, dim=1, dtype=torch.promote_types(grads.dtype, torch.float32)).square() / grads.shape[1]
         moment.lerp_(mean_square.float(), 1 - beta2)
         state["second_moment"][rows] = moment
         state["reads"][rows] = reads
@@ -88,18 +106,19 @@ class RowAdam(torch.optim.Optimizer):
         for r, g, f, n in zip(*(t.split(size) for t in (rows, grads, factor, reads))):
             if values.dtype == torch.bfloat16:
                 new = values.index_select(0, r).float().addcmul_(g.float(), f[:, None], value=-1)
-                values.index_copy_(0, r, stochastic_round(new, seed, r, n))
+                values.index_copy_(0, r, stochastic_round(new, seed, r, n, first_column))
             else:
                 values.index_copy_(0, r, values.index_select(0, r).addcmul_(g, f[:, None].to(g.dtype), value=-1))
 
 
-def stochastic_round(new, seed, rows, reads):
+def stochastic_round(new, seed, rows, reads, first_column=0):
     """float32 numbers (u, v_dim) to bfloat16, up with the probability that makes the expectation right.
 
     bfloat16 is the upper half of a float32: adding 16 random bits to the lower half carries into it just as often as it
-    should. The bits are a hash of seed, row (u,) int64, its reads (u,) int32, and column: the same each time.
+    should. The bits are a hash of seed, row (u,) int64, its reads (u,) int32, and column, counted from first_column: the
+    same each time.
     """
-    column = torch.arange(new.shape[1], device=new.device)
+    column = torch.arange(first_column, first_column + new.shape[1], device=new.device)
     row_seed = _mix(_mix(_mix(reads.long() ^ seed) ^ (rows & 0xFFFFFFFF)) ^ (rows >> 32))
     noise = _mix((row_seed[:, None] + column * 0x9E3779B9) & 0xFFFFFFFF) >> 16
     bits = new.view(torch.int32)
@@ -115,8 +134,8 @@ def _mix(x):
 
 
 def tables_of(model):
-    """The values of all memory tables in a module, each once."""
-    return [m.values for m in model.modules() if isinstance(m, MemoryTable)]
+    """The memory tables in a module, each once."""
+    return [m for m in model.modules() if isinstance(m, MemoryTable)]
 
 
 def build_optimizer(model, learning_rate=1e-3, mem_lr=1e-2, weight_decay=0.1, betas=(0.9, 0.95)):
@@ -126,7 +145,7 @@ def build_optimizer(model, learning_rate=1e-3, mem_lr=1e-2, weight_decay=0.1, be
     is for matrices: not for vectors, keys or values.
     """
     tables = tables_of(model)
-    in_tables = {id(p) for p in tables}
+    in_tables = {id(table.values) for table in tables}
     core = [p for p in model.parameters() if p.requires_grad and id(p) not in in_tables]
     groups = [dict(params=[p for p in core if p.dim() == 2], weight_decay=weight_decay),
               dict(params=[p for p in core if p.dim() != 2], weight_decay=0.0)]
@@ -135,7 +154,7 @@ def build_optimizer(model, learning_rate=1e-3, mem_lr=1e-2, weight_decay=0.1, be
         fused = all(p.device.type in ("cpu", "cuda") for p in core)
         optimizers.append(torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, betas=betas, fused=fused))
     if tables:
-        optimizers.append(RowAdam(tables, lr=mem_lr))
+        optimizers.append(RowAdam([table.values for table in tables], lr=mem_lr, group=tables[0].group))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]  # for a schedule to scale, as train.py's does
@@ -149,10 +168,14 @@ def clip_gradients(model, max_norm):
     Repeated slots are summed before their norm is taken. Returns (norm of the others, norm of the tables').
     """
     tables = tables_of(model)
-    in_tables = {id(p) for p in tables}
+    in_tables = {id(table.values) for table in tables}
     core_norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if id(p) not in in_tables], max_norm)
-    grads = [row_gradient(v)[1] if v.grad.is_sparse else v.grad for v in tables if v.grad is not None]
+    read = [table.values for table in tables if table.values.grad is not None]
+    grads = [row_gradient(values)[1] if values.grad.is_sparse else values.grad for values in read]
     table_norm = torch.nn.utils.get_total_norm(grads) if grads else torch.tensor(0.0)
+    if grads and tables[0].group is not None:  # the squares of all columns
+        dist.all_reduce(table_norm.square_(), group=tables[0].group)
+        table_norm.sqrt_()
     if table_norm > max_norm:
         for g in grads:
             g.mul_(max_norm / (table_norm + 1e-6))

@@ -1,22 +1,22 @@
 """
-Kills training with SIGKILL at random moments and resumes it, again and again, until the run has been killed KILLS times
-and has ended; then compares its weights, to the bit, with those of a run left alone.
+Kills training with SIGKILL at random moments until it has been killed KILLS times and has ended, then compares weights, to the
+bit, and metrics with those of a run left alone. One process is started again with --resume; of several, which torchrun starts
+again by itself, a random one is killed.
 
-    python tests/kill_and_resume.py [KILLS]
+    python tests/kill_and_resume.py [KILLS [PROCESSES]]
 """
 
 import random
+import shutil
+import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from safetensors.torch import load_file
-
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import runs
 
-FILE = "checkpoint.safetensors"
 LONG = ["--max_iters=80", "--eval_interval=2"]  # a checkpoint every other iteration: many kills fall into writing one
 
 
@@ -33,19 +33,53 @@ def kill_and_resume(folder, kills, seed=0):
         process.kill()
         out, err = process.communicate()
         assert process.returncode in (-9, 0), f"kill {number}: exit code {process.returncode}\n{out}\n{err}"
-        rows = runs.metrics(killed) if (killed / "metrics.jsonl").exists() and process.returncode == 0 else []
-        print(f"kill {number + 1}: {'it had ended' if process.returncode == 0 else 'killed'}, checkpoint: {(killed / FILE).exists()}", flush=True)
-        if rows:  # it came to its end before the kill: begin anew
+        print(f"kill {number + 1}: {'it had ended' if process.returncode == 0 else 'killed'}, {checkpoints(killed)}", flush=True)
+        if process.returncode == 0:  # it came to its end before the kill: begin anew
             check(alone, killed)
-            for file in killed.iterdir():
-                file.unlink()
+            shutil.rmtree(killed)
     runs.train(killed, *LONG, "--resume")
     check(alone, killed)
 
 
+def kill_ranks(folder, kills, processes, seed=0):
+    """Raises AssertionError if a run of several processes, a random one of which is killed again and again, doesn't end, or not
+    as the one left alone.
+    """
+    rng = random.Random(seed)
+    alone, killed = folder / "alone", folder / "killed"
+    begin = time.perf_counter()
+    launch("train.py", alone, processes).communicate()
+    whole = time.perf_counter() - begin
+    number = 0
+    while number < kills:
+        shutil.rmtree(killed, ignore_errors=True)
+        with open(folder / "log", "w") as log:
+            torchrun = launch("train.py", killed, processes, stdout=log, stderr=log)
+            while number < kills and torchrun.poll() is None:
+                time.sleep(rng.uniform(0, whole))
+                ranks = subprocess.run(["pgrep", "-P", str(torchrun.pid)], capture_output=True, text=True).stdout.split()
+                if ranks:
+                    number += subprocess.run(["kill", "-9", rng.choice(ranks)]).returncode == 0
+                    print(f"kill {number}: {checkpoints(killed)}", flush=True)
+            code = torchrun.wait(timeout=20 * whole)
+        assert code == 0, (folder / "log").read_text()[-3000:]
+        check(alone, killed)
+        print(f"ended as the one left alone, loss {runs.metrics(killed)[-1]['val_loss']}", flush=True)
+
+
+def launch(script, out_dir, processes, **options):
+    """A running torchrun."""
+    return runs.start(script, *runs.TINY, *LONG, f"--out_dir={out_dir}", processes=processes, **options)
+
+
+def checkpoints(out_dir):
+    """The names of a run's checkpoints, whole or being written."""
+    return " ".join(sorted(path.name for path in out_dir.glob("checkpoint-*"))) or "no checkpoint"
+
+
 def check(alone, killed):
     """Both runs have the same tensors, bit for bit, and the same metrics."""
-    expected, found = load_file(alone / FILE), load_file(killed / FILE)
+    expected, found = runs.checkpoint(alone), runs.checkpoint(killed)
     assert expected.keys() == found.keys()
     for name in expected:
         assert expected[name].equal(found[name]), name
@@ -53,6 +87,10 @@ def check(alone, killed):
 
 
 if __name__ == "__main__":
+    kills, processes = map(int, (sys.argv[1:] + ["20", "1"][len(sys.argv) - 1:])[:2])
     with tempfile.TemporaryDirectory() as folder:
-        kill_and_resume(Path(folder), int(sys.argv[1]) if len(sys.argv) > 1 else 20)
-    print("every run could be resumed, and ended as the one left alone")
+        if processes == 1:
+            kill_and_resume(Path(folder), kills)
+        else:
+            kill_ranks(Path(folder), kills, processes)
+    print("every run ended as the one left alone")

@@ -10,16 +10,20 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+import torch
+from safetensors.torch import load_file
+
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--device=cpu", "--n_entities=20", "--n_layer=2", "--n_embd=16", "--n_head=2", "--block_size=32", "--batch_size=4",
         "--mem_layers=1", "--mem_n_keys=8", "--mem_knn=2", "--mem_heads=2", "--eval_iters=2", "--eval_interval=5",
         "--log_interval=2", "--warmup_iters=2"]
 
 
-def start(script, *arguments, **options):
-    """A running process of its own; its output is text."""
-    environment = os.environ | {"PYTHONUNBUFFERED": "1", "COLUMNS": "160"}
-    return subprocess.Popen([sys.executable, str(ROOT / script), *map(str, arguments)], stdin=subprocess.DEVNULL, text=True,
+def start(script, *arguments, processes=None, **options):
+    """A running process of its own, or so many of torchrun's; its output is text."""
+    environment = os.environ | {"PYTHONUNBUFFERED": "1", "COLUMNS": "160", "OMP_NUM_THREADS": "1"}
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "--max_restarts=1000"] if processes else []
+    return subprocess.Popen([sys.executable, *launcher, str(ROOT / script), *map(str, arguments)], stdin=subprocess.DEVNULL, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", env=environment, **options)
 
 
@@ -42,6 +46,14 @@ def run(script, *arguments, code=0):
 def train(out_dir, *arguments, **options):
     """train.py with the tiny model."""
     return run("train.py", *TINY, f"--out_dir={out_dir}", *arguments, **options)
+
+
+def checkpoint(out_dir, iteration=None):
+    """All tensors of a checkpoint, the newest unless told, whatever number of processes wrote it; tables put together again."""
+    found = sorted(Path(out_dir).glob(f"checkpoint-{iteration or '*'}/part-*"), key=lambda path: (-path.stat().st_mtime, path))
+    parts = [load_file(path) for path in sorted(found) if path.parent == found[0].parent]
+    return {name: torch.cat([part[name] for part in parts], dim=1) if name.endswith("table.values") else tensor
+            for name, tensor in parts[0].items()}
 
 
 def metrics(out_dir):

@@ -1,8 +1,9 @@
 import dataclasses
-import json
+import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from nanomem import checkpoint
 from nanomem.config import Config, GPTConfig, UserError
@@ -10,6 +11,7 @@ from nanomem.model import GPT
 from nanomem.optim import build_optimizer
 
 CONFIG = GPTConfig(vocab_size=20, n_layer=2, n_embd=8, n_head=2, block_size=8, mem_layers="0,1", mem_n_keys=4, mem_knn=2, mem_heads=1)
+HEADER = {"config": {}, "iteration": 3}
 
 
 def step(model, optimizers):
@@ -31,23 +33,26 @@ def trained(steps):
 
 def test_a_loaded_run_goes_on_exactly_as_the_saved_one(tmp_path):
     model, optimizers = trained(3)
-    checkpoint.save(tmp_path, model, optimizers, {"config": {}, "iteration": 3})
+    checkpoint.save(tmp_path, model, optimizers, HEADER)
+    torch.manual_seed(1)
     step(model, optimizers)
 
     torch.manual_seed(99)
     loaded = GPT(CONFIG)
     loaded_optimizers = build_optimizer(loaded)
-    checkpoint.load(tmp_path, loaded, loaded_optimizers)
-    assert checkpoint.read_header(tmp_path) == {"config": {}, "iteration": 3}
-    step(loaded, loaded_optimizers)  # the same batch too: the generator's state came along
+    folder, header, refused = checkpoint.newest(tmp_path)
+    assert header.items() > HEADER.items() and folder == tmp_path / "checkpoint-3" and not refused
+    checkpoint.load(folder, loaded, loaded_optimizers)
+    torch.manual_seed(1)
+    step(loaded, loaded_optimizers)
     for a, b in zip(model.parameters(), loaded.parameters()):
         assert torch.equal(a, b)
 
 
 def test_the_shared_table_and_tied_embedding_are_stored_once(tmp_path):
     model, optimizers = trained(0)
-    checkpoint.save(tmp_path, model, optimizers, {})
-    names = checkpoint.safe_open(tmp_path / checkpoint.FILE, framework="pt").keys()
+    checkpoint.save(tmp_path, model, optimizers, HEADER)
+    names = load_file(tmp_path / "checkpoint-3" / "part-1-of-1.safetensors").keys()
     assert sum("values" in name for name in names) == 1 and "model.lm_head.weight" not in names
 
 
@@ -66,9 +71,58 @@ def test_a_write_that_fails_keeps_what_was_there(tmp_path):
 
 def test_a_checkpoint_of_another_shape_is_named(tmp_path):
     model, optimizers = trained(0)
-    checkpoint.save(tmp_path, model, optimizers, {})
+    checkpoint.save(tmp_path, model, optimizers, HEADER)
     with pytest.raises(UserError, match="embedding.weight has shape"):
-        checkpoint.load(tmp_path, GPT(CONFIG.replace(vocab_size=30)))
+        checkpoint.load(tmp_path / "checkpoint-3", GPT(CONFIG.replace(vocab_size=30)))
+
+
+def test_the_two_newest_are_kept_and_nothing_half_written(tmp_path):
+    model, optimizers = trained(0)
+    (tmp_path / "checkpoint-1.tmp").mkdir()  # of a process that was killed
+    for iteration in (8, 9, 10, 11):
+        checkpoint.save(tmp_path, model, optimizers, HEADER | {"iteration": iteration})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-11"]
+    assert checkpoint.newest(tmp_path)[1]["iteration"] == 11
+
+
+@pytest.mark.parametrize("name", ["part-1-of-1.safetensors", "checkpoint.json"])
+@pytest.mark.parametrize("harm", ["missing", "cut"])
+def test_the_one_before_is_used_where_a_file_is_missing_or_cut(name, harm, tmp_path):
+    model, optimizers = trained(0)
+    for iteration in (3, 4):
+        checkpoint.save(tmp_path, model, optimizers, HEADER | {"iteration": iteration})
+    path = tmp_path / "checkpoint-4" / name
+    path.unlink() if harm == "missing" else path.write_bytes(path.read_bytes()[:-10])
+    folder, header, refused = checkpoint.newest(tmp_path)
+    assert folder == tmp_path / "checkpoint-3" and header["iteration"] == 3
+    assert list(refused) == [tmp_path / "checkpoint-4"] and name in refused[tmp_path / "checkpoint-4"]
+    checkpoint.save(tmp_path, model, optimizers, HEADER | {"iteration": 4})  # made anew
+    assert checkpoint.newest(tmp_path)[0] == tmp_path / "checkpoint-4" and (tmp_path / "checkpoint-3").exists()
+
+
+def test_a_damaged_file_of_the_right_size_is_named(tmp_path):
+    model, optimizers = trained(0)
+    checkpoint.save(tmp_path, model, optimizers, HEADER)
+    path = tmp_path / "checkpoint-3" / "part-1-of-1.safetensors"
+    path.write_bytes(bytes(path.stat().st_size))
+    with pytest.raises(UserError, match="checkpoint-3 can't be loaded"):
+        checkpoint.load(tmp_path / "checkpoint-3", model)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no limits to set")
+def test_a_disk_that_takes_no_more_keeps_the_checkpoint_before(tmp_path):
+    import resource
+    model, optimizers = trained(0)
+    checkpoint.save(tmp_path, model, optimizers, HEADER)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # as on a full disk, the kernel refuses what goes beyond it
+    try:
+        with pytest.raises(UserError, match=r"could not write .*checkpoint-4 .*checkpoint-3 is kept"):
+            checkpoint.save(tmp_path, model, optimizers, HEADER | {"iteration": 4})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
+    checkpoint.load(tmp_path / "checkpoint-3", model)
 
 
 def test_settings_of_another_version_are_named():
@@ -81,7 +135,8 @@ def test_settings_of_another_version_are_named():
 
 
 def test_no_checkpoint_and_a_file_that_is_none(tmp_path):
-    assert checkpoint.read_header(tmp_path) is None
-    (tmp_path / checkpoint.FILE).write_bytes(json.dumps({"pickle": "no"}).encode())
-    with pytest.raises(UserError, match="not a whole"):
-        checkpoint.read_header(tmp_path)
+    assert checkpoint.newest(tmp_path) == (None, None, {})
+    (tmp_path / "checkpoint-5").mkdir()
+    (tmp_path / "checkpoint-5" / "checkpoint.json").write_text('["of something else"]')
+    with pytest.raises(UserError, match="no checkpoint in .* is whole: .*checkpoint.json is not the header"):
+        checkpoint.newest(tmp_path)

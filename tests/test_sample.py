@@ -32,7 +32,7 @@ def test_trace_shows_each_token_and_layer_and_what_else_reads_its_slots(out_dir)
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--out_dir=nowhere"], "no checkpoint.safetensors in nowhere"),
+    (["--out_dir=nowhere"], "no checkpoint in nowhere"),
     (["--strt=x"], "did you mean start?"),
     (["--num_samples=0"], "num_samples"),
 ])

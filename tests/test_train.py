@@ -1,4 +1,5 @@
 import json
+import shutil
 import signal
 import time
 
@@ -37,7 +38,7 @@ def test_ctrl_c_saves_and_the_resumed_run_equals_an_uninterrupted_one(tmp_path):
     settings = ["--max_iters=120", "--dropout=0.1", "--gradient_accumulation_steps=2", "--eval_interval=20"]
     runs.train(tmp_path / "alone", *settings)
     process = runs.start("train.py", *runs.TINY, *settings, f"--out_dir={tmp_path / 'cut'}")
-    while not (tmp_path / "cut" / "checkpoint.safetensors").exists():
+    while not (tmp_path / "cut" / "checkpoint-20").exists():
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
@@ -60,10 +61,11 @@ def test_killed_and_resumed_twenty_times(tmp_path):
 
 def test_a_new_run_keeps_the_one_before(finished, tmp_path):
     runs.train(tmp_path / "run", "--max_iters=2", "--seed=1")
-    first = (tmp_path / "run" / "checkpoint.safetensors").read_bytes()
+    first = runs.checkpoint(tmp_path / "run")
     out, _ = runs.train(tmp_path / "run", "--max_iters=2", "--seed=2")
     assert "moved the earlier run" in out
-    assert (tmp_path / "run.1" / "checkpoint.safetensors").read_bytes() == first
+    moved = runs.checkpoint(tmp_path / "run.1")
+    assert all(moved[name].equal(tensor) for name, tensor in first.items())
 
 
 def test_resume_refuses_another_shape_and_names_it(finished):
@@ -71,11 +73,18 @@ def test_resume_refuses_another_shape_and_names_it(finished):
     assert err.startswith("train.py: --n_embd=32") and "n_embd=16" in err and err.count("\n") == 1
 
 
-def test_resume_names_a_damaged_checkpoint(finished, tmp_path):
-    whole = (finished[0] / "checkpoint.safetensors").read_bytes()
-    (tmp_path / "checkpoint.safetensors").write_bytes(whole[:len(whole) // 2])
-    _, err = runs.run("train.py", "--resume", f"--out_dir={tmp_path}", code=2)
-    assert "checkpoint.safetensors is not a whole nanomem checkpoint" in err and err.count("\n") == 1
+def test_resume_names_a_damaged_checkpoint_and_goes_on_from_the_one_before(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    path = tmp_path / "run" / "checkpoint-20" / "part-1-of-1.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    out, _ = runs.run("train.py", "--resume", f"--out_dir={tmp_path / 'run'}")
+    assert f"{path} has 1,000 bytes" in out and "checkpoint-15" in out and "going on from iteration 15" in out
+    check(finished[0], tmp_path / "run")
+    for path in (tmp_path / "run").glob("checkpoint-*/part-*"):
+        path.unlink()
+    for script in ("train.py", "sample.py"):
+        _, err = runs.run(script, *["--resume"][:script == "train.py"], f"--out_dir={tmp_path / 'run'}", code=2)
+        assert "no checkpoint in" in err and "part-1-of-1.safetensors is missing" in err and err.count("\n") == 1
 
 
 def test_dense_and_memory_take_equal_flops(finished, tmp_path):
@@ -118,11 +127,11 @@ def test_help_lists_every_setting():
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
     runs.train(tmp_path / "run", "--max_iters=5")
-    good = (tmp_path / "run" / "checkpoint.safetensors").read_bytes()
+    good = (tmp_path / "run" / "checkpoint-5" / "part-1-of-1.safetensors").read_bytes()
     _, err = runs.train(tmp_path / "run", "--resume", "--max_iters=50", "--learning_rate=1e30", "--grad_clip=0", "--eval_interval=1", code=1)
     assert "loss is nan at iteration" in err and "Traceback" not in err
-    assert f"the last good checkpoint is {tmp_path / 'run' / 'checkpoint.safetensors'}" in err
-    assert (tmp_path / "run" / "checkpoint.safetensors").read_bytes() == good
+    assert f"the last good checkpoint is {tmp_path / 'run' / 'checkpoint-5'}" in err
+    assert (tmp_path / "run" / "checkpoint-5" / "part-1-of-1.safetensors").read_bytes() == good
 
 
 def test_a_table_larger_than_the_machine_is_refused(tmp_path):

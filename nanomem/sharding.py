@@ -1,0 +1,279 @@
+"""
+Training on several processes: a table too large for one device is split by columns, everything else is data parallel.
+
+    torchrun --standalone --nproc_per_node=8 train.py
+
+P processes form P / G groups, the replicas, of G = mem_parallel processes, the shards. Every process of a group holds
+v_dim / G columns of each table, of all slots, so the load is even whichever slots are popular:
+
+    1. each process sends the slots and weights of its tokens to all of its group      (all-gather)
+    2. each sums its columns of the rows that the group's tokens chose                 (memory_read)
+    3. each sends every token's sums home, where the columns are put side by side      (all-to-all)
+
+Going back, 3 sends the gradient's columns out, 2 gives the gradient of the rows chosen, each process its columns of them,
+and 1 sends the weights' gradients home, a part from each process. What this takes is in `bytes_per_token`.
+
+Replicas hold the same columns; after the backward pass they add up the gradients of the rows they touched (`add_replicas`).
+All gradients are sums over the processes, not means: each process's loss is its part of the whole batch's mean.
+"""
+
+import contextlib
+import math
+import os
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
+
+from nanomem.config import MISTAKES, UserError
+from nanomem.memory import MemoryTable, ProductKeyMemory, memory_read
+from nanomem.optim import row_gradient
+
+# ------------------------------------------------------------------------------------------------
+# The split table
+
+
+def _all_to_all(x, group):
+    """Block j of x goes to process j of the group, as its block of this process's number: (G * n, ...) -> (G * n, ...)"""
+    out = torch.empty_like(x)
+    dist.all_to_all_single(out, x, group=group)
+    return out
+
+
+class _Gather(torch.autograd.Function):
+    """The rows of all processes of the group: (n, lookups) -> (G * n, lookups)."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group, shards = group, dist.get_world_size(group)
+        out = x.new_empty(shards * len(x), x.shape[1])
+        dist.all_gather(list(out.chunk(shards)), x.contiguous(), group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        parts = _all_to_all(grad.contiguous(), ctx.group)
+        return parts.view(dist.get_world_size(ctx.group), -1, grad.shape[1]).sum(0), None
+
+
+class _SendHome(torch.autograd.Function):
+    """One process's columns of the group's tokens to all columns of its own: (G * n, v_dim / G) -> (n, v_dim)."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group, shards = group, dist.get_world_size(group)
+        return _all_to_all(x, group).view(shards, -1, x.shape[1]).transpose(0, 1).flatten(1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        shards = dist.get_world_size(ctx.group)
+        return _all_to_all(grad.reshape(len(grad), shards, -1).transpose(0, 1).flatten(0, 1), ctx.group), None
+
+
+class ShardedTable(MemoryTable):
+    """A MemoryTable of which each process of a group holds v_dim / G columns, and which all of them read together: every
+    forward and backward pass is one of the whole group, with as many tokens on each process.
+
+    values (n_slots, v_dim / G) are the columns that the whole table begins with in the same places.
+
+    Args:
+        n_slots, v_dim: of the whole table.
+        mesh: from `make_mesh`.
+        dtype: of the values.
+    Raises:
+        UserError: v_dim can't be split over the group.
+    """
+
+    def __init__(self, n_slots, v_dim, mesh, dtype=None):
+        shards, shard = mesh["shard"].size(), mesh["shard"].get_local_rank()
+        if v_dim % shards:
+            raise UserError(f"mem_v_dim={v_dim} columns can't be split over mem_parallel={shards} processes; "
+                            f"nearest: mem_v_dim={' or '.join(map(str, multiples_around(v_dim, shards)))}")
+        width = v_dim // shards
+        super().__init__(n_slots, v_dim, dtype=dtype, columns=range(shard * width, (shard + 1) * width))
+        self.mesh, self.group, self.replicas = mesh, mesh.get_group("shard"), mesh.get_group("replica")
+
+    @torch.compiler.disable
+    def forward(self, indices, weights):
+        """indices (n, lookups) int64 and weights (n, lookups) of this process's tokens -> (n, v_dim)"""
+        number = torch.int32 if self.n_slots <= 2**31 else torch.int64  # int16 is not for NCCL
+        indices = _Gather.apply(indices.to(number), self.group).long()
+        weights = _Gather.apply(weights.to(self.values.dtype), self.group)
+        return _SendHome.apply(memory_read(self.values, indices, weights, self.sparse_grad), self.group)
+
+
+def multiples_around(number, of):
+    """The multiples of `of` next to `number`: (63, 66) for 64, 3."""
+    below = number // of * of
+    return [below] * (below > 0) + [below + of]
+
+
+def tables(model):
+    """The ShardedTables of a module, each once."""
+    return [m for m in model.modules() if isinstance(m, ShardedTable)]
+
+
+@torch.no_grad()
+def add_replicas(model):
+    """Adds up the gradients of the tables over the replicas, which exchange the rows that any of them touched."""
+    for table in tables(model):
+        if dist.get_world_size(table.replicas) > 1 and table.values.grad is not None:
+            rows, grads = row_gradient(table.values)
+            touched = _union(rows, table.n_slots, table.replicas)
+            total = grads.new_zeros(len(touched), grads.shape[1])
+            total.index_copy_(0, torch.searchsorted(touched, rows), grads)
+            dist.all_reduce(total, group=table.replicas)
+            table.values.grad = torch.sparse_coo_tensor(touched[None], total, table.values.shape, is_coalesced=True, check_invariants=False)
+
+
+def _union(rows, n_slots, group):
+    """The numbers below n_slots that any process of the group has in `rows`: int64, ascending."""
+    replicas = dist.get_world_size(group)
+    counts = torch.zeros(replicas, dtype=torch.int64, device=rows.device)
+    counts[dist.get_rank(group)] = len(rows)
+    dist.all_reduce(counts, group=group)
+    mine = rows.new_full((counts.max(),), n_slots, dtype=torch.int32 if n_slots < 2**31 else torch.int64)  # all-gather takes equal sizes
+    mine[:len(rows)] = rows
+    everyones = mine.new_empty(replicas, len(mine))
+    dist.all_gather(list(everyones.unbind(0)), mine, group=group)
+    unique = torch.unique(everyones)
+    return unique[unique < n_slots].long()
+
+
+def bytes_per_token(model):
+    """Bytes on the wire for one token of a training step, in all memory layers: what its process sends to the others of its
+    group and they to it. In each layer, of G processes, with values of b bytes,
+
+        (G - 1) * lookups * (4 + 2 * b)        slots and weights out, the weights' gradients back
+        + (G - 1) / G * v_dim * 2 * b          columns back, and their gradients out
+
+    Besides, each update sends, whatever the number of tokens, from each process: (G - 1) / G * 8 bytes for each row its group
+    touched, whose squared norms RowAdam adds up; with R replicas (R - 1) * 4 for each row touched by the group that touched most,
+    and (R - 1) / R * 2 * b * v_dim / G for each row that any group touched; and (P - 1) / P * 8 a parameter outside the tables,
+    whose gradients all processes add up.
+    """
+    total = 0
+    for layer in model.modules():
+        if isinstance(layer, ProductKeyMemory) and isinstance(layer.table, ShardedTable):
+            shards, value = layer.table.mesh["shard"].size(), layer.table.values.element_size()
+            total += (shards - 1) * layer.heads * layer.knn * (4 + 2 * value) + (shards - 1) * layer.table.v_dim * 2 * value // shards
+    return total
+
+
+# ------------------------------------------------------------------------------------------------
+# The processes
+
+
+def start():
+    """Joins the processes that torchrun started, if it did."""
+    if {"RANK", "WORLD_SIZE"} <= os.environ.keys() and not dist.is_initialized():
+        dist.init_process_group()  # NCCL for CUDA tensors, gloo for those of a CPU
+
+
+def stop():
+    """Leaves them, at the end."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank():
+    """This process's number, 0 when there is one."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def size():
+    """The number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def make_mesh(device, mem_parallel):
+    """The processes as a DeviceMesh (replica, shard): groups of mem_parallel neighbours, 0 for all in one, share a table.
+
+    None without torchrun. Raises UserError unless mem_parallel divides their number.
+    """
+    if not dist.is_initialized():
+        return None
+    shards = mem_parallel or size()
+    if size() % shards:
+        divisors = [n for n in range(1, size() + 1) if size() % n == 0]
+        raise UserError(f"mem_parallel={mem_parallel} must divide the number of processes, {size()}; "
+                        f"nearest: {min(divisors, key=lambda n: abs(n - shards))}")
+    return init_device_mesh(device.type, (size() // shards, shards), mesh_dim_names=("replica", "shard"))
+
+
+def data_parallel(model):
+    """torch's DistributedDataParallel around all of the model but the tables; it adds gradients up."""
+    values = {id(table.values) for table in tables(model)}
+    alone = [name for name, p in model.named_parameters() if id(p) in values] + [name for name, _ in model.named_buffers()]  # these are constants
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, alone)
+    parallel = DistributedDataParallel(model)
+    parallel.register_comm_hook(None, _add)
+    return parallel
+
+
+def _add(_, bucket):  # DDP's own way of reducing a bucket of gradients is their mean
+    return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda future: future.value()[0])
+
+
+def share_of_batch(batch_size, passes):
+    """Which part of an update's `passes` batches of batch_size sequences this process computes: (numbers of its batches, a range;
+    its rows of each, a slice). Whole batches where they go round, so that a GPU's batch is as large as alone; then rows.
+
+    Raises UserError if they can't be shared evenly.
+    """
+    groups = math.gcd(passes, size())
+    members = size() // groups
+    if batch_size % members:
+        raise UserError(f"{size()} processes can't share batch_size={batch_size} x gradient_accumulation_steps={passes} sequences evenly; "
+                        f"nearest: batch_size={' or '.join(map(str, multiples_around(batch_size, members)))}")
+    group, member = divmod(rank(), members)
+    rows = batch_size // members
+    return range(group, passes, groups), slice(member * rows, (member + 1) * rows)
+
+
+# ------------------------------------------------------------------------------------------------
+# Agreement
+
+
+def gather(item):
+    """[each process's item]"""
+    if not dist.is_initialized():
+        return [item]
+    items = [None] * size()
+    dist.all_gather_object(items, item)
+    return items
+
+
+def total(*numbers):
+    """The sums of each number over all processes."""
+    sums = torch.tensor(numbers, dtype=torch.float64)
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    return sums.tolist()
+
+
+@contextlib.contextmanager
+def together():
+    """A block that all processes run, at the end of which a mistake that any of them met is raised in all, as a UserError:
+    else the others would wait for it for ever.
+    """
+    problem = None
+    try:
+        yield
+    except MISTAKES as error:
+        problem = str(error) or repr(error)
+    problems = gather(problem)
+    if any(problems):
+        first = next(i for i, problem in enumerate(problems) if problem)
+        raise UserError(problems[first] if all(problems) else f"process {first}: {problems[first]}")
+
+
+def check_same(facts):
+    """Raises UserError, in all processes, if {name: value} is not the same in all of them."""
+    everyones = gather(facts)
+    for number, theirs in enumerate(everyones):
+        for name, value in everyones[0].items():
+            if theirs[name] != value:
+                raise UserError(f"all processes must have the same settings and data: {name} is {value} in process 0 "
+                                f"and {theirs[name]} in process {number}")
