@@ -266,6 +266,14 @@ with one_line_errors():
 parallel = sharding.data_parallel(model) if mesh else None
 forward = parallel or model
 forward = torch.compile(forward) if config.compile else forward
+if parallel:
+    # DDP lays out its buffers anew after its first backward pass, and where a gradient lies decides in which order the processes'
+    # parts of it are added. With a pass ahead of all steps, a resumed run adds in the same order as one that was never stopped.
+    x, y = data.batch("train", 0, config.batch_size)
+    with autocast:
+        loss = forward(x[rows].to(device), y[rows].to(device))[1]
+    loss.backward()
+    model.zero_grad()
 
 core, in_tables = model.count_parameters()
 console.print(f"{config.data}, {config.ffn}: {core:,} parameters + {in_tables:,} in memory tables, "

@@ -20,6 +20,8 @@ All gradients are sums over the processes, not means: each process's loss is its
 import contextlib
 import math
 import os
+import uuid
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -168,7 +170,21 @@ def bytes_per_token(model):
 def start():
     """Joins the processes that torchrun started, if it did."""
     if {"RANK", "WORLD_SIZE"} <= os.environ.keys() and not dist.is_initialized():
-        dist.init_process_group()  # NCCL for CUDA tensors, gloo for those of a CPU
+        store, number, count = next(dist.rendezvous("env://"))
+        dist.init_process_group(store=_roll_call(store, number, count), rank=number, world_size=count)  # NCCL on GPUs, gloo on CPUs
+
+
+def _roll_call(store, number, count):
+    """A part of the store that only these processes know. torchrun gives those it starts again the store of those that died, with
+    the addresses these have left in it, and to call there may take for ever (pytorch issue 135712).
+    """
+    store.set(f"nanomem {number}", uuid.uuid4().hex)
+    while True:
+        names = b"".join(store.get(f"nanomem {i}") for i in range(count)).decode()
+        store.set(f"{names} {number}", "here")
+        with contextlib.suppress(dist.DistStoreError):  # one of the names is of a process that died, and won't answer
+            store.wait([f"{names} {i}" for i in range(count)], timedelta(seconds=1))
+            return dist.PrefixStore(names, store)
 
 
 def stop():

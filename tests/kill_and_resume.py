@@ -69,7 +69,7 @@ def kill_ranks(folder, kills, processes, seed=0):
 
 def launch(script, out_dir, processes, **options):
     """A running torchrun."""
-    return runs.start(script, *runs.TINY, *LONG, f"--out_dir={out_dir}", processes=processes, **options)
+    return runs.start(script, *runs.TINY, *LONG, f"--out_dir={out_dir}", processes=processes, restarts=10**6, **options)
 
 
 def checkpoints(out_dir):

@@ -19,12 +19,12 @@ TINY = ["--device=cpu", "--n_entities=20", "--n_layer=2", "--n_embd=16", "--n_he
         "--log_interval=2", "--warmup_iters=2"]
 
 
-def start(script, *arguments, processes=None, **options):
+def start(script, *arguments, processes=None, restarts=0, **options):
     """A running process of its own, or so many of torchrun's; its output is text."""
     environment = os.environ | {"PYTHONUNBUFFERED": "1", "COLUMNS": "160", "OMP_NUM_THREADS": "1"}
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "--max_restarts=1000"] if processes else []
-    return subprocess.Popen([sys.executable, *launcher, str(ROOT / script), *map(str, arguments)], stdin=subprocess.DEVNULL, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", env=environment, **options)
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", f"--max_restarts={restarts}"] if processes else []
+    options = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8", env=environment) | options
+    return subprocess.Popen([sys.executable, *launcher, str(ROOT / script), *map(str, arguments)], **options)
 
 
 def run(script, *arguments, code=0):

@@ -1,0 +1,121 @@
+"""
+What test_sharding.py has several processes do: torchrun ... tests/workers.py FUNCTION JSON, where the first process prints the
+function's result as the last line, in JSON.
+"""
+
+import functools
+import json
+import os
+import sys
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import runs
+
+from nanomem import checkpoint, optim, sharding
+from nanomem.config import GPTConfig, UserError
+from nanomem.model import GPT
+
+
+def train(settings):
+    """Runs train.py with each of these settings, in the same processes."""
+    with mock.patch.object(sharding, "stop"):
+        for arguments in settings:
+            runs.run("train.py", *arguments)
+
+
+def step_bytes(groups):
+    """For each size of group: what one training step of all processes sends, counted from the tensors given to torch.distributed,
+    and what it is made of.
+    """
+    sharding.start()
+    return [_step_bytes(mem_parallel) for mem_parallel in groups]
+
+
+def _step_bytes(mem_parallel):
+    config = GPTConfig(vocab_size=50, n_layer=3, n_embd=24, n_head=2, block_size=16, mem_layers="0,2", mem_n_keys=12, mem_heads=2, mem_knn=3)
+    model = _model(config, mem_parallel)
+    parallel = sharding.data_parallel(model)
+    optimizers = optim.build_optimizer(model)
+    torch.manual_seed(dist.get_rank())
+    values, sent = sharding.tables(model)[0].values, 0
+
+    def counted(collective, share):
+        def call(*tensors, group=None, **options):
+            nonlocal sent
+            x, n = tensors[-1], dist.get_world_size(group)
+            if x.numel() > n:  # a few numbers don't count
+                sent += share(n) * x.nbytes
+            return collective(*tensors, group=group, **options)
+        return call
+
+    for update in range(2):  # DDP makes its buckets anew after the first
+        sent, idx = 0, torch.randint(50, (4, 16))
+        with mock.patch.object(dist, "all_gather", counted(dist.all_gather, lambda n: n - 1)), \
+             mock.patch.object(dist, "all_to_all_single", counted(dist.all_to_all_single, lambda n: (n - 1) / n)), \
+             mock.patch.object(dist, "all_reduce", counted(dist.all_reduce, lambda n: 2 * (n - 1) / n)):
+            parallel(idx, idx)[1].backward()
+            of_group = len(optim.row_gradient(values)[0])
+            sharding.add_replicas(model)
+            of_all = len(optim.row_gradient(values)[0])
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+    everyones = sharding.gather((sent, of_group))
+    return {"sent": sum(sent for sent, _ in everyones), "rows of a group": max(rows for _, rows in everyones), "rows": of_all,
+            "core": model.count_parameters()[0], "tokens": 4 * 16 * dist.get_world_size(), "bytes per token": sharding.bytes_per_token(model),
+            "table": values.untyped_storage().nbytes()}
+
+
+def _model(config, mem_parallel):
+    mesh = sharding.make_mesh(torch.device("cpu"), mem_parallel)
+    torch.manual_seed(0)
+    return GPT(config, functools.partial(sharding.ShardedTable, mesh=mesh))
+
+
+def disagree(folder):
+    """What each process is told where one's settings, data or files differ."""
+    sharding.start()
+    told = {}
+    for name, arguments in {"settings": [f"--learning_rate=0.{1 + sharding.rank()}"], "data": ["--data=book.txt"], "file": ["--data=only0.txt"],
+                            "share": ["--batch_size=5"], "columns": ["--mem_v_dim=31"], "group": ["--mem_parallel=5"]}.items():
+        here = Path(folder) / str(sharding.rank())
+        here.mkdir(parents=True, exist_ok=True)
+        (here / "book.txt").write_text(f"{sharding.rank()} and the like " * 100)
+        if sharding.rank() == 0:
+            (here / "only0.txt").write_text("here and not there " * 100)
+        os.chdir(here)
+        with mock.patch.dict(os.environ, LOCAL_RANK="0"):  # as on a machine of its own, where each prints
+            told[name] = runs.run("train.py", *runs.TINY, "--out_dir=out", *arguments, code=2)[1]
+    everyones = sharding.gather(told)
+    assert all(theirs == everyones[0] for theirs in everyones), everyones
+    return told
+
+
+def full_disk(folder):
+    """What is said and what is left where one process, not the first, can't write its part of a checkpoint."""
+    import resource
+    sharding.start()
+    config = GPTConfig(vocab_size=50, n_layer=2, n_embd=32, n_head=2, block_size=16, mem_layers="0,1", mem_n_keys=12, mem_heads=2, mem_knn=3)
+    model = _model(config, 0)
+    checkpoint.save(folder, model, [], {"config": {}, "iteration": 1})
+    if sharding.rank() == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    try:
+        checkpoint.save(folder, model, [], {"config": {}, "iteration": 2})
+    except UserError as error:
+        told = str(error)
+    assert sharding.gather(told) == [told] * sharding.size()
+    return told
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    result = globals()[sys.argv[1]](json.loads(sys.argv[2]))
+    if os.environ["RANK"] == "0":
+        print(json.dumps(result))
+    sharding.stop()
