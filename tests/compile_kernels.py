@@ -62,3 +62,5 @@ for dtype, v_dim in ((torch.bfloat16, 1024), (torch.float32, 128), (torch.bfloat
     kernels.scatter_sum(torch.zeros_like(slots), weights, x, n_slots)  # all in one row, which is cut into pieces
     kernels.key_gradient(torch.zeros(n, heads, 2, knn, dtype=torch.int32), torch.zeros(n, heads, knn), torch.zeros(n, heads, 2, 64, dtype=dtype), n_keys)
     kernels.row_adam(values, torch.arange(n), x, torch.zeros(n_slots), torch.zeros(n_slots, dtype=torch.int32), 0.01, 0.99, 1e-10, 0)
+    kernels.row_adam(values, torch.arange(n), x, torch.zeros(n_slots), torch.zeros(n_slots, dtype=torch.int32), 0.01, 0.99, 1e-10, 0,
+                     torch.zeros(n), v_dim)

@@ -158,6 +158,19 @@ def test_bfloat16_rows_are_rounded_with_the_same_noise_on_both_paths(monkeypatch
     assert (start["triton"] != start["torch"]).float().mean() < 0.01
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_row_adam_of_a_part_of_the_columns_equals_that_of_all(dtype):
+    values, grads, rows = randn(9, 24, dtype=dtype), randn(3, 24, dtype=dtype), torch.tensor([0, 4, 8], device=DEVICE)
+    mean_square, halves, state = grads.float().square().mean(1), [], None
+    for columns in (slice(0, 10), slice(10, 24), slice(0, 24)):
+        part, state = values[:, columns].clone(), (torch.zeros(9, device=DEVICE), torch.zeros(9, dtype=torch.int32, device=DEVICE))
+        whole = columns == slice(0, 24)
+        kernels.row_adam(part, rows, grads[:, columns], *state, 0.1, 0.99, 1e-10, 7, None if whole else mean_square, columns.start)
+        halves.append(part)
+    assert (torch.cat(halves[:2], dim=1) == halves[2]).float().mean() > 0.98  # the same but for the last bit of mean_square
+    torch.testing.assert_close(torch.cat(halves[:2], dim=1), halves[2])
+
+
 def test_layer_and_its_gradients_are_the_same_on_both_paths(monkeypatch):
     layer = ProductKeyMemory(12, MemoryTable(100, 20), heads=2, knn=3, k_dim=8).to(DEVICE)
     x = randn(1, 7, 12).requires_grad_()

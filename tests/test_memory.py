@@ -255,3 +255,14 @@ def test_observer_sees_what_the_layer_reads():
     layer(x)
     (indices, weights), = seen
     torch.testing.assert_close(read_reference(layer.table.values, indices.flatten(1), weights.flatten(1))[None], y)
+
+
+def test_columns_begin_as_in_the_whole_table():
+    torch.manual_seed(0)
+    whole, after = MemoryTable(257**2, 6).values, torch.rand(1)
+    torch.manual_seed(0)
+    values = torch.empty(257**2, 6).normal_(std=6**-0.5)
+    assert torch.equal(whole, values)
+    torch.manual_seed(0)
+    assert torch.equal(MemoryTable(257**2, 6, columns=range(2, 4)).values, values[:, 2:4])
+    assert torch.equal(torch.rand(1), after)  # what is drawn next is the same too

@@ -164,3 +164,8 @@ def test_rounding_noise_differs_between_rows_columns_and_reads_and_is_the_same_e
     torch.testing.assert_close(up.mean(1), torch.full((3,), 0.25), atol=0.06, rtol=0)
     for a, b in ((0, 1), (0, 2), (1, 2)):
         assert abs(torch.corrcoef(up[[a, b]])[0, 1]) < 0.12
+
+
+def test_columns_are_rounded_as_in_the_whole_table():
+    new, rows, reads = torch.rand(3, 20), torch.tensor([1, 5, 6]), torch.ones(3, dtype=torch.int32)
+    assert torch.equal(stochastic_round(new, 3, rows, reads)[:, 12:], stochastic_round(new[:, 12:], 3, rows, reads, first_column=12))
