@@ -38,7 +38,9 @@ from nanomem.data import open_data
 from nanomem.memory import MemoryTable, SlotUsage, observe_lookups, use_kernels
 from nanomem.model import GPT
 
-first = os.environ.get("RANK", "0") == "0"  # of several processes, the one that prints and writes
+keep_freed_memory()
+sharding.start()
+first = sharding.rank() == 0  # of several processes, the one that prints and writes
 LAUNCH = os.environ.get("TORCHELASTIC_RUN_ID", "")  # the same when torchrun starts its processes again
 console = Console(highlight=False, markup=False, emoji=False, quiet=not first)  # users' data is shown as it is
 
@@ -60,8 +62,8 @@ def settings(argv):
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     if config.resume or restarted:
         folder, header, refused = checkpoint.newest(out_dir)
-        if not config.resume and header and header["launch"] != LAUNCH:
-            folder = header = None  # of an earlier run: this one died before it could move it aside
+        if not config.resume and header and header.get("launch") != LAUNCH:
+            folder, header, refused = None, None, {}  # of an earlier run: this one died before it could move it aside
         for problem in refused.values():
             console.print(f"{problem}: using {folder}", soft_wrap=True)
     if config.resume:
@@ -165,10 +167,15 @@ def stop_unless_finite(number, what, iteration):
         sys.exit(message if first else 1)
 
 
+def part(y):
+    """The share of a batch's targets y (batch_size, block_size) that this process's rows have: what its mean loss counts for."""
+    return (y[rows] >= 0).sum().item() / (y >= 0).sum().item()
+
+
 @torch.no_grad()
 def evaluate(most):
-    """val loss, recall (over at most `most` facts of a kind) and slot usage, for metrics.jsonl. Several processes, which read
-    their tables together, all compute the same.
+    """val loss, recall (over at most `most` facts of a kind) and slot usage, for metrics.jsonl. Of several processes each takes
+    its share of a batch; recall, which is quick, all compute alike, since they read their tables together.
     """
     model.eval()
     usage, losses = SlotUsage(), []
@@ -176,16 +183,19 @@ def evaluate(most):
         with observe_lookups(model, usage):
             for i in range(config.eval_iters):
                 x, y = data.batch("val", i, config.batch_size)
-                losses.append(model(x.to(device), y.to(device))[1].item())
+                losses.append(model(x[rows].to(device), y[rows].to(device))[1].item() * part(y))
         recalled = facts.measure(model, data.sentences, most) if data.facts else {}
     model.train()
-    row = {"val_loss": sum(losses) / len(losses)}
+    copies = config.gradient_accumulation_steps / len(batches)  # so many processes have the same rows
+    row = {"val_loss": sharding.total(sum(losses))[0] / len(losses) / copies}
     if not data.facts:
         row["bits_per_byte"] = row["val_loss"] / math.log(2) / data.bytes_per_token
     else:
         main = recalled.get("report", recalled["taught"])  # facts with no questions: recall of the taught prompts
         row |= {"recall": main["all"]} | {f"recall_{band}": main[band] for band in ("head", "torso", "tail")}
         row |= {f"recall_{kind}": recalled[kind]["all"] for kind in ("select", "taught") if kind in recalled}
+    for weight in usage.weight.values():
+        sharding.add(weight)
     if usage.weight:
         row |= {"mem_usage": usage.usage(), "mem_kl": usage.kl()}
     return row, recalled
@@ -226,8 +236,6 @@ def tell_what_it_knows(recalled):
 # Setting up: whatever is wrong with the settings or the data ends here, with one line
 
 with one_line_errors():
-    keep_freed_memory()
-    sharding.start()
     with sharding.together():
         config, folder, header = settings(sys.argv[1:])
         device = pick_device(config.device)
@@ -279,8 +287,10 @@ core, in_tables = model.count_parameters()
 console.print(f"{config.data}, {config.ffn}: {core:,} parameters + {in_tables:,} in memory tables, "
               f"{model.flops_per_token() / 1e6:.3f} million FLOPs a token, on {device.type if mesh else device} -> {out_dir}", soft_wrap=True)
 if mesh:
-    console.print(f"{sharding.size()} processes, {mesh['replica'].size()} x {mesh['shard'].size()}: each holds 1/{mesh['shard'].size()} of the tables' "
-                  f"columns; {sharding.bytes_per_token(model):,} bytes a token on the wire for them", soft_wrap=True)
+    replicas, shards = mesh.shape
+    tables = (f"in {replicas} group{'s' * (replicas > 1)} of {shards}, each of which holds 1/{shards} of the tables' columns and sends "
+              f"{sharding.bytes_per_token(model):,} bytes a token for them, and ") if model.memory_layers() else ""
+    console.print(f"{sharding.size()} processes, {tables}{8 * core * (1 - 1 / sharding.size()) / 1e6:.1f} MB an update for other gradients", soft_wrap=True)
 if data.facts:
     console.print(f"{len(data.facts.entities):,} entities x {len(data.facts.attributes)} attributes = {data.facts.codes.size:,} facts")
 if header or config.resume:
@@ -293,10 +303,10 @@ interrupted = False
 
 
 def interrupt(signum, frame):
-    """The first Ctrl-C lets the step in progress finish; a second one stops at once (torchrun repeats the first to its processes)."""
+    """The first Ctrl-C lets the step in progress finish; a second one stops at once."""
     global interrupted
     interrupted = True
-    if not mesh:
+    if not mesh:  # torchrun repeats the first to its processes
         signal.signal(signum, signal.SIG_DFL)
 
 
@@ -330,10 +340,9 @@ with display.bar:
         train_loss = 0.0
         for i in batches:
             x, y = data.batch("train", step * config.gradient_accumulation_steps + i, config.batch_size)
-            share = (y[rows] >= 0).sum().item() / (y >= 0).sum().item() / config.gradient_accumulation_steps
             with parallel.no_sync() if parallel and i != batches[-1] else contextlib.nullcontext():
                 with autocast:
-                    loss = forward(x[rows].to(device), y[rows].to(device))[1] * share  # its part of the mean: parts are added up
+                    loss = forward(x[rows].to(device), y[rows].to(device))[1] * part(y) / config.gradient_accumulation_steps
                 loss.backward()
             train_loss += loss.item()
         train_loss, stopping = sharding.total(train_loss, interrupted)

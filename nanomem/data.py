@@ -101,7 +101,10 @@ class TextData:
 
 def digest(*contents):
     """The SHA-256 of bytes and contiguous arrays, its first 16 digits."""
-    return hashlib.sha256(b"".join(contents)).hexdigest()[:16]
+    total = hashlib.sha256()
+    for content in contents:
+        total.update(content)
+    return total.hexdigest()[:16]
 
 
 def open_data(config, tokenizer_path=None):

@@ -18,6 +18,7 @@ All gradients are sums over the processes, not means: each process's loss is its
 """
 
 import contextlib
+import hashlib
 import math
 import os
 import uuid
@@ -180,11 +181,12 @@ def _roll_call(store, number, count):
     """
     store.set(f"nanomem {number}", uuid.uuid4().hex)
     while True:
-        names = b"".join(store.get(f"nanomem {i}") for i in range(count)).decode()
-        store.set(f"{names} {number}", "here")
+        names = store.multi_get([f"nanomem {i}" for i in range(count)])
+        roll = hashlib.sha256(b"".join(names)).hexdigest()
+        store.set(f"{roll} {number}", "here")
         with contextlib.suppress(dist.DistStoreError):  # one of the names is of a process that died, and won't answer
-            store.wait([f"{names} {i}" for i in range(count)], timedelta(seconds=1))
-            return dist.PrefixStore(names, store)
+            store.wait([f"{roll} {i}" for i in range(count)], timedelta(seconds=1))
+            return dist.PrefixStore(roll, store)
 
 
 def stop():
@@ -221,14 +223,15 @@ def make_mesh(device, mem_parallel):
 def data_parallel(model):
     """torch's DistributedDataParallel around all of the model but the tables; it adds gradients up."""
     values = {id(table.values) for table in tables(model)}
-    alone = [name for name, p in model.named_parameters() if id(p) in values] + [name for name, _ in model.named_buffers()]  # these are constants
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, alone)
+    apart = [name for name, p in model.named_parameters() if id(p) in values]
+    constants = [name for name, _ in model.named_buffers()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, apart + constants)
     parallel = DistributedDataParallel(model)
     parallel.register_comm_hook(None, _add)
     return parallel
 
 
-def _add(_, bucket):  # DDP's own way of reducing a bucket of gradients is their mean
+def _add(_, bucket):  # DDP's own way with a bucket of gradients is to take their mean
     return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda future: future.value()[0])
 
 
@@ -261,12 +264,16 @@ def gather(item):
     return items
 
 
-def total(*numbers):
-    """The sums of each number over all processes."""
-    sums = torch.tensor(numbers, dtype=torch.float64)
+def add(tensor):
+    """Adds up a tensor over all processes, in place."""
     if dist.is_initialized():
-        dist.all_reduce(sums)
-    return sums.tolist()
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def total(*numbers):
+    """The sum of each number over all processes."""
+    return add(torch.tensor(numbers, dtype=torch.float64)).tolist()
 
 
 @contextlib.contextmanager
