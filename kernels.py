@@ -383,7 +383,8 @@ def _row_adam_kernel(values, rows, grads, second_moment, reads, mean_square, lr,
     None to compute it from grads.
 
     STOCHASTIC: values are bfloat16, and rounded up with the probability that makes the expectation right; the noise is a
-    hash of seed, slot, count of reads and column. Bytes: u * (d * (2 * values' e + gradients' e) + 24), in one pass.
+    hash of seed, slot, count of reads and column. Bytes: u * (d * (2 * values' e + gradients' e) + 24), in one pass
+    (4 u more with mean_square).
     """
     row = tl.load(rows + tl.program_id(0))
     grad_row = grads + tl.program_id(0).to(tl.int64) * dim

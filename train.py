@@ -10,7 +10,7 @@ Trains a small language model with memory layers, and tells what it has learned.
 - one file, read from top to bottom: settings, data, model, optimizers, loop, report
 - out_dir gets config.json, metrics.jsonl and a checkpoint; --resume goes on as if never stopped, bit for bit
 - Ctrl-C saves before it stops
-- equal settings give equal results in any number of processes, which divide the work: batches, and columns of memory tables
+- equal settings give equal results, up to rounding, in any number of processes: they share out batches, and columns of memory tables
 """
 
 import contextlib
@@ -40,8 +40,7 @@ from nanomem.model import GPT
 
 keep_freed_memory()
 sharding.start()
-first = sharding.rank() == 0  # of several processes, the one that prints and writes
-LAUNCH = os.environ.get("TORCHELASTIC_RUN_ID", "")  # the same when torchrun starts its processes again
+first = sharding.rank() == 0  # of several processes, the one that prints
 console = Console(highlight=False, markup=False, emoji=False, quiet=not first)  # users' data is shown as it is
 
 
@@ -58,14 +57,16 @@ def settings(argv):
     given = parse(Config, argv)
     config = Config(**given)
     out_dir = Path(config.out_dir if config.out_dir != "auto" else f"out/{Path(config.data).stem}-{config.ffn}")
-    folder = header = None
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    if config.resume or restarted:
+    folder, header, refused = None, None, {}
+    if config.resume:
         folder, header, refused = checkpoint.newest(out_dir)
-        if not config.resume and header and header.get("launch") != LAUNCH:
-            folder, header, refused = None, None, {}  # of an earlier run: this one died before it could move it aside
-        for problem in refused.values():
-            console.print(f"{problem}: using {folder}", soft_wrap=True)
+    elif sharding.launch():
+        with contextlib.suppress(UserError):
+            found = checkpoint.newest(out_dir)
+            if found[1] and found[1]["launch"] == sharding.launch():
+                folder, header, refused = found
+    for problem in refused.values():
+        console.print(f"{problem}: using {folder}", soft_wrap=True)
     if config.resume:
         before = checkpoint.read_json(out_dir / "config.json") or (header and header["config"])
         # vocab_size is what the tokenizer has, perhaps less than was asked for
@@ -83,7 +84,7 @@ def settings(argv):
 def check_tables_fit(config, device):
     """Raises UserError for memory tables larger than the machine's memory, which would kill the process without a word."""
     tables = (1 if config.mem_share_values else len(config.memory_layer_numbers())) if config.ffn == "memory" else 0
-    columns = (config.mem_v_dim or config.n_embd) / (config.mem_parallel or sharding.size())
+    columns = (config.mem_v_dim or config.n_embd) / min(config.mem_parallel or sharding.size(), sharding.size())
     row = getattr(torch, config.mem_dtype).itemsize * columns + 8  # values, and RowAdam's 8 bytes
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device.type == "cpu" else 1  # processes that share the memory
     needed = tables * config.mem_n_keys**2 * row * here
@@ -99,7 +100,10 @@ def make_room(out_dir):
         earlier = next(path for path in (Path(f"{out_dir}.{n}") for n in itertools.count(1)) if not path.exists())
         out_dir.rename(earlier)
         console.print(f"moved the earlier run in {out_dir} to {earlier}", soft_wrap=True)
-    out_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"out_dir={out_dir} can't be made ({error.strerror})") from None
 
 
 # ------------------------------------------------------------------------------------------------
@@ -118,9 +122,12 @@ class Metrics:
         self.file = open(path, "a", encoding="utf-8")
 
     def write(self, row):
-        """Adds a line, at once."""
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        """Adds a line, at once; where the disk is full, when there is room."""
+        try:
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
+        except OSError as error:
+            console.print(f"could not write {self.file.name} ({error})", soft_wrap=True)
 
 
 class Display:
@@ -167,8 +174,8 @@ def stop_unless_finite(number, what, iteration):
         sys.exit(message if first else 1)
 
 
-def part(y):
-    """The share of a batch's targets y (batch_size, block_size) that this process's rows have: what its mean loss counts for."""
+def share_of_targets(y):
+    """How many of a batch's targets y (batch_size, block_size) this process's rows have, as a share: what their mean loss counts for."""
     return (y[rows] >= 0).sum().item() / (y >= 0).sum().item()
 
 
@@ -183,10 +190,10 @@ def evaluate(most):
         with observe_lookups(model, usage):
             for i in range(config.eval_iters):
                 x, y = data.batch("val", i, config.batch_size)
-                losses.append(model(x[rows].to(device), y[rows].to(device))[1].item() * part(y))
+                losses.append(model(x[rows].to(device), y[rows].to(device))[1].item() * share_of_targets(y))
         recalled = facts.measure(model, data.sentences, most) if data.facts else {}
     model.train()
-    copies = config.gradient_accumulation_steps / len(batches)  # so many processes have the same rows
+    copies = config.gradient_accumulation_steps / len(batches)  # as many processes have the same rows as train on batches at once
     row = {"val_loss": sharding.total(sum(losses))[0] / len(losses) / copies}
     if not data.facts:
         row["bits_per_byte"] = row["val_loss"] / math.log(2) / data.bytes_per_token
@@ -224,8 +231,9 @@ def tell_what_it_knows(recalled):
         attribute = data.facts.attributes[a]
         wording = (attribute.questions or attribute.statements)[0]
         prompt = torch.tensor([[data.sentences.end] + data.sentences.prompt(e, wording)], device=device)[:, -config.block_size:]
-        tokens = torch.cat(list(model.generate(prompt, 32, temperature=0, stop=data.sentences.end)), dim=1)[0].tolist()
-        answer = data.encoding.decode([t for t in tokens if t != data.sentences.end]).strip()
+        stop = None if mesh else data.sentences.end  # processes that read a table together take as many steps each
+        tokens = torch.cat(list(model.generate(prompt, 32, temperature=0, stop=stop)), dim=1)[0].tolist()
+        answer = data.encoding.decode(list(itertools.takewhile(lambda t: t != data.sentences.end, tokens))).strip()
         right = answer in data.facts.answers(e, a)
         answers.add_row(wording.replace("{}", data.facts.entities[e]), Text(answer, style="green" if right else "red"),
                         data.facts.answers(e, a)[0])
@@ -244,7 +252,7 @@ with one_line_errors():
         config.vocab_size = data.encoding.n_vocab
         batches, rows = sharding.share_of_batch(config.batch_size, config.gradient_accumulation_steps)
         check_tables_fit(config, device)
-    sharding.check_same(dataclasses.asdict(config) | {"data": data.digest(), "the checkpoint": folder})
+    sharding.check_same(dataclasses.asdict(config) | {"device": device.type, "data": data.digest(), "the checkpoint": folder})
 
     half = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=half)
@@ -287,10 +295,11 @@ core, in_tables = model.count_parameters()
 console.print(f"{config.data}, {config.ffn}: {core:,} parameters + {in_tables:,} in memory tables, "
               f"{model.flops_per_token() / 1e6:.3f} million FLOPs a token, on {device.type if mesh else device} -> {out_dir}", soft_wrap=True)
 if mesh:
-    replicas, shards = mesh.shape
-    tables = (f"in {replicas} group{'s' * (replicas > 1)} of {shards}, each of which holds 1/{shards} of the tables' columns and sends "
-              f"{sharding.bytes_per_token(model):,} bytes a token for them, and ") if model.memory_layers() else ""
-    console.print(f"{sharding.size()} processes, {tables}{8 * core * (1 - 1 / sharding.size()) / 1e6:.1f} MB an update for other gradients", soft_wrap=True)
+    groups, shards = mesh.shape
+    console.print(f"{sharding.size()} processes; {8 * core * (1 - 1 / sharding.size()) / 1e6:.1f} MB on the wire an update and process for gradients", soft_wrap=True)
+    if model.memory_layers():
+        console.print(f"tables: {groups} group{'s' * (groups > 1)} of {shards}, each process holds 1/{shards} of the columns; {sharding.bytes_per_token(model):,} "
+                      f"bytes on the wire a token{', and the gradients of rows touched' * (groups > 1)}", soft_wrap=True)
 if data.facts:
     console.print(f"{len(data.facts.entities):,} entities x {len(data.facts.attributes)} attributes = {data.facts.codes.size:,} facts")
 if header or config.resume:
@@ -306,8 +315,7 @@ def interrupt(signum, frame):
     """The first Ctrl-C lets the step in progress finish; a second one stops at once."""
     global interrupted
     interrupted = True
-    if not mesh:  # torchrun repeats the first to its processes
-        signal.signal(signum, signal.SIG_DFL)
+    signal.signal(signum, signal.SIG_DFL)
 
 
 signal.signal(signal.SIGINT, interrupt)
@@ -322,7 +330,7 @@ saved_step, stopping = step if header else None, False
 def save():
     """A checkpoint of this moment."""
     global saved_step
-    header = {"config": dataclasses.asdict(config), "iteration": step, "elapsed_s": time.perf_counter() - started, "launch": LAUNCH}
+    header = {"config": dataclasses.asdict(config), "iteration": step, "elapsed_s": time.perf_counter() - started, "launch": sharding.launch()}
     checkpoint.save(out_dir, model, optimizers, header)
     saved_step = step
 
@@ -342,7 +350,7 @@ with display.bar:
             x, y = data.batch("train", step * config.gradient_accumulation_steps + i, config.batch_size)
             with parallel.no_sync() if parallel and i != batches[-1] else contextlib.nullcontext():
                 with autocast:
-                    loss = forward(x[rows].to(device), y[rows].to(device))[1] * part(y) / config.gradient_accumulation_steps
+                    loss = forward(x[rows].to(device), y[rows].to(device))[1] * share_of_targets(y) / config.gradient_accumulation_steps
                 loss.backward()
             train_loss += loss.item()
         train_loss, stopping = sharding.total(train_loss, interrupted)
@@ -383,7 +391,7 @@ if saved_step != step:
 # What came of it
 
 if stopping and step < config.max_iters:
-    command = "torchrun ..." if mesh else "python"
+    command = f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', sharding.size())}" if mesh else "python"
     console.print(f"stopped at iteration {step}, all saved. To go on: {command} train.py --resume --out_dir={out_dir}", soft_wrap=True)
     sharding.stop()
     sys.exit(130)

@@ -1,6 +1,6 @@
 """
-Checkpoints: a folder with the model and the optimizers' state in safetensors files, one from each process that holds columns of
-the tables, and a JSON file with the settings, where the run stands, and the files' sizes.
+Checkpoints: a folder with the model and the optimizers' state in safetensors files, one from each process of the first group that
+shares the tables, and a JSON file with the settings, where the run stands, and the files' sizes.
 
     out/world-memory/checkpoint-1600/checkpoint.json
     out/world-memory/checkpoint-1600/part-1-of-1.safetensors
@@ -19,7 +19,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from nanomem import sharding
@@ -88,7 +88,7 @@ def folders(out_dir):
 
 
 def read_header(folder):
-    """The header that a checkpoint was saved with, and "files". Raises UserError naming the file that is missing or cut."""
+    """The header that a checkpoint was saved with, and "files". Raises UserError naming the file that is missing, cut or none."""
     header = read_json(folder / HEADER)
     try:
         sizes = header["files"].items()
@@ -101,6 +101,11 @@ def read_header(folder):
             raise UserError(f"{path} is missing")
         if path.stat().st_size != size:
             raise UserError(f"{path} has {path.stat().st_size:,} bytes, and was written with {size:,}")
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise UserError(f"{path} is damaged ({error})") from None
     return header
 
 
@@ -132,20 +137,24 @@ def _optimizer_tensors(model, optimizers):
             for optimizer in optimizers for p, state in optimizer.state.items() for key, tensor in state.items()}
 
 
-def _part(model, optimizers):
-    """What this process writes: (its number, of how many, {name: tensor}, {name: where in the whole tensor it begins}).
+def _tables(model):
+    """{name of its values: ShardedTable}"""
+    return {name: table for table in sharding.tables(model) for name, p in model.named_parameters() if p is table.values}
 
-    The processes of the first replica write their columns of the tables, the first of them all else too, which all have alike.
+
+def _part(model, optimizers):
+    """What this process writes: (its number, of how many, {name: tensor}, {name: the row and column its tensor begins at}).
+
+    The processes of the first group write their columns of the tables, the first of them all else too, which all have alike.
     """
-    tables = {f"model.{name}": table for table in sharding.tables(model) for name, p in model.named_parameters() if p is table.values}
+    tables = {f"model.{name}": table for name, table in _tables(model).items()}
     tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()} | _optimizer_tensors(model, optimizers)
-    replica, number, count = sharding.rank(), 0, 1
-    for table in tables.values():
-        (replica, number), count = table.mesh.get_coordinate(), table.mesh["shard"].size()
+    mesh = next((table.mesh for table in tables.values()), None)
+    group, number = mesh.get_coordinate() if mesh else (sharding.rank(), 0)
     if number:
         tensors = {name: tensors[name] for name in tables}
     begins = {name: [0, tables[name].columns.start] if name in tables else [0] * tensor.dim() for name, tensor in tensors.items()}
-    return number, count, tensors if replica == 0 else {}, begins
+    return number, mesh["shard"].size() if mesh else 1, tensors if group == 0 else {}, begins
 
 
 def save(out_dir, model, optimizers, header):
@@ -166,8 +175,8 @@ def save(out_dir, model, optimizers, header):
                     shutil.rmtree(stale)
                 temporary.mkdir()
         with sharding.together():
-            if tensors:  # not with torch.distributed.checkpoint's writer, which makes two copies of them first
-                info = {name: {"saved_offsets": begin} for name, begin in begins.items()}
+            if tensors:  # torch.distributed.checkpoint's own writer would first make two copies of them
+                info = {name: {"saved_offsets": begin} for name, begin in begins.items()}  # as its reader expects
                 save_file(tensors, files[number], metadata={"DCP_SHARDING_INFO": json.dumps(info)})
                 sync(files[number])
         with sharding.together():
@@ -177,7 +186,7 @@ def save(out_dir, model, optimizers, header):
                 os.replace(temporary, folder)
                 sync_folder(folder.parent)
                 for old in folders(out_dir)[folders(out_dir).index(folder) + KEPT:]:  # those refused are newer, and stay
-                    shutil.rmtree(old)
+                    shutil.rmtree(old, ignore_errors=True)
     except UserError as error:
         if first:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -186,7 +195,7 @@ def save(out_dir, model, optimizers, header):
 
 
 def load(folder, model, optimizers=()):
-    """Fills model and optimizers from a checkpoint's folder, each process with the columns it holds, whichever process wrote them.
+    """Fills model and optimizers from a checkpoint's folder, each process with the columns it holds, whoever wrote them.
 
     Raises UserError if a file is damaged or is of a model of another shape.
     """
@@ -194,15 +203,14 @@ def load(folder, model, optimizers=()):
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
-    target = {}
+    target, tables = {}, _tables(model)
     try:
         reader = HuggingFaceStorageReader(str(folder))
         saved = reader.read_metadata().state_dict_metadata
         for name, p in model.named_parameters():
             whole = p.detach()
-            for table in sharding.tables(model):
-                if p is table.values:
-                    whole = DTensor.from_local(whole, table.mesh, [Replicate(), Shard(1)], run_check=False)
+            if name in tables:
+                whole = DTensor.from_local(whole, tables[name].mesh, [Replicate(), Shard(1)], run_check=False)
             found = saved.get(f"model.{name}")
             if found is None or found.size != whole.shape:
                 raise UserError(f"{folder}: {name} has shape {tuple(found.size) if found else None}, the model's is {tuple(whole.shape)}")
@@ -216,5 +224,5 @@ def load(folder, model, optimizers=()):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # no news: each process reads for itself
             dcp.load(target, storage_reader=reader, no_dist=True)
-    except (SafetensorError, OSError, dcp.CheckpointException) as error:
+    except (SafetensorError, OSError, KeyError, ValueError, RuntimeError, dcp.CheckpointException) as error:  # of damaged files
         raise UserError(f"{folder} can't be loaded ({error})") from None

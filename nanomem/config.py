@@ -153,7 +153,8 @@ class Config(GPTConfig):
         for name in ("max_iters", "warmup_iters", "learning_rate", "mem_lr", "min_lr", "weight_decay", "grad_clip", "zipf", "seed",
                      "mem_parallel"):
             if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be 0 or more and finite, got {getattr(self, name)}")
+                finite = " and finite" if isinstance(getattr(self, name), float) else ""
+                raise ValueError(f"{name} must be 0 or more{finite}, got {getattr(self, name)}")
         if self.dtype == "float64" and self.mem_dtype != "float32":
             raise ValueError(f"dtype=float64 is for everything, the tables too; it can't go with mem_dtype={self.mem_dtype}")
         if self.seed >= 2**63:
@@ -225,19 +226,25 @@ def print_help(cls):
 
 
 def pick_device(name):
-    """The torch device of --device; under torchrun, of cuda each process its own. Raises UserError for one this machine doesn't have."""
-    found = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    """The torch device of --device; where torchrun started several processes on a machine, each has a GPU of its own.
+
+    Raises UserError for one that this machine, or this process, doesn't have.
+    """
+    local_rank = os.environ.get("LOCAL_RANK")  # torchrun's
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    found = ["cuda"] * (gpus > 0) + ["mps"] * (torch.backends.mps.is_available() and local_rank is None) + ["cpu"]  # gloo doesn't take mps
     name = found[0] if name == "auto" else name
     try:
         device = torch.device(name)
     except RuntimeError:
         device = None
-    if device == torch.device("cuda") and "LOCAL_RANK" in os.environ:  # torchrun's: a GPU a process
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    if device is not None and device.type == "cuda" and local_rank is not None:
+        if device.index is not None and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
+            raise UserError(f"--device={name} would give all processes the same GPU; --device=cuda gives each its own")
+        name = f"cuda:{local_rank if device.index is None else device.index}"
         device = torch.device(name)
-    if device is None or device.type not in found or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
-        gpus = f" ({torch.cuda.device_count()} of them)" if "cuda" in found else ""
-        raise UserError(f"--device={name} is not on this machine, which has {', '.join(found)}{gpus}")
+    if device is None or device.type not in found or (device.type == "cuda" and (device.index or 0) >= gpus):
+        raise UserError(f"--device={name} is not on this machine, which has {', '.join(found)}{f' ({gpus} GPUs)' if gpus else ''}")
     if device.type == "cuda" and device.index:
         torch.cuda.set_device(device)
     return device
@@ -269,8 +276,8 @@ def keep_freed_memory():
 
 @contextlib.contextmanager
 def one_line_errors():
-    """A user's mistake ends the program with one line on stderr and exit code 2, without a traceback. Of the processes
-    that torchrun started on a machine, the first one prints it.
+    """A user's mistake ends the program with one line on stderr and exit code 2, without a traceback; Ctrl-C with none, and 130.
+    Of the processes that torchrun started on a machine, the first one prints the line.
     """
     try:
         yield
@@ -278,3 +285,5 @@ def one_line_errors():
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -129,7 +129,7 @@ class GPT(nn.Module):
             targets: (batch, time) int64, -1 where there is nothing to predict.
             cache: from `new_cache`, when generating: idx is the prompt, and then one token at a time.
         Returns:
-            logits (batch, time, vocab_size), and the loss, None without targets.
+            logits (batch, time, vocab_size), and the loss, None without targets, 0 if all of them are -1.
         Raises:
             ValueError: more than block_size tokens, or several at once after the prompt.
         """
@@ -144,7 +144,9 @@ class GPT(nn.Module):
         logits = self.lm_head(self.norm(x))
         if targets is None:
             return logits, None
-        return logits, F.cross_entropy(logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32)), targets.flatten(), ignore_index=-1)
+        scores = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
+        count = (targets >= 0).sum().clamp(min=1)  # a process's share of a batch may have none
+        return logits, F.cross_entropy(scores, targets.flatten(), ignore_index=-1, reduction="sum") / count
 
     def new_cache(self):
         """An empty key-value cache for `forward`: a list for each layer."""

@@ -172,10 +172,13 @@ def clip_gradients(model, max_norm):
     core_norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if id(p) not in in_tables], max_norm)
     read = [table.values for table in tables if table.values.grad is not None]
     grads = [row_gradient(values)[1] if values.grad.is_sparse else values.grad for values in read]
-    table_norm = torch.nn.utils.get_total_norm(grads) if grads else torch.tensor(0.0)
-    if grads and tables[0].group is not None:  # the squares of all columns
-        dist.all_reduce(table_norm.square_(), group=tables[0].group)
-        table_norm.sqrt_()
+    table_norm = torch.tensor(0.0)
+    if grads:
+        norms = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in grads]
+        squares = torch.stack(norms).square().sum()
+        if tables[0].group is not None:  # those of all columns
+            dist.all_reduce(squares, group=tables[0].group)
+        table_norm = squares.sqrt()
     if table_norm > max_norm:
         for g in grads:
             g.mul_(max_norm / (table_norm + 1e-6))

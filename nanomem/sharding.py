@@ -13,6 +13,8 @@ v_dim / G columns of each table, of all slots, so the load is even whichever slo
 Going back, 3 sends the gradient's columns out, 2 gives the gradient of the rows chosen, each process its columns of them,
 and 1 sends the weights' gradients home, a part from each process. What this takes is in `bytes_per_token`.
 
+(torch's functional collectives have such gradients too, under names that change from release to release.)
+
 Replicas hold the same columns; after the backward pass they add up the gradients of the rows they touched (`add_replicas`).
 All gradients are sums over the processes, not means: each process's loss is its part of the whole batch's mean.
 """
@@ -39,8 +41,17 @@ from nanomem.optim import row_gradient
 
 def _all_to_all(x, group):
     """Block j of x goes to process j of the group, as its block of this process's number: (G * n, ...) -> (G * n, ...)"""
+    x = x.contiguous()
     out = torch.empty_like(x)
     dist.all_to_all_single(out, x, group=group)
+    return out
+
+
+def _all_gather(x, group):
+    """The x of all processes of the group, one after the other: (n, ...) -> (G * n, ...)"""
+    out = x.new_empty(dist.get_world_size(group) * len(x), *x.shape[1:])
+    collective = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
+    collective(out, x.contiguous(), group=group)
     return out
 
 
@@ -49,14 +60,12 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, group):
-        ctx.group, shards = group, dist.get_world_size(group)
-        out = x.new_empty(shards * len(x), x.shape[1])
-        dist.all_gather(list(out.chunk(shards)), x.contiguous(), group=group)
-        return out
+        ctx.group = group
+        return _all_gather(x, group)
 
     @staticmethod
     def backward(ctx, grad):
-        parts = _all_to_all(grad.contiguous(), ctx.group)
+        parts = _all_to_all(grad, ctx.group)
         return parts.view(dist.get_world_size(ctx.group), -1, grad.shape[1]).sum(0), None
 
 
@@ -91,11 +100,11 @@ class ShardedTable(MemoryTable):
     def __init__(self, n_slots, v_dim, mesh, dtype=None):
         shards, shard = mesh["shard"].size(), mesh["shard"].get_local_rank()
         if v_dim % shards:
-            raise UserError(f"mem_v_dim={v_dim} columns can't be split over mem_parallel={shards} processes; "
-                            f"nearest: mem_v_dim={' or '.join(map(str, multiples_around(v_dim, shards)))}")
+            raise UserError(f"values of {v_dim} columns (mem_v_dim, or n_embd) can't be split over {shards} processes; "
+                            f"nearest: mem_v_dim={' or '.join(map(str, multiples_around(v_dim, shards)))}, or mem_parallel=1, not to split them")
         width = v_dim // shards
         super().__init__(n_slots, v_dim, dtype=dtype, columns=range(shard * width, (shard + 1) * width))
-        self.mesh, self.group, self.replicas = mesh, mesh.get_group("shard"), mesh.get_group("replica")
+        self.mesh, self.group, self.replica_group = mesh, mesh.get_group("shard"), mesh.get_group("replica")
 
     @torch.compiler.disable
     def forward(self, indices, weights):
@@ -121,72 +130,80 @@ def tables(model):
 def add_replicas(model):
     """Adds up the gradients of the tables over the replicas, which exchange the rows that any of them touched."""
     for table in tables(model):
-        if dist.get_world_size(table.replicas) > 1 and table.values.grad is not None:
+        if dist.get_world_size(table.replica_group) > 1 and table.values.grad is not None:
             rows, grads = row_gradient(table.values)
-            touched = _union(rows, table.n_slots, table.replicas)
-            total = grads.new_zeros(len(touched), grads.shape[1])
-            total.index_copy_(0, torch.searchsorted(touched, rows), grads)
-            dist.all_reduce(total, group=table.replicas)
-            table.values.grad = torch.sparse_coo_tensor(touched[None], total, table.values.shape, is_coalesced=True, check_invariants=False)
+            touched = _union(rows, table.n_slots, table.replica_group)
+            sums = grads.new_zeros(len(touched), grads.shape[1])
+            sums.index_copy_(0, torch.searchsorted(touched, rows), grads)
+            dist.all_reduce(sums, group=table.replica_group)
+            table.values.grad = torch.sparse_coo_tensor(touched[None], sums, table.values.shape, is_coalesced=True, check_invariants=False)
 
 
 def _union(rows, n_slots, group):
     """The numbers below n_slots that any process of the group has in `rows`: int64, ascending."""
-    replicas = dist.get_world_size(group)
-    counts = torch.zeros(replicas, dtype=torch.int64, device=rows.device)
-    counts[dist.get_rank(group)] = len(rows)
-    dist.all_reduce(counts, group=group)
+    counts = _all_gather(torch.tensor([len(rows)], device=rows.device), group)
     mine = rows.new_full((counts.max(),), n_slots, dtype=torch.int32 if n_slots < 2**31 else torch.int64)  # all-gather takes equal sizes
     mine[:len(rows)] = rows
-    everyones = mine.new_empty(replicas, len(mine))
-    dist.all_gather(list(everyones.unbind(0)), mine, group=group)
-    unique = torch.unique(everyones)
+    unique = torch.unique(_all_gather(mine, group))
     return unique[unique < n_slots].long()
 
 
 def bytes_per_token(model):
     """Bytes on the wire for one token of a training step, in all memory layers: what its process sends to the others of its
-    group and they to it. In each layer, of G processes, with values of b bytes,
+    group and they to it. In each layer, of G processes, with values of b bytes and up to 2**31 slots,
 
         (G - 1) * lookups * (4 + 2 * b)        slots and weights out, the weights' gradients back
         + (G - 1) / G * v_dim * 2 * b          columns back, and their gradients out
 
     Besides, each update sends, whatever the number of tokens, from each process: (G - 1) / G * 8 bytes for each row its group
     touched, whose squared norms RowAdam adds up; with R replicas (R - 1) * 4 for each row touched by the group that touched most,
-    and (R - 1) / R * 2 * b * v_dim / G for each row that any group touched; and (P - 1) / P * 8 a parameter outside the tables,
-    whose gradients all processes add up.
+    and (R - 1) / R * 2 * b * v_dim / G for each row that any group touched; and (P - 1) / P * 8 a float32 parameter outside the
+    tables, whose gradients all processes add up.
     """
-    total = 0
+    sent = 0
     for layer in model.modules():
         if isinstance(layer, ProductKeyMemory) and isinstance(layer.table, ShardedTable):
             shards, value = layer.table.mesh["shard"].size(), layer.table.values.element_size()
-            total += (shards - 1) * layer.heads * layer.knn * (4 + 2 * value) + (shards - 1) * layer.table.v_dim * 2 * value // shards
-    return total
+            sent += (shards - 1) * layer.heads * layer.knn * (4 + 2 * value) + (shards - 1) * layer.table.v_dim * 2 * value // shards
+    return sent
 
 
 # ------------------------------------------------------------------------------------------------
 # The processes
 
 
+_launch = ""
+
+
 def start():
-    """Joins the processes that torchrun started, if it did."""
+    """Joins the processes that torchrun started, if it did. Tensors of a GPU go by NCCL, those of a CPU by gloo."""
+    global _launch
     if {"RANK", "WORLD_SIZE"} <= os.environ.keys() and not dist.is_initialized():
         store, number, count = next(dist.rendezvous("env://"))
-        dist.init_process_group(store=_roll_call(store, number, count), rank=number, world_size=count)  # NCCL on GPUs, gloo on CPUs
+        _launch = store.compare_set("nanomem launch", "", uuid.uuid4().hex).decode()
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=_roll_call(store, number, count), rank=number, world_size=count)
 
 
 def _roll_call(store, number, count):
     """A part of the store that only these processes know. torchrun gives those it starts again the store of those that died, with
-    the addresses these have left in it, and to call there may take for ever (pytorch issue 135712).
+    the addresses these have left in it, and to call there may take for ever (pytorch issue 135712). So each puts a new name in
+    the place of the one its rank had before, and waits for all others under a hash of all names: where the name of a dead one is
+    among them not all come, and it looks again.
     """
     store.set(f"nanomem {number}", uuid.uuid4().hex)
     while True:
         names = store.multi_get([f"nanomem {i}" for i in range(count)])
         roll = hashlib.sha256(b"".join(names)).hexdigest()
         store.set(f"{roll} {number}", "here")
-        with contextlib.suppress(dist.DistStoreError):  # one of the names is of a process that died, and won't answer
+        with contextlib.suppress(dist.DistStoreError):  # the time is up
             store.wait([f"{roll} {i}" for i in range(count)], timedelta(seconds=1))
             return dist.PrefixStore(roll, store)
+
+
+def launch():
+    """A name for what torchrun has launched, the same after it has started processes again; "" without torchrun."""
+    return _launch
 
 
 def stop():
@@ -214,9 +231,9 @@ def make_mesh(device, mem_parallel):
         return None
     shards = mem_parallel or size()
     if size() % shards:
-        divisors = [n for n in range(1, size() + 1) if size() % n == 0]
+        divisors = [n for n in range(size(), 0, -1) if size() % n == 0]
         raise UserError(f"mem_parallel={mem_parallel} must divide the number of processes, {size()}; "
-                        f"nearest: {min(divisors, key=lambda n: abs(n - shards))}")
+                        f"nearest: {min(divisors, key=lambda n: abs(n - shards))} (0: all of them)")
     return init_device_mesh(device.type, (size() // shards, shards), mesh_dim_names=("replica", "shard"))
 
 
@@ -237,18 +254,19 @@ def _add(_, bucket):  # DDP's own way with a bucket of gradients is to take thei
 
 def share_of_batch(batch_size, passes):
     """Which part of an update's `passes` batches of batch_size sequences this process computes: (numbers of its batches, a range;
-    its rows of each, a slice). Whole batches where they go round, so that a GPU's batch is as large as alone; then rows.
+    its rows of each, a slice). Whole batches where they go round, so that a GPU's batch is as large as alone; then rows: with
+    two passes for four processes, 0 and 1 have half of batch 0 each, 2 and 3 of batch 1.
 
     Raises UserError if they can't be shared evenly.
     """
-    groups = math.gcd(passes, size())
-    members = size() // groups
-    if batch_size % members:
+    at_once = math.gcd(passes, size())
+    sharers = size() // at_once  # of one batch
+    if batch_size % sharers:
         raise UserError(f"{size()} processes can't share batch_size={batch_size} x gradient_accumulation_steps={passes} sequences evenly; "
-                        f"nearest: batch_size={' or '.join(map(str, multiples_around(batch_size, members)))}")
-    group, member = divmod(rank(), members)
-    rows = batch_size // members
-    return range(group, passes, groups), slice(member * rows, (member + 1) * rows)
+                        f"nearest: batch_size={' or '.join(map(str, multiples_around(batch_size, sharers)))}")
+    batch, sharer = divmod(rank(), sharers)
+    rows = batch_size // sharers
+    return range(batch, passes, at_once), slice(sharer * rows, (sharer + 1) * rows)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -289,7 +307,7 @@ def together():
     problems = gather(problem)
     if any(problems):
         first = next(i for i, problem in enumerate(problems) if problem)
-        raise UserError(problems[first] if all(problems) else f"process {first}: {problems[first]}")
+        raise UserError(problems[first] if first == 0 else f"process {first}: {problems[first]}")
 
 
 def check_same(facts):

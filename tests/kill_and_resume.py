@@ -48,20 +48,23 @@ def kill_ranks(folder, kills, processes, seed=0):
     rng = random.Random(seed)
     alone, killed = folder / "alone", folder / "killed"
     begin = time.perf_counter()
-    launch("train.py", alone, processes).communicate()
+    assert launch("train.py", alone, processes, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).wait() == 0
     whole = time.perf_counter() - begin
     number = 0
     while number < kills:
         shutil.rmtree(killed, ignore_errors=True)
         with open(folder / "log", "w") as log:
             torchrun = launch("train.py", killed, processes, stdout=log, stderr=log)
-            while number < kills and torchrun.poll() is None:
-                time.sleep(rng.uniform(0, whole))
-                ranks = subprocess.run(["pgrep", "-P", str(torchrun.pid)], capture_output=True, text=True).stdout.split()
-                if ranks:
-                    number += subprocess.run(["kill", "-9", rng.choice(ranks)]).returncode == 0
-                    print(f"kill {number}: {checkpoints(killed)}", flush=True)
-            code = torchrun.wait(timeout=20 * whole)
+            try:
+                while number < kills and torchrun.poll() is None:
+                    time.sleep(rng.uniform(0, whole))
+                    ranks = subprocess.run(["pgrep", "-P", str(torchrun.pid)], capture_output=True, text=True).stdout.split()
+                    if ranks:
+                        number += subprocess.run(["kill", "-9", rng.choice(ranks)]).returncode == 0
+                        print(f"kill {number}: {checkpoints(killed)}", flush=True)
+                code = torchrun.wait(timeout=20 * whole)
+            finally:
+                torchrun.terminate()
         assert code == 0, (folder / "log").read_text()[-3000:]
         check(alone, killed)
         print(f"ended as the one left alone, loss {runs.metrics(killed)[-1]['val_loss']}", flush=True)

@@ -48,10 +48,10 @@ def train(out_dir, *arguments, **options):
     return run("train.py", *TINY, f"--out_dir={out_dir}", *arguments, **options)
 
 
-def checkpoint(out_dir, iteration=None):
-    """All tensors of a checkpoint, the newest unless told, whatever number of processes wrote it; tables put together again."""
-    found = sorted(Path(out_dir).glob(f"checkpoint-{iteration or '*'}/part-*"), key=lambda path: (-path.stat().st_mtime, path))
-    parts = [load_file(path) for path in sorted(found) if path.parent == found[0].parent]
+def checkpoint(out_dir):
+    """All tensors of the newest checkpoint, whatever number of processes wrote it; tables put together again."""
+    folder = max(Path(out_dir).glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
+    parts = [load_file(path) for path in sorted(folder.glob("part-*"))]
     return {name: torch.cat([part[name] for part in parts], dim=1) if name.endswith("table.values") else tensor
             for name, tensor in parts[0].items()}
 

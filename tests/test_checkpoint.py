@@ -86,27 +86,21 @@ def test_the_two_newest_are_kept_and_nothing_half_written(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["part-1-of-1.safetensors", "checkpoint.json"])
-@pytest.mark.parametrize("harm", ["missing", "cut"])
+@pytest.mark.parametrize("harm", ["missing", "cut", "overwritten"])
 def test_the_one_before_is_used_where_a_file_is_missing_or_cut(name, harm, tmp_path):
     model, optimizers = trained(0)
     for iteration in (3, 4):
         checkpoint.save(tmp_path, model, optimizers, HEADER | {"iteration": iteration})
     path = tmp_path / "checkpoint-4" / name
-    path.unlink() if harm == "missing" else path.write_bytes(path.read_bytes()[:-10])
+    content = path.read_bytes()
+    path.unlink()
+    if harm != "missing":
+        path.write_bytes(content[:-10] if harm == "cut" else b"!" * 10 + content[10:])
     folder, header, refused = checkpoint.newest(tmp_path)
     assert folder == tmp_path / "checkpoint-3" and header["iteration"] == 3
     assert list(refused) == [tmp_path / "checkpoint-4"] and name in refused[tmp_path / "checkpoint-4"]
     checkpoint.save(tmp_path, model, optimizers, HEADER | {"iteration": 4})  # made anew
     assert checkpoint.newest(tmp_path)[0] == tmp_path / "checkpoint-4" and (tmp_path / "checkpoint-3").exists()
-
-
-def test_a_damaged_file_of_the_right_size_is_named(tmp_path):
-    model, optimizers = trained(0)
-    checkpoint.save(tmp_path, model, optimizers, HEADER)
-    path = tmp_path / "checkpoint-3" / "part-1-of-1.safetensors"
-    path.write_bytes(bytes(path.stat().st_size))
-    with pytest.raises(UserError, match="checkpoint-3 can't be loaded"):
-        checkpoint.load(tmp_path / "checkpoint-3", model)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no limits to set")

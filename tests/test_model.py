@@ -139,3 +139,10 @@ def test_a_compiled_model_gives_the_same_loss_and_gradients():
     assert compiled.item() == pytest.approx(loss, rel=1e-5)
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.grad.to_dense() if p.grad.is_sparse else p.grad, expected[name], rtol=1e-3, atol=1e-5)
+
+
+def test_no_target_is_no_loss_and_no_gradient():
+    model = GPT(GPTConfig(vocab_size=20, n_layer=1, n_embd=8, n_head=2, block_size=8, ffn="dense", mem_layers="0"))
+    loss = model(torch.zeros(2, 8, dtype=torch.int64), torch.full((2, 8), -1))[1]
+    loss.backward()
+    assert loss == 0 and all((p.grad == 0).all() for p in model.parameters())

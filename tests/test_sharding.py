@@ -3,11 +3,13 @@ import shutil
 
 import pytest
 import torch
+import torch.distributed as dist
 import runs
 from kill_and_resume import kill_ranks
 
 from nanomem import sharding
 from nanomem.config import UserError
+from nanomem.memory import MemoryTable
 
 SMALL = ["--device=cpu", "--dtype=float64", "--n_layer=2", "--n_embd=24", "--n_head=2", "--block_size=32", "--batch_size=12",
          "--mem_layers=0,1", "--mem_n_keys=8", "--mem_knn=2", "--mem_heads=2", "--eval_iters=1", "--eval_interval=20", "--log_interval=1",
@@ -118,8 +120,8 @@ def test_a_step_sends_what_the_formula_says_and_parts_of_tables_shrink():
 def test_processes_that_differ_are_told_so(tmp_path):
     told = torchrun(2, "disagree", str(tmp_path))
     for name, message in {"settings": "learning_rate is 0.1 in process 0 and 0.2 in process 1", "data": "data is", "file": "process 1: data must be",
-                          "share": "2 processes can't share batch_size=5", "columns": "mem_v_dim=31 columns can't be split over mem_parallel=2",
-                          "group": "mem_parallel=5 must divide the number of processes, 2; nearest: 2"}.items():
+                          "share": "2 processes can't share batch_size=5", "columns": "values of 31 columns (mem_v_dim, or n_embd) can't be split over 2 processes; nearest: mem_v_dim=30 or 32",
+                          "group": "mem_parallel=5 must divide the number of processes, 2; nearest: 2 (0: all of them)"}.items():
         assert message in told[name] and told[name].count("\n") == 1, told
     assert not list(tmp_path.glob("*/out"))
 
@@ -157,3 +159,35 @@ def test_shares_cover_every_sequence_once(monkeypatch):
         assert sorted(seen) == [(i, row) for i in range(passes) for row in range(batch_size)]
     with pytest.raises(UserError, match="8 processes can't share batch_size=6 x gradient_accumulation_steps=2 .*batch_size=4 or 8"):
         sharding.share_of_batch(6, 2)
+
+
+@pytest.fixture
+def mesh():
+    """One process in a group of its own."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield sharding.make_mesh(torch.device("cpu"), 0)
+    dist.destroy_process_group()
+
+
+def test_a_group_of_one_reads_as_a_table(mesh):
+    tables = []
+    for make in (sharding.ShardedTable, lambda *shape, mesh: MemoryTable(*shape)):
+        torch.manual_seed(0)
+        tables.append(make(100, 6, mesh=mesh))
+    indices, weights = torch.randint(100, (5, 4)), torch.rand(5, 4, requires_grad=True)
+    results = []
+    for table in tables:
+        out = table(indices, weights)
+        out.sum().backward()  # an expanded gradient
+        results.append((out, weights.grad, table.values.grad.to_dense()))
+        weights.grad = None
+    for ours, theirs in zip(*results):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_processes_started_again_go_on_and_a_new_launch_does_not(tmp_path, monkeypatch):
+    arguments = ["--max_iters=5", f"--out_dir={tmp_path / 'run'}"]
+    for launch, expected in (("one", None), ("one", "going on from iteration 5"), ("two", "moved the earlier run"), ("", "moved the earlier run")):
+        monkeypatch.setattr(sharding, "_launch", launch)
+        out, _ = runs.run("train.py", *runs.TINY, *arguments)
+        assert ("moved" in out or "going on" in out) == bool(expected) and (expected or "") in out

@@ -53,15 +53,17 @@ def _step_bytes(mem_parallel):
             return collective(*tensors, group=group, **options)
         return call
 
+    gather = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
     for update in range(2):  # DDP makes its buckets anew after the first
         sent, idx = 0, torch.randint(50, (4, 16))
-        with mock.patch.object(dist, "all_gather", counted(dist.all_gather, lambda n: n - 1)), \
+        with mock.patch.object(dist, gather, counted(getattr(dist, gather), lambda n: n - 1)), \
              mock.patch.object(dist, "all_to_all_single", counted(dist.all_to_all_single, lambda n: (n - 1) / n)), \
              mock.patch.object(dist, "all_reduce", counted(dist.all_reduce, lambda n: 2 * (n - 1) / n)):
             parallel(idx, idx)[1].backward()
             of_group = len(optim.row_gradient(values)[0])
             sharding.add_replicas(model)
             of_all = len(optim.row_gradient(values)[0])
+            optim.clip_gradients(model, 1.0)
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
