@@ -109,8 +109,8 @@ class ShardedTable(MemoryTable):
     @torch.compiler.disable
     def forward(self, indices, weights):
         """indices (n, lookups) int64 and weights (n, lookups) of this process's tokens -> (n, v_dim)"""
-        number = torch.int32 if self.n_slots <= 2**31 else torch.int64  # int16 is not for NCCL
-        indices = _Gather.apply(indices.to(number), self.group).long()
+        narrow = torch.int32 if self.n_slots <= 2**31 else torch.int64
+        indices = _all_gather(indices.to(narrow), self.group).long()
         weights = _Gather.apply(weights.to(self.values.dtype), self.group)
         return _SendHome.apply(memory_read(self.values, indices, weights, self.sparse_grad), self.group)
 
@@ -155,10 +155,9 @@ def bytes_per_token(model):
         (G - 1) * lookups * (4 + 2 * b)        slots and weights out, the weights' gradients back
         + (G - 1) / G * v_dim * 2 * b          columns back, and their gradients out
 
-    Besides, each update sends, whatever the number of tokens, from each process: (G - 1) / G * 8 bytes for each row its group
-    touched, whose squared norms RowAdam adds up; with R replicas (R - 1) * 4 for each row touched by the group that touched most,
-    and (R - 1) / R * 2 * b * v_dim / G for each row that any group touched; and (P - 1) / P * 8 a float32 parameter outside the
-    tables, whose gradients all processes add up.
+    Besides, each update sends, whatever the number of tokens, from each process: (G - 1) / G * 8 bytes for each row touched,
+    whose squared norm RowAdam wants; with R replicas (R - 1) * 4 for each row that the group touched which touched most, and
+    (R - 1) / R * 2 * b * v_dim / G for each row that any did; and (P - 1) / P * 8 a float32 parameter outside the tables.
     """
     sent = 0
     for layer in model.modules():

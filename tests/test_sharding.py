@@ -81,7 +81,7 @@ def test_two_processes_train_as_one(facts, alone, tmp_path):
 
 
 def test_two_groups_of_two_train_as_one(facts, alone, tmp_path):
-    compare(4, ["shared table", "tables of their own"], facts, alone, tmp_path, "--mem_parallel=2")
+    compare(4, ["shared table", "tables of their own", "float32"], facts, alone, tmp_path, "--mem_parallel=2")
 
 
 @pytest.mark.slow
