@@ -296,10 +296,11 @@ console.print(f"{config.data}, {config.ffn}: {core:,} parameters + {in_tables:,}
               f"{model.flops_per_token() / 1e6:.3f} million FLOPs a token, on {device.type if mesh else device} -> {out_dir}", soft_wrap=True)
 if mesh:
     groups, shards = mesh.shape
-    console.print(f"{sharding.size()} processes; {8 * core * (1 - 1 / sharding.size()) / 1e6:.1f} MB on the wire an update and process for gradients", soft_wrap=True)
+    shares, wire = f"1/{sharding.size()} of a batch", f"{8 * core * (1 - 1 / sharding.size()) / 1e6:.1f} MB an update and process for gradients"
     if model.memory_layers():
-        console.print(f"tables: {groups} group{'s' * (groups > 1)} of {shards}, each process holds 1/{shards} of the columns; {sharding.bytes_per_token(model):,} "
-                      f"bytes on the wire a token{', and the gradients of rows touched' * (groups > 1)}", soft_wrap=True)
+        shares += f" and 1/{shards} of the tables' columns ({groups} group{'s' * (groups > 1)} of {shards})"
+        wire += f", {sharding.bytes_per_token(model):,} bytes a token for tables{', and the gradients of rows touched' * (groups > 1)}"
+    console.print(f"{sharding.size()} processes, each with {shares}; on the wire: {wire}", soft_wrap=True)
 if data.facts:
     console.print(f"{len(data.facts.entities):,} entities x {len(data.facts.attributes)} attributes = {data.facts.codes.size:,} facts")
 if header or config.resume:

@@ -119,9 +119,11 @@ def test_a_step_sends_what_the_formula_says_and_parts_of_tables_shrink():
 
 def test_processes_that_differ_are_told_so(tmp_path):
     told = torchrun(2, "disagree", str(tmp_path))
-    for name, message in {"settings": "learning_rate is 0.1 in process 0 and 0.2 in process 1", "data": "data is", "file": "process 1: data must be",
-                          "share": "2 processes can't share batch_size=5", "columns": "values of 31 columns (mem_v_dim, or n_embd) can't be split over 2 processes; nearest: mem_v_dim=30 or 32",
-                          "group": "mem_parallel=5 must divide the number of processes, 2; nearest: 2 (0: all of them)"}.items():
+    expected = {"settings": "learning_rate is 0.1 in process 0 and 0.2 in process 1", "data": "data is", "file": "process 1: data must be",
+                "share": "2 processes can't share batch_size=5",
+                "columns": "values of 31 columns (mem_v_dim, or n_embd) can't be split over 2 processes; nearest: mem_v_dim=30 or 32",
+                "group": "mem_parallel=5 must divide the number of processes, 2; nearest: 2 (0: all of them)"}
+    for name, message in expected.items():
         assert message in told[name] and told[name].count("\n") == 1, told
     assert not list(tmp_path.glob("*/out"))
 
