@@ -63,7 +63,7 @@ def settings(argv):
     elif sharding.launch():
         with contextlib.suppress(UserError):
             found = checkpoint.newest(out_dir)
-            if found[1] and found[1]["launch"] == sharding.launch():
+            if found[1] and found[1].get("launch") == sharding.launch():
                 folder, header, refused = found
     for problem in refused.values():
         console.print(f"{problem}: using {folder}", soft_wrap=True)

@@ -185,7 +185,8 @@ def save(out_dir, model, optimizers, header):
                 shutil.rmtree(folder, ignore_errors=True)  # of the same iteration there can only be one that `newest` has refused
                 os.replace(temporary, folder)
                 sync_folder(folder.parent)
-                for old in folders(out_dir)[folders(out_dir).index(folder) + KEPT:]:  # those refused are newer, and stay
+                newest_first = folders(out_dir)
+                for old in newest_first[newest_first.index(folder) + KEPT:]:  # those refused are newer, and stay
                     shutil.rmtree(old, ignore_errors=True)
     except UserError as error:
         if first:

@@ -48,13 +48,13 @@ def kill_ranks(folder, kills, processes, seed=0):
     rng = random.Random(seed)
     alone, killed = folder / "alone", folder / "killed"
     begin = time.perf_counter()
-    assert launch("train.py", alone, processes, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).wait() == 0
+    assert launch(alone, processes, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).wait() == 0
     whole = time.perf_counter() - begin
     number = 0
     while number < kills:
         shutil.rmtree(killed, ignore_errors=True)
         with open(folder / "log", "w") as log:
-            torchrun = launch("train.py", killed, processes, stdout=log, stderr=log)
+            torchrun = launch(killed, processes, stdout=log, stderr=log)
             try:
                 while number < kills and torchrun.poll() is None:
                     time.sleep(rng.uniform(0, whole))
@@ -70,9 +70,9 @@ def kill_ranks(folder, kills, processes, seed=0):
         print(f"ended as the one left alone, loss {runs.metrics(killed)[-1]['val_loss']}", flush=True)
 
 
-def launch(script, out_dir, processes, **options):
-    """A running torchrun."""
-    return runs.start(script, *runs.TINY, *LONG, f"--out_dir={out_dir}", processes=processes, restarts=10**6, **options)
+def launch(out_dir, processes, **options):
+    """A running torchrun of train.py."""
+    return runs.start("train.py", *runs.TINY, *LONG, f"--out_dir={out_dir}", processes=processes, restarts=10**6, **options)
 
 
 def checkpoints(out_dir):

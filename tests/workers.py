@@ -32,7 +32,6 @@ def step_bytes(groups):
     """For each size of group: what one training step of all processes sends, counted from the tensors given to torch.distributed,
     and what it is made of.
     """
-    sharding.start()
     return [_step_bytes(mem_parallel) for mem_parallel in groups]
 
 
@@ -81,7 +80,6 @@ def _model(config, mem_parallel):
 
 def disagree(folder):
     """What each process is told where one's settings, data or files differ."""
-    sharding.start()
     told = {}
     for name, arguments in {"settings": [f"--learning_rate=0.{1 + sharding.rank()}"], "data": ["--data=book.txt"], "file": ["--data=only0.txt"],
                             "share": ["--batch_size=5"], "columns": ["--mem_v_dim=31"], "group": ["--mem_parallel=5"]}.items():
@@ -101,7 +99,6 @@ def disagree(folder):
 def full_disk(folder):
     """What is said and what is left where one process, not the first, can't write its part of a checkpoint."""
     import resource
-    sharding.start()
     config = GPTConfig(vocab_size=50, n_layer=2, n_embd=32, n_head=2, block_size=16, mem_layers="0,1", mem_n_keys=12, mem_heads=2, mem_knn=3)
     model = _model(config, 0)
     checkpoint.save(folder, model, [], {"config": {}, "iteration": 1})
@@ -117,6 +114,7 @@ def full_disk(folder):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    sharding.start()
     result = globals()[sys.argv[1]](json.loads(sys.argv[2]))
     if os.environ["RANK"] == "0":
         print(json.dumps(result))
