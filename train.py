@@ -394,8 +394,7 @@ if saved_step != step:
 if stopping and step < config.max_iters:
     command = f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', sharding.size())}" if mesh else "python"
     console.print(f"stopped at iteration {step}, all saved. To go on: {command} train.py --resume --out_dir={out_dir}", soft_wrap=True)
-    sharding.stop()
-    sys.exit(130)
+    sharding.stop(130)
 if data.facts:
     tell_what_it_knows(recalled or evaluate(most=20_000)[1])
 console.print(f"Talk to it: python sample.py --out_dir={out_dir}", soft_wrap=True)

@@ -205,10 +205,16 @@ def launch():
     return _launch
 
 
-def stop():
-    """Leaves them, at the end."""
+def stop(code=0):
+    """Leaves them and ends this process, with an exit code."""
     if dist.is_initialized():
         dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # Not sys.exit: a thread of gloo's may still hold a tensor of its last collective, and one that lets go of it while the
+        # interpreter closes aborts the process (pytorch pull request 179291).
+        os._exit(code)
+    sys.exit(code)
 
 
 def rank():
