@@ -83,11 +83,13 @@ def settings(argv):
 
 def check_tables_fit(config, device):
     """Raises UserError for memory tables larger than the machine's memory, which would kill the process without a word."""
-    tables = (1 if config.mem_share_values else len(config.memory_layer_numbers())) if config.ffn == "memory" else 0
-    columns = (config.mem_v_dim or config.n_embd) / min(config.mem_parallel or sharding.size(), sharding.size())
-    row = getattr(torch, config.mem_dtype).itemsize * columns + 8  # values, and RowAdam's 8 bytes
+    if config.ffn == "dense":
+        return
+    with torch.device("meta"):
+        tables = [m for m in GPT(config).modules() if isinstance(m, MemoryTable)]
+    shards = min(config.shards() or sharding.size(), sharding.size())
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device.type == "cpu" else 1  # processes that share the memory
-    needed = tables * config.mem_n_keys**2 * row * here
+    needed = here * sum(table.values.nbytes / shards + 8 * table.n_slots for table in tables)  # values, and RowAdam's 8 bytes a row
     if needed > machine_memory(device):
         raise UserError(f"mem_n_keys={config.mem_n_keys} makes tables of {needed / 1e9:,.0f} GB, and {device} has "
                         f"{machine_memory(device) / 1e9:,.0f} GB; a smaller mem_n_keys or mem_v_dim fits"
@@ -261,7 +263,7 @@ with one_line_errors():
         torch.use_deterministic_algorithms(True)
     torch.manual_seed(config.seed)
     with sharding.together():
-        mesh = sharding.make_mesh(device, config.mem_parallel)
+        mesh = sharding.make_mesh(device, config.shards())
         with device:
             model = GPT(config, functools.partial(sharding.ShardedTable, mesh=mesh) if mesh else MemoryTable)
         if config.dtype == "float64":
@@ -291,9 +293,12 @@ if parallel:
     loss.backward()
     model.zero_grad()
 
-core, in_tables = model.count_parameters()
-console.print(f"{config.data}, {config.ffn}: {core:,} parameters + {in_tables:,} in memory tables, "
+core, sparse = model.count_parameters()
+console.print(f"{config.data}, {config.ffn}: {core:,} parameters + {sparse:,} in {'experts' if config.ffn == 'moe' else 'memory tables'}, "
               f"{model.flops_per_token() / 1e6:.3f} million FLOPs a token, on {device.type if mesh else device} -> {out_dir}", soft_wrap=True)
+if config.ffn != "memory" and not (config.ffn == "dense" and config.ffn_hidden):
+    flops, parameters = model.beside_memory()
+    console.print(f"beside --ffn=memory with these settings: {flops:.3f} times the FLOPs, {parameters:.3f} times the parameters", soft_wrap=True)
 if mesh:
     groups, shards = mesh.shape
     shares, wire = f"1/{sharding.size()} of a batch", f"{8 * core * (1 - 1 / sharding.size()) / 1e6:.1f} MB an update and process for gradients"

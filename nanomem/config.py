@@ -40,8 +40,9 @@ class GPTConfig:
     n_embd: int = setting(64, "width of the model")
     block_size: int = setting(128, "tokens the model sees at once")
     dropout: float = setting(0.0, "share of activations dropped while training")
-    ffn: str = setting("memory", "feed-forward layers: memory puts memory layers in mem_layers", ("memory", "dense"))
-    ffn_hidden: int = setting(0, "width of a feed-forward layer; 0: 8/3 n_embd, and for ffn=dense as many FLOPs as with memory")
+    ffn: str = setting("memory", "what stands in mem_layers: memory layers, ordinary (dense) feed-forward layers as everywhere else, "
+                                 "mixtures of experts (moe) or PEER layers", ("memory", "dense", "moe", "peer"))
+    ffn_hidden: int = setting(0, "width of a feed-forward layer; 0: 8/3 n_embd, and for ffn=dense or peer as many FLOPs as with memory")
 
     mem_layers: str = setting("1,2", "layers, counted from 0, whose feed-forward is a memory layer", group="Memory")
     mem_n_keys: int = setting(128, "keys a half; the memory has mem_n_keys**2 slots")
@@ -53,6 +54,12 @@ class GPTConfig:
     mem_qk_norm: bool = setting(True, "normalise queries and keys")
     mem_share_values: bool = setting(True, "one table of values for all memory layers")
     mem_dtype: str = setting("float32", "of the values; bfloat16 takes half the memory and is rounded stochastically", ("float32", "bfloat16"))
+
+    moe_experts: int = setting(0, "experts in each layer of ffn=moe; 0: as many parameters as with memory", group="Baselines")
+    moe_hidden: int = setting(0, "width of an expert; 0: as many FLOPs as with memory")
+    moe_k: int = setting(2, "experts a token")
+    moe_balance: float = setting(0.01, "weight of the loss that has experts used evenly")
+    peer_n_keys: int = setting(0, "keys a half of ffn=peer, for peer_n_keys**2 experts of one neuron; 0: as many parameters as with memory")
 
     def replace(self, **changes):
         """A copy with other settings."""
@@ -76,11 +83,11 @@ class GPTConfig:
 
     def check(self):
         """Raises ValueError naming the first setting that can't be."""
-        for name in ("vocab_size", "n_layer", "n_head", "n_embd", "block_size", "mem_n_keys", "mem_heads", "mem_knn"):
+        for name in ("vocab_size", "n_layer", "n_head", "n_embd", "block_size", "mem_n_keys", "mem_heads", "mem_knn", "moe_k"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
-        for name in ("ffn_hidden", "mem_k_dim", "mem_v_dim"):
-            if getattr(self, name) < 0:
+        for name in ("ffn_hidden", "mem_k_dim", "mem_v_dim", "moe_experts", "moe_hidden", "moe_balance", "peer_n_keys"):
+            if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
         if self.n_embd % (2 * self.n_head):
             raise ValueError(f"n_embd must be a multiple of 2 * n_head = {2 * self.n_head}, got {self.n_embd}")
@@ -95,6 +102,10 @@ class GPTConfig:
             raise ValueError(f"mem_layers must be different layers from 0 to {self.n_layer - 1}, got {self.mem_layers!r}")
         if self.mem_knn > self.mem_n_keys:
             raise ValueError(f"mem_knn must be at most mem_n_keys = {self.mem_n_keys}, got {self.mem_knn}")
+        if self.ffn == "moe" and 0 < self.moe_experts < self.moe_k:
+            raise ValueError(f"moe_k must be at most moe_experts = {self.moe_experts}, got {self.moe_k}")
+        if self.ffn == "peer" and 0 < self.peer_n_keys < self.mem_knn:
+            raise ValueError(f"mem_knn must be at most peer_n_keys = {self.peer_n_keys}, got {self.mem_knn}")
         if (self.mem_k_dim or self.n_embd) % 2:
             raise ValueError(f"mem_k_dim must be even, got {self.mem_k_dim}")
 
@@ -130,7 +141,7 @@ class Config(GPTConfig):
     min_lr: float = setting(8e-4, "learning rate at the end; the values' falls in the same proportion")
     warmup_iters: int = setting(100, "updates over which the learning rates rise from 0")
     weight_decay: float = setting(0.1, "AdamW's weight decay, for matrices")
-    mem_parallel: int = setting(0, "processes that a table's columns are split over, under torchrun; 0: all of them")
+    mem_parallel: int = setting(0, "processes that a table's columns are split over, under torchrun; 0: all of them (those of ffn=peer aren't)")
     grad_clip: float = setting(1.0, "largest norm of the gradient, of tables and others apart; 0: no limit")
 
     out_dir: str = setting("auto", "folder for checkpoint, config and metrics; auto: out/DATA-FFN", group="Run")
@@ -143,6 +154,10 @@ class Config(GPTConfig):
     eval_interval: int = setting(200, "updates between evaluations, each followed by a checkpoint")
     eval_iters: int = setting(10, "batches an evaluation")
     log_interval: int = setting(10, "updates between lines of metrics")
+
+    def shards(self):
+        """Processes that a table's columns are split over, 0 for all: PEER's tables are whole in each."""
+        return 1 if self.ffn == "peer" else self.mem_parallel
 
     def check(self):
         """Raises ValueError naming the first setting that can't be."""

@@ -3,7 +3,7 @@ A Llama-style transformer whose feed-forward layers may be memory layers.
 
 - RMSNorm before each part, rotary positions (RoPE), SwiGLU feed-forward, tied embeddings
 - scaled_dot_product_attention, with a plain key-value cache for generation
-- ffn="dense" and ffn="memory" share all but the layers of mem_layers, and the feed-forward width that makes FLOPs equal
+- ffn="memory", "dense", "moe" and "peer" share all but the layers of mem_layers, and are sized to equal FLOPs (`sized`)
 - parameters and FLOPs are counted from the modules
 """
 
@@ -11,6 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from nanomem.baselines import PEER, MixtureOfExperts, moe_shape
 from nanomem.config import GPTConfig
 from nanomem.memory import MemoryTable, ProductKeyMemory
 
@@ -101,7 +102,7 @@ class GPT(nn.Module):
         config.check()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
-        self.blocks = nn.ModuleList(Block(config, ffn) for ffn in feed_forwards(config, make_table))
+        self.blocks = nn.ModuleList(Block(config, ffn) for ffn in feed_forwards(sized(config), make_table))
         self.norm = nn.RMSNorm(config.n_embd)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.embedding.weight
@@ -115,14 +116,13 @@ class GPT(nn.Module):
         # Memory layers keep the initialisation of the paper's code, which they gave themselves.
         nn.init.normal_(self.embedding.weight, std=0.02)
         for block in self.blocks:
-            dense = [block.attention] + ([block.ffn] if isinstance(block.ffn, FeedForward) else [])
-            for module in dense:
+            for module in (m for m in block.modules() if isinstance(m, (Attention, FeedForward))):
                 for name, p in module.named_parameters():
                     residual = name.startswith(("out_proj", "down_proj"))
                     nn.init.normal_(p, std=0.02 / (2 * len(self.blocks)) ** 0.5 if residual else 0.02)
 
     def forward(self, idx, targets=None, cache=None):
-        """Logits of the next token at each position, and the mean loss in nats.
+        """Logits of the next token at each position, and the mean loss in nats; while training, with moe's balance loss.
 
         Args:
             idx: (batch, time) int64 tokens, time at most block_size.
@@ -145,8 +145,13 @@ class GPT(nn.Module):
         if targets is None:
             return logits, None
         scores = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
-        count = (targets >= 0).sum().clamp(min=1)  # a process's share of a batch may have none
-        return logits, F.cross_entropy(scores, targets.flatten(), ignore_index=-1, reduction="sum") / count
+        counted = targets.flatten() >= 0
+        count = counted.sum().clamp(min=1)  # a process's share of a batch may have none
+        loss = F.cross_entropy(scores, targets.flatten(), ignore_index=-1, reduction="sum") / count
+        if self.training:
+            mixtures = [block.ffn for block in self.blocks if isinstance(block.ffn, MixtureOfExperts)]
+            loss = loss + self.config.moe_balance * sum(mixture.balance_loss(counted) for mixture in mixtures)
+        return logits, loss
 
     def new_cache(self):
         """An empty key-value cache for `forward`: a list for each layer."""
@@ -189,10 +194,19 @@ class GPT(nn.Module):
         return {i: block.ffn for i, block in enumerate(self.blocks) if isinstance(block.ffn, ProductKeyMemory)}
 
     def count_parameters(self):
-        """(parameters outside memory tables, parameters in them), each counted once, whichever process holds them."""
+        """(parameters that every token uses, or a key; parameters in memory tables and experts, of which it uses few), each
+        counted once, whichever process holds them.
+        """
         tables = [m for m in self.modules() if isinstance(m, MemoryTable)]
-        core = sum(p.numel() for p in self.parameters()) - sum(table.values.numel() for table in tables)
-        return core, sum(table.n_slots * table.v_dim for table in tables)
+        experts = sum(p.numel() for m in self.modules() if isinstance(m, MixtureOfExperts) for p in m.experts.parameters())
+        core = sum(p.numel() for p in self.parameters()) - sum(table.values.numel() for table in tables) - experts
+        return core, sum(table.n_slots * table.v_dim for table in tables) + experts
+
+    def beside_memory(self):
+        """(FLOPs a token, parameters) of this model, as multiples of those of ffn="memory" with the same settings."""
+        with torch.device("meta"):
+            memory = GPT(self.config.replace(ffn="memory", ffn_hidden=0))
+        return self.flops_per_token() / memory.flops_per_token(), sum(self.count_parameters()) / sum(memory.count_parameters())
 
     def flops_per_token(self):
         """FLOPs of the forward pass for one token of a full block: 2 a multiply-add. Training takes three times as many."""
@@ -200,30 +214,58 @@ class GPT(nn.Module):
 
 
 def feed_forwards(config, make_table=MemoryTable):
-    """A feed-forward module for each layer: memory in mem_layers if ffn is "memory", SwiGLU elsewhere."""
-    hidden = config.ffn_hidden or default_hidden(config)
-    modules, table = [], None
+    """A feed-forward module for each layer: what config.ffn says in mem_layers, SwiGLU elsewhere. The config is a `sized` one."""
+    modules, tables = [], None
     for i in range(config.n_layer):
-        if config.ffn != "memory" or i not in config.memory_layer_numbers():
-            modules.append(FeedForward(config.n_embd, hidden))
+        if config.ffn == "dense" or i not in config.memory_layer_numbers():
+            modules.append(FeedForward(config.n_embd, config.ffn_hidden))
             continue
-        if table is None or not config.mem_share_values:
-            table = make_table(config.mem_n_keys**2, config.mem_v_dim or config.n_embd, dtype=getattr(torch, config.mem_dtype))
-        modules.append(ProductKeyMemory(config.n_embd, table, config.mem_heads, config.mem_knn,
-                                        config.mem_k_dim or config.n_embd, config.mem_qk_norm, config.mem_gated))
+        if config.ffn == "moe":
+            experts = [FeedForward(config.n_embd, config.moe_hidden) for _ in range(config.moe_experts)]
+            modules.append(MixtureOfExperts(config.n_embd, experts, config.moe_k))
+            continue
+        peer = config.ffn == "peer"
+        if tables is None or not config.mem_share_values:
+            n_slots, v_dim = (config.peer_n_keys**2, config.n_embd) if peer else (config.mem_n_keys**2, config.mem_v_dim or config.n_embd)
+            tables = [make_table(n_slots, v_dim, dtype=getattr(torch, config.mem_dtype)) for _ in range(2 if peer else 1)]
+        lookup = dict(heads=config.mem_heads, knn=config.mem_knn, k_dim=config.mem_k_dim or config.n_embd, qk_norm=config.mem_qk_norm)
+        modules.append(PEER(config.n_embd, *tables, **lookup) if peer
+                       else ProductKeyMemory(config.n_embd, *tables, **lookup, gated=config.mem_gated))
     return modules
 
 
-def default_hidden(config):
-    """The feed-forward width where none is set: Llama's 8/3 n_embd beside memory layers. For ffn="dense" the width
-    at which the model takes as many FLOPs a token as with memory, so that comparing the two is fair by default. A multiple
-    of 8, which multiplies up to a sixth faster, unless that is more than 1% off.
+def sized(config):
+    """The config with its widths of 0 filled in. Feed-forward layers beside memory layers have Llama's 8/3 n_embd. The other kinds
+    are sized to the memory model of the same settings, so that a comparison is fair by default: dense takes as many FLOPs a
+    token; moe and peer as many FLOPs and parameters, as nearly as whole numbers allow.
     """
-    llama = max(8, 8 * round(config.n_embd / 3))
-    if config.ffn == "memory":
-        return llama
+    n, layers = config.n_embd, len(config.memory_layer_numbers())
+    llama = max(8, 8 * round(n / 3))
+    if config.ffn == "memory" or (config.ffn == "dense" and config.ffn_hidden):
+        return config.replace(ffn_hidden=config.ffn_hidden or llama)
     with torch.device("meta"):  # counts without allocating
-        memory = feed_forwards(config.replace(ffn="memory", ffn_hidden=llama))
-    width = sum(m.flops_per_token() for m in memory) / (config.n_layer * 6 * config.n_embd)
-    multiple = 8 * round(width / 8)
-    return multiple if abs(multiple - width) <= 0.01 * width else max(1, round(width))
+        memory = nn.ModuleList(feed_forwards(config.replace(ffn="memory", ffn_hidden=llama)))
+        flops, params = sum(m.flops_per_token() for m in memory), sum(p.numel() for p in memory.parameters())
+        if config.ffn == "dense":
+            return config.replace(ffn_hidden=width(n, flops / config.n_layer))
+        if config.ffn == "moe":
+            rest = FeedForward(n, config.ffn_hidden or llama)
+            share = [(total - (config.n_layer - layers) * each) / layers
+                     for total, each in ((flops, rest.flops_per_token()), (params, sum(p.numel() for p in rest.parameters())))]
+            experts, hidden = moe_shape(n, config.moe_k, *share)
+            return config.replace(ffn_hidden=config.ffn_hidden or llama, moe_experts=config.moe_experts or experts,
+                                  moe_hidden=config.moe_hidden or hidden)
+        of_tables = config.mem_n_keys**2 * (config.mem_v_dim or n)
+        config = config.replace(peer_n_keys=config.peer_n_keys or max(config.mem_knn, round((of_tables / (2 * n)) ** 0.5)))
+        peer = sum(m.flops_per_token() for m in feed_forwards(config.replace(ffn_hidden=llama)) if isinstance(m, PEER))
+        left = width(n, (flops - peer) / (config.n_layer - layers)) if layers < config.n_layer else llama
+        return config.replace(ffn_hidden=config.ffn_hidden or left)
+
+
+def width(n_embd, flops):
+    """The width at which a FeedForward takes so many FLOPs a token: a multiple of 8, which multiplies up to a sixth faster,
+    unless that is more than 1% off.
+    """
+    exact = flops / (6 * n_embd)
+    multiple = 8 * round(exact / 8)
+    return multiple if abs(multiple - exact) <= 0.01 * exact else max(1, round(exact))

@@ -31,6 +31,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
+from nanomem.baselines import MixtureOfExperts
 from nanomem.config import MISTAKES, UserError
 from nanomem.memory import MemoryTable, ProductKeyMemory, memory_read
 from nanomem.optim import row_gradient
@@ -248,7 +249,9 @@ def data_parallel(model):
     apart = [name for name, p in model.named_parameters() if id(p) in values]
     constants = [name for name, _ in model.named_buffers()]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, apart + constants)
-    parallel = DistributedDataParallel(model)
+    # Experts that no token chose have no gradient, in any process or in this one; DDP must look for them, which costs a pass over the graph.
+    some_unused = any(isinstance(module, MixtureOfExperts) for module in model.modules())
+    parallel = DistributedDataParallel(model, find_unused_parameters=some_unused)
     parallel.register_comm_hook(None, _add)
     return parallel
 

@@ -1,0 +1,149 @@
+"""
+What memory layers are compared with: two other ways to give a model parameters that a token uses few of.
+
+- MixtureOfExperts: many feed-forward networks, of which a router chooses k for each token
+- PEER: a million experts of one neuron each, chosen by product keys ("Mixture of a Million Experts", He 2024)
+- `moe_shape` sizes a mixture to a memory layer's FLOPs and parameters; model.py's `sized` does so for whole models
+
+A token's choice depends on that token alone, so both are causal as they stand, and no token is dropped. Neither makes a gradient
+for parameters that no token used: experts are modules of their own, and PEER's two tables are MemoryTables.
+"""
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+
+from nanomem.memory import ProductKeyMemory, gather_dot, gather_sum, scatter_sum
+
+
+class MixtureOfExperts(nn.Module):
+    """Token-choice mixture of experts (Shazeer et al. 2017; Fedus et al. 2021): (batch, time, dim) -> (batch, time, dim).
+
+        p   = softmax(W_router x)                          over all experts
+        out = sum of p_e expert_e(x)                       over the k experts of the highest p
+
+    No capacity limit: an expert takes all tokens that choose it.
+
+    Args:
+        dim: the model's width.
+        experts: a list of modules (n, dim) -> (n, dim), each with flops_per_token().
+        k: experts a token.
+    Raises:
+        ValueError: k outside 1..number of experts.
+    """
+
+    def __init__(self, dim, experts, k):
+        super().__init__()
+        if not 1 <= k <= len(experts):
+            raise ValueError(f"moe_k must be from 1 to the number of experts, {len(experts)}, got {k}")
+        self.k = k
+        self.router = nn.Linear(dim, len(experts), bias=False)
+        nn.init.normal_(self.router.weight, std=0.02)
+        self.experts = nn.ModuleList(experts)
+        self.routing = None  # of the last forward pass: (tokens, experts) p and (tokens, k) choices
+
+    @torch.compiler.disable  # how many tokens an expert has is known only at run time
+    def forward(self, x):
+        """(batch, time, dim), or any shape that ends in dim, to the same shape."""
+        shape, x = x.shape, x.reshape(-1, x.shape[-1])
+        p = self.router(x).float().softmax(-1)
+        weights, chosen = p.topk(self.k)
+        self.routing = p, chosen
+        order = chosen.flatten().argsort(stable=True)  # by expert
+        counts = torch.bincount(chosen.flatten(), minlength=len(self.experts)).tolist()
+        parts = x[order // self.k].split(counts)
+        out = torch.cat([expert(part) for expert, part in zip(self.experts, parts) if len(part)])
+        out = out[order.argsort()].view(len(x), self.k, -1)  # by token again
+        return (out * weights.to(out.dtype)[..., None]).sum(1).view(shape)
+
+    def balance_loss(self, counted):
+        """How unevenly the last forward pass used the experts (Fedus et al. 2021, section 2.2): E * sum over e of f_e * P_e, with f_e
+        the share of choices that fell on e, P_e its mean probability; 1 when even, and E when all choose the same.
+
+        counted (tokens,) bool: the tokens it is about. Of several processes, f is that of all their tokens.
+        """
+        p, chosen = self.routing
+        f = torch.bincount(chosen[counted].flatten(), minlength=len(self.experts)).to(p.dtype)
+        if dist.is_initialized():
+            dist.all_reduce(f)
+        f = f / f.sum().clamp(min=1)
+        return len(f) * (f * p[counted].sum(0)).sum() / counted.sum().clamp(min=1)
+
+    def flops_per_token(self):
+        """Multiply-adds * 2 of the forward pass for a token: the router and k experts."""
+        return 2 * self.router.weight.numel() + self.k * self.experts[0].flops_per_token()
+
+
+def moe_shape(dim, k, flops, params):
+    """(number of experts, their width) of the MixtureOfExperts of SwiGLU experts that takes so many FLOPs a token and parameters: the
+    one of fewest experts that is within 1% of both, or else the nearest. Both can't always be met: routing to very many
+    experts is itself work.
+    """
+    def shape(hidden):
+        experts = max(k, round(params / (dim * (3 * hidden + 1))))
+        miss = max(abs(2 * dim * (3 * hidden * k + experts) / flops - 1), abs(experts * dim * (3 * hidden + 1) / params - 1))
+        return max(miss, 0.01), experts, hidden
+
+    widest = max(1, round(flops / (6 * dim * k)))
+    return min(shape(hidden) for hidden in range(1, widest + 1))[1:]
+
+
+class PEER(ProductKeyMemory):
+    """Parameter-efficient expert retrieval (He 2024): (batch, time, dim) -> (batch, time, dim).
+
+    Expert i is one neuron, gelu(<u_i, x>) v_i. They are found as a memory layer's slots are, so a memory layer is what is left
+    when each neuron's activation is 1:
+
+        out = sum of s_i gelu(<u_i, x>) v_i                over all heads' chosen experts
+
+    Args: as ProductKeyMemory's, with a table for the u and one for the v, of rows as wide as the model.
+    """
+
+    def __init__(self, dim, down, up, heads=4, knn=32, k_dim=None, qk_norm=True):
+        if down.v_dim != dim or up.v_dim != dim:
+            raise ValueError(f"PEER's tables must be as wide as the model, {dim}, got {down.v_dim} and {up.v_dim}")
+        super().__init__(dim, up, heads, knn, k_dim, qk_norm, gated=False)
+        self.down = down
+
+    def forward(self, x):
+        """(batch, time, dim), or any shape that ends in dim, to the same shape."""
+        shape, x = x.shape, x.reshape(-1, self.dim)
+        indices, weights = self.lookup(x)
+        if self.observer is not None:
+            self.observer(indices, weights)
+        indices, down = indices.flatten(1), self.down.values
+        neurons = F.gelu(memory_dot(down, indices, x.to(down.dtype), self.down.sparse_grad))
+        return self.table(indices, weights.flatten(1) * neurons).to(x.dtype).view(shape)
+
+    def flops_per_token(self):
+        """Multiply-adds * 2 of the forward pass for a token: a memory layer's, and the product with u."""
+        return super().flops_per_token() + 2 * self.heads * self.knn * self.dim
+
+
+class _MemoryDot(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values, indices, x, sparse_grad):
+        ctx.save_for_backward(values, indices, x)
+        ctx.sparse_grad = sparse_grad
+        return gather_dot(values, indices, x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        values, indices, x = ctx.saved_tensors
+        rows, sums = scatter_sum(indices, grad.contiguous(), x, len(values))
+        if ctx.sparse_grad:
+            grad_values = torch.sparse_coo_tensor(rows[None], sums, values.shape, is_coalesced=True, check_invariants=False)
+        else:
+            grad_values = torch.zeros_like(values).index_copy_(0, rows, sums)
+        return grad_values, None, gather_sum(values, indices, grad.contiguous()), None
+
+
+@torch.compiler.disable  # for the same reason as memory_read
+def memory_dot(values, indices, x, sparse_grad=False):
+    """The product of each token with the rows it looks up: out[t, l] = <values[indices[t, l]], x[t]>.
+
+    values (n_slots, dim), indices (n, lookups) int64, x (n, dim) -> (n, lookups), differentiable in values and x. It is the
+    third derivative of the form that memory_read is the first of, so all its parts are there already (memory.py).
+    """
+    return _MemoryDot.apply(values, indices, x, sparse_grad)
