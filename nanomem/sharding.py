@@ -23,6 +23,7 @@ import contextlib
 import hashlib
 import math
 import os
+import sys
 import uuid
 from datetime import timedelta
 

@@ -1,0 +1,455 @@
+"""
+The paper's claims, small: trains the models of a table or figure with train.py, and writes it.
+
+    python -m nanomem.reproduce table1       dense models, mixture of experts, PEER, plain memory and Memory+ on equal terms
+    python -m nanomem.reproduce scaling      recall against the number of slots, at equal FLOPs
+    python -m nanomem.reproduce ablations    Memory+ with one thing changed at a time
+    python -m nanomem.reproduce slots        which slots facts use, in a model of table1
+
+- equal terms: the same facts, tokens, batches and tokenizer; each model's learning rate is the best of a small sweep, by the loss
+  on questions that are never reported
+- a run that is done is not done again unless its settings or the program changed; one that was stopped goes on
+- writes assets/NAME.json, NAME.md and NAME.png (pip install -e '.[plot]')
+"""
+
+import ast
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from nanomem import optim
+from nanomem.checkpoint import read_json, write_text
+from nanomem.config import Config, UserError, keep_freed_memory, one_line_errors, parse, pick_device, setting
+from nanomem.data import open_data
+from nanomem.model import GPT, sized
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass
+class Settings:
+    """The command line."""
+
+    preset: str = setting("laptop", "laptop: 2 cores, under an hour a command; gpu: one H100", ("laptop", "gpu"), group="Reproduction")
+    seeds: int = setting(3, "runs of each model of table1")
+    out_dir: str = setting("out/reproduce", "folder for the runs")
+    assets: str = setting("assets", "folder for tables and figures")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What all models of a preset have in common, and how many runs go side by side."""
+
+    base: dict  # settings of train.py
+    workers: int  # runs at a time
+    threads: int  # CPU threads of each; 0 for torch's own number
+    rates: tuple  # learning rates of the sweep
+
+
+PRESETS = {
+    "laptop": Preset(dict(data="people"), workers=2, threads=1, rates=(4e-3, 8e-3, 1.6e-2)),
+    "gpu": Preset(dict(data="people"), workers=1, threads=0, rates=(1e-3, 2e-3, 4e-3)),
+}
+
+
+# ------------------------------------------------------------------------------------------------
+# Models on equal terms
+
+
+def flops(config):
+    """FLOPs a token of the model that a Config describes, counted without making it."""
+    with torch.device("meta"):
+        return GPT(config).flops_per_token()
+
+
+def at_flops(config, target):
+    """The config with the feed-forward width at which its model takes `target` FLOPs a token: they grow evenly with it.
+
+    Raises UserError where that is more than 2% off, since other parts take too many or too few.
+    """
+    one, two = (flops(config.replace(ffn_hidden=hidden)) for hidden in (1, 2))
+    config = config.replace(ffn_hidden=max(1, 1 + round((target - one) / (two - one)))) if two > one else config
+    if abs(flops(config) / target - 1) > 0.02:
+        raise UserError(f"no feed-forward width gives {target:,} FLOPs a token beside the rest of {config}")
+    return config
+
+
+def dense_of(config, times):
+    """A dense model of `times` as many FLOPs a token as the config's: wider in all its parts."""
+    target, step = times * flops(config), 2 * config.n_head
+    widths = range(config.n_embd, 64 * config.n_embd, step)
+    dense = next(c for c in (sized_as_llama(config, n) for n in widths) if flops(c) > target)
+    return at_flops(dense.replace(n_embd=dense.n_embd - step), target)
+
+
+def sized_as_llama(config, n_embd):
+    """A dense config of this width."""
+    return config.replace(ffn="dense", n_embd=n_embd, ffn_hidden=max(8, 8 * round(n_embd / 3)))
+
+
+# ------------------------------------------------------------------------------------------------
+# Runs
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of a model."""
+
+    name: str
+    config: Config
+
+    def folder(self, out_dir):
+        """Where it goes: a folder whose name changes when its settings, the program or torch do."""
+        same = {key: value for key, value in dataclasses.asdict(self.config).items() if key not in ("out_dir", "resume")}
+        digest = hashlib.sha256(json.dumps([same, program(), torch.__version__]).encode()).hexdigest()[:8]
+        return Path(out_dir) / f"{''.join(c if c.isalnum() or c in '.=' else '-' for c in self.name)}-{digest}"
+
+    def size(self):
+        """Its share of the work, for the progress bar: FLOPs, and as much again for what is not multiplying."""
+        return self.config.max_iters * self.config.batch_size * (flops(self.config) + 3e5)
+
+
+def program():
+    """A hash of all that decides what a run computes: train.py and what it imports, without comments and blanks, and the data."""
+    total = hashlib.sha256()
+    sources = [ROOT / "train.py", ROOT / "kernels.py"] + [path for path in (ROOT / "nanomem").glob("*.py") if path.stem not in ("bench", "reproduce")]
+    for path in sorted(sources):
+        total.update(ast.dump(ast.parse(path.read_text(encoding="utf-8"))).encode())
+    for path in sorted((ROOT / "data" / "people").iterdir()):
+        total.update(path.read_bytes() if path.suffix in (".json", ".tiktoken") else b"")
+    return total.hexdigest()
+
+
+def rows_of(folder):
+    """metrics.jsonl so far, as dicts."""
+    rows = []
+    with contextlib.suppress(OSError, ValueError):
+        for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+            rows.append(json.loads(line))
+    return rows
+
+
+def train(runs, preset, out_dir, console):
+    """Trains what is not done yet, preset.workers at a time, and returns {run name: the last line of its metrics}.
+
+    Raises UserError with the last line of a run that failed.
+    """
+    folders = {run: run.folder(out_dir) for run in runs}
+    results = {run: rows[-1] for run in runs if (rows := rows_of(folders[run])) and rows[-1]["iter"] == run.config.max_iters}
+    waiting, running, sizes = [run for run in runs if run not in results], {}, {run: run.size() for run in runs}
+    bar = Progress(BarColumn(bar_width=20), TextColumn("{task.percentage:>3.0f}%"), TimeRemainingColumn(), TextColumn("{task.description}"),
+                   console=console, disable=not console.is_terminal, speed_estimate_period=600)
+    task = bar.add_task("", total=sum(sizes.values()), completed=sum(sizes[run] for run in results))
+    started, work_before = time.monotonic(), None
+    try:
+        with bar:
+            while waiting or running:
+                while waiting and len(running) < preset.workers:
+                    run = waiting.pop(0)
+                    running[run] = start(run, folders[run], preset)
+                time.sleep(0.5)
+                for run, process in list(running.items()):
+                    if process.poll() is None:
+                        continue
+                    del running[run]
+                    if process.returncode:
+                        log = folders[run].with_suffix(".log").read_text(encoding="utf-8", errors="replace").strip()
+                        raise UserError(f"{run.name} failed: {log.splitlines()[-1] if log else process.returncode} (see {folders[run]}.log)")
+                    results[run] = rows_of(folders[run])[-1]
+                work = {run: sizes[run] * (rows[-1]["iter"] / run.config.max_iters if (rows := rows_of(folders[run])) else 0) for run in running}
+                done = sum(work.values()) + sum(sizes[run] for run in results)
+                bar.update(task, completed=done, description=f"{len(results)}/{len(runs)} runs; now {', '.join(run.name for run in running)}")
+    finally:
+        for process in running.values():  # Ctrl-C has reached them too; they save and end
+            process.terminate()
+        for process in running.values():
+            process.wait()
+    return {run.name: results[run] for run in runs}
+
+
+def start(run, folder, preset):
+    """train.py in a process of its own, going on where an earlier one was stopped."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    default = Config()
+    arguments = [f"--{name}={value}" for name, value in dataclasses.asdict(run.config).items() if value != getattr(default, name)]
+    environment = os.environ | ({"OMP_NUM_THREADS": str(preset.threads)} if preset.threads else {})
+    resume = ["--resume"] if list(folder.glob("checkpoint-*")) else []
+    with open(f"{folder}.log", "a", encoding="utf-8") as log:
+        return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *arguments, f"--out_dir={folder}", *resume],
+                                stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
+
+
+# ------------------------------------------------------------------------------------------------
+# Pace
+
+
+def pace(configs, steps=4, rounds=6):
+    """Seconds a training step takes, {name: median}, for each of {name: Config}: side by side, a few steps of one model after a few of
+    the next, with all of the machine and nothing else running.
+    """
+    device = pick_device("auto")
+    made = {}
+    for name, config in configs.items():
+        data = open_data(config)
+        config.vocab_size = data.encoding.n_vocab
+        with device:
+            model = GPT(config)
+        made[name] = (model, optim.build_optimizer(model, config.learning_rate, config.mem_lr, config.weight_decay),
+                      [t.to(device) for t in data.batch("train", 0, config.batch_size)])
+    seconds = {name: [] for name in configs}
+    for turn in range(rounds + 1):
+        for name, (model, optimizers, (x, y)) in made.items():
+            started = time.perf_counter()
+            for _ in range(steps):
+                with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
+                    loss = model(x, y)[1]
+                loss.backward()
+                optim.clip_gradients(model, 1.0)
+                for optimizer in optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad()
+            loss.item()  # waits for a GPU
+            seconds[name] += [(time.perf_counter() - started) / steps] if turn else []  # the first turn warms up
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+# ------------------------------------------------------------------------------------------------
+# The learning rate of each model
+
+
+def choose_rates(models, preset, out_dir, console):
+    """{name: Config} with each model's learning rate, and the mixture's balance, the best of a sweep over runs of a quarter of the length,
+    by the loss on questions that are neither taught nor reported. The tables' rate keeps its proportion to it.
+    """
+    tries = {}
+    for name, config in models.items():
+        for rate in preset.rates:
+            scale = rate / config.learning_rate
+            for balance in BALANCES if config.ffn == "moe" else (config.moe_balance,):
+                tried = config.replace(learning_rate=rate, min_lr=config.min_lr * scale, mem_lr=config.mem_lr * scale, moe_balance=balance)
+                label = f"{name}, lr={rate:g}" + (f", balance={balance:g}" if config.ffn == "moe" else "")
+                tries[label] = (name, tried)
+    quarter = [Run(label, config.replace(max_iters=config.max_iters // 4, warmup_iters=config.warmup_iters // 4, eval_interval=config.max_iters // 4))
+               for label, (_, config) in tries.items()]
+    results = train(quarter, preset, out_dir, console)
+    best = {}
+    for label, (name, config) in tries.items():
+        loss = results[label]["val_loss"]
+        if name not in best or loss < best[name][0]:
+            best[name] = loss, config
+    return {name: config for name, (_, config) in best.items()}
+
+
+# ------------------------------------------------------------------------------------------------
+# The commands
+
+
+def seeds_of(models, seeds):
+    """A Run for each model and seed; all see the same facts and, seed by seed, the same batches."""
+    return {(name, seed): Run(f"{name}, seed={seed}", config.replace(seed=seed)) for seed in seeds for name, config in models.items()}
+
+
+def described(name, config):
+    """What a row of any table says of a model."""
+    with torch.device("meta"):
+        model = GPT(config)
+    core, sparse = model.count_parameters()
+    return {"model": name, "params": core + sparse, "mem_params": sparse, "flops_per_token": model.flops_per_token(),
+            "learning_rate": config.learning_rate, "mem_lr": config.mem_lr if config.ffn in ("memory", "peer") else None}
+
+
+def measured(results):
+    """The columns that runs of a model give, each a list over them."""
+    return {"recall": [r["recall"] for r in results], "recall_taught": [r["recall_taught"] for r in results],
+            "loss": [r["val_loss"] for r in results], "recall_tail": [r["recall_tail"] for r in results]}
+
+
+def table1(base, preset, settings, out_dir, console):
+    """The rows of table1."""
+    target = flops(base)
+    one_layer = base.memory_layer_numbers()[len(base.memory_layer_numbers()) // 2]
+    plain = base.replace(mem_gated=False, mem_qk_norm=False, mem_layers=str(one_layer))
+    models = {"dense": base.replace(ffn="dense"), "dense, 2x": dense_of(base, 2), "dense, 4x": dense_of(base, 4),
+              "mixture of experts": base.replace(ffn="moe"), "PEER": base.replace(ffn="peer"),
+              "plain memory": at_flops(plain, target), "Memory+": base}
+    seconds = cached(out_dir / f"pace-{Run('', base).folder('').name}.json", lambda: pace(models))
+    models = choose_rates(models, preset, out_dir, console)
+    seeds = range(base.seed, base.seed + settings.seeds)
+    runs = seeds_of(models, seeds)
+    in_equal_time = {}
+    for name, config in models.items():
+        iters = round(config.max_iters * seconds["Memory+"] / seconds[name])
+        in_equal_time[name] = Run(f"{name}, equal time", config.replace(max_iters=iters, eval_interval=iters))
+    results = train([*runs.values(), *in_equal_time.values()], preset, out_dir, console)
+    rows = []
+    for name, config in models.items():
+        row = described(name, config) | {"seconds": seconds[name] * config.max_iters}
+        row |= measured([results[runs[name, seed].name] for seed in seeds])
+        rows.append(row | {"recall_equal_time": results[in_equal_time[name].name]["recall"]})
+    return rows
+
+
+def scaling(base, preset, settings, out_dir, console):
+    """The rows of scaling: Memory+ from 1k to 1M slots, and the dense model of the same FLOPs."""
+    models = {f"{n_keys**2:,} slots": base.replace(mem_n_keys=n_keys) for n_keys in (32, 64, 128, 256, 512, 1024)}
+    models = {"no memory": base.replace(ffn="dense")} | {name: config for name, config in models.items() if config.mem_knn <= config.mem_n_keys}
+    return one_seed(models, preset, out_dir, console, lambda config: {"slots": config.mem_n_keys**2 if config.ffn == "memory" else 0})
+
+
+def ablations(base, preset, settings, out_dir, console):
+    """The rows of ablations: Memory+ with one thing changed, at its FLOPs where a feed-forward width can make up for the change."""
+    memory, last = base.memory_layer_numbers(), base.n_layer - 1
+    changes = {
+        "Memory+": {},
+        "values not shared, as many in all": dict(mem_share_values=False, mem_n_keys=round(base.mem_n_keys / len(memory) ** 0.5)),
+        "without gate": dict(mem_gated=False),
+        "without qk-norm": dict(mem_qk_norm=False),
+        "plain (none of the three)": dict(mem_share_values=False, mem_gated=False, mem_qk_norm=False, mem_layers=str(memory[0])),
+        **{f"layer {i} only": dict(mem_layers=str(i)) for i in range(base.n_layer)},
+        "all layers": dict(mem_layers=",".join(map(str, range(base.n_layer)))),
+        "first and last layer": dict(mem_layers=f"0,{last}"),
+        **{f"{heads} heads x {knn}": dict(mem_heads=heads, mem_knn=knn, mem_k_dim=base.mem_k_dim // heads)
+           for heads, knn in ((1, 4), (1, 8), (1, 32), (2, 8), (2, 16), (4, 4), (4, 16))},
+        **{f"keys of {dim}": dict(mem_k_dim=dim) for dim in (base.mem_k_dim // 2, base.mem_k_dim * 2)},
+        **{f"values of {dim}": dict(mem_v_dim=dim) for dim in (base.n_embd // 2, base.n_embd * 2)},
+        **{f"value learning rate x {factor:g}": dict(mem_lr=base.mem_lr * factor) for factor in (0.1, 0.3, 3, 10)},
+    }
+    models = {}
+    for name, change in changes.items():
+        config = base.replace(**change)
+        with contextlib.suppress(UserError):  # where nothing is left to narrow, the row shows other FLOPs
+            config = at_flops(config, flops(base))
+        models[name] = config
+    return one_seed({name: config for name, config in models.items() if name == "Memory+" or config != base}, preset, out_dir, console)
+
+
+def one_seed(models, preset, out_dir, console, more=lambda config: {}):
+    """Rows of models that are trained once each."""
+    runs = {name: Run(f"{name}, seed={config.seed}", config) for name, config in models.items()}
+    results = train(list(runs.values()), preset, out_dir, console)
+    return [described(name, config) | more(config) | measured([results[runs[name].name]]) for name, config in models.items()]
+
+
+def cached(path, compute):
+    """compute(), or what it gave before."""
+    if not path.exists():
+        value = compute()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(value))
+    return read_json(path)
+
+
+# ------------------------------------------------------------------------------------------------
+# Showing
+
+
+def mean(numbers):
+    """'71.2%', or with several numbers their mean and the farthest from it: '71.2% ± 1.3'."""
+    middle = statistics.mean(numbers)
+    return f"{middle:.1%}" + (f" ± {100 * max(abs(x - middle) for x in numbers):.1f}" if len(numbers) > 1 else "")
+
+
+def markdown(command, rows, about):
+    """The rows as a Markdown table under a line that says what they are."""
+    columns = {"model": lambda r: r["model"], "FLOPs a token": lambda r: f"{r['flops_per_token'] / 1e6:.3f} million",
+               "parameters": lambda r: f"{r['params']:,}", "in tables or experts": lambda r: f"{r['mem_params']:,}"}
+    columns |= {"recall": lambda r: mean(r["recall"]), "in a taught wording": lambda r: mean(r["recall_taught"]),
+                "val loss": lambda r: f"{statistics.mean(r['loss']):.3f}"}
+    if command == "table1":
+        columns |= {"learning rate": lambda r: f"{r['learning_rate']:g}", "seconds": lambda r: f"{r['seconds']:.0f}",
+                    "recall at equal wall-clock": lambda r: f"{r['recall_equal_time']:.1%}"}
+    lines = ["| " + " | ".join(columns) + " |", "| --- |" + " ---: |" * (len(columns) - 1)]
+    lines += ["| " + " | ".join(text(row) for text in columns.values()) + " |" for row in rows]
+    return "\n".join([f"`python -m nanomem.reproduce {command}`: {about}", "", *lines, ""])
+
+
+def draw(command, rows, path):
+    """The rows as a figure."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    def bars(axis, names, values, title):
+        axis.barh(range(len(names)), values, color=["#d9822b" if "emory" in name or "PEER" in name else "#8a9ba8" for name in names])
+        axis.set_yticks(range(len(names)), names)
+        axis.invert_yaxis()
+        axis.set_xlabel(title)
+
+    if command == "scaling":
+        figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
+        points = [row for row in rows if row["slots"]]
+        for axis, key, title in ((left, "recall", "recall of facts never asked about"), (right, "loss", "validation loss")):
+            axis.plot([row["slots"] for row in points], [row[key][0] for row in points], "o-", color="#d9822b")
+            axis.axhline(rows[0][key][0], color="#8a9ba8", linestyle="--", label="no memory, at the FLOPs of the default")
+            for row in points:
+                axis.annotate(f"{row['flops_per_token'] / 1e6:.2f}", (row["slots"], row[key][0]), textcoords="offset points", xytext=(0, 6), fontsize=7)
+            axis.set_xscale("log", base=2)
+            axis.set_xlabel("slots (at each point: million FLOPs a token)")
+            axis.set_title(title, fontsize=10)
+            axis.legend(fontsize=7)
+    else:
+        figure, axis = plt.subplots(figsize=(8, 0.32 * len(rows) + 1))
+        bars(axis, [row["model"] for row in rows], [statistics.mean(row["recall"]) for row in rows], "recall of facts never asked about")
+        for i, row in enumerate(rows):
+            axis.plot(row["recall"], [i] * len(row["recall"]), "k.", markersize=4)
+            if "recall_equal_time" in row:
+                axis.plot(row["recall_equal_time"], i, "wD", markeredgecolor="black", markersize=5)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def machine():
+    """A few words about this machine."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        name = next(line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
+    return f"{os.cpu_count()} cores, {name}"
+
+
+COMMANDS = {"table1": table1, "scaling": scaling, "ablations": ablations}
+
+
+def main():
+    """One command."""
+    arguments = sys.argv[1:]
+    command = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
+    settings = Settings(**parse(Settings, arguments))
+    if command not in COMMANDS:
+        raise UserError(f"expected what to reproduce, one of {', '.join(COMMANDS)}; got {command or 'nothing'}")
+    try:
+        import matplotlib  # noqa: F401
+    except ModuleNotFoundError:
+        raise UserError("figures need matplotlib: pip install -e '.[plot]'") from None
+    keep_freed_memory()
+    preset, console, started = PRESETS[settings.preset], Console(highlight=False, soft_wrap=True), time.monotonic()
+    base, out_dir = Config(**preset.base), Path(settings.out_dir) / settings.preset
+    rows = COMMANDS[command](base, preset, settings, out_dir, console)
+    minutes = (time.monotonic() - started) / 60
+    about = f"{machine()}, torch {torch.__version__}, preset {settings.preset}, {minutes:.0f} minutes"
+    name = command + ("" if settings.preset == "laptop" else f"-{settings.preset}")
+    assets = Path(settings.assets)
+    assets.mkdir(parents=True, exist_ok=True)
+    write_text(assets / f"{name}.json", json.dumps(rows, indent=1) + "\n")
+    write_text(assets / f"{name}.md", markdown(command, rows, about))
+    draw(command, rows, assets / f"{name}.png")
+    console.print(markdown(command, rows, about))
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()
