@@ -47,7 +47,8 @@ class MixtureOfExperts(nn.Module):
     def forward(self, x):
         """(batch, time, dim), or any shape that ends in dim, to the same shape."""
         shape, x = x.shape, x.reshape(-1, x.shape[-1])
-        p = self.router(x).float().softmax(-1)
+        logits = self.router(x)
+        p = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
         weights, chosen = p.topk(self.k)
         self.routing = p, chosen
         order = chosen.flatten().argsort(stable=True)  # by expert
