@@ -221,7 +221,8 @@ class Sentences:
     def __init__(self, facts, encoding):
         self.facts, self.encoding = facts, encoding
         self.end = encoding.eot_token
-        encode = encoding.encode_ordinary_batch
+        def encode(texts):  # tiktoken's batches start threads each time, which takes longer than short texts do
+            return [encoding.encode_ordinary(text) for text in texts]
         # A name in mid-sentence is encoded with its space: " Lagos".
         self.names = {False: encode(facts.entities), True: encode([" " + name for name in facts.entities])}
         self.values = [[encode([" " + spelling for spelling in value]) for value in values] for values in facts.values]

@@ -4,7 +4,7 @@ The paper's claims, small: trains the models of a table or figure with train.py,
     python -m nanomem.reproduce table1       dense models, mixture of experts, PEER, plain memory and Memory+ on equal terms
     python -m nanomem.reproduce scaling      recall against the number of slots, at equal FLOPs
     python -m nanomem.reproduce ablations    Memory+ with one thing changed at a time
-    python -m nanomem.reproduce slots        which slots facts use, in a model of table1
+    python -m nanomem.reproduce slots        which slots facts use, in a trained model (--run=out/world-memory)
 
 - equal terms: the same facts, tokens, batches and tokenizer; each model's learning rate is the best of a small sweep, by the loss
   on questions that are never reported
@@ -23,18 +23,21 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from nanomem import optim
+from nanomem import checkpoint, optim
 from nanomem.checkpoint import read_json, write_text
 from nanomem.config import Config, UserError, keep_freed_memory, one_line_errors, parse, pick_device, setting
 from nanomem.data import open_data
-from nanomem.model import GPT, sized
+from nanomem.memory import SlotUsage, observe_lookups
+from nanomem.model import GPT
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -45,6 +48,7 @@ class Settings:
 
     preset: str = setting("laptop", "laptop: 2 cores, under an hour a command; gpu: one H100", ("laptop", "gpu"), group="Reproduction")
     seeds: int = setting(3, "runs of each model of table1")
+    run: str = setting("out/world-memory", "folder of the trained model that slots looks into")
     out_dir: str = setting("out/reproduce", "folder for the runs")
     assets: str = setting("assets", "folder for tables and figures")
 
@@ -59,6 +63,7 @@ class Preset:
     rates: tuple  # learning rates of the sweep
 
 
+BALANCES = (0.001, 0.01, 0.1)  # weights of the mixture's balance loss that its sweep tries
 PRESETS = {
     "laptop": Preset(dict(data="people"), workers=2, threads=1, rates=(4e-3, 8e-3, 1.6e-2)),
     "gpu": Preset(dict(data="people"), workers=1, threads=0, rates=(1e-3, 2e-3, 4e-3)),
@@ -104,7 +109,7 @@ def sized_as_llama(config, n_embd):
 # Runs
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Run:
     """One training of a model."""
 
@@ -200,13 +205,11 @@ def pace(configs, steps=4, rounds=6):
     """Seconds a training step takes, {name: median}, for each of {name: Config}: side by side, a few steps of one model after a few of
     the next, with all of the machine and nothing else running.
     """
-    device = pick_device("auto")
-    made = {}
+    device, made = pick_device("auto"), {}
+    data = open_data(next(iter(configs.values())))  # all have the same
     for name, config in configs.items():
-        data = open_data(config)
-        config.vocab_size = data.encoding.n_vocab
         with device:
-            model = GPT(config)
+            model = GPT(config.replace(vocab_size=data.encoding.n_vocab))
         made[name] = (model, optim.build_optimizer(model, config.learning_rate, config.mem_lr, config.weight_decay),
                       [t.to(device) for t in data.batch("train", 0, config.batch_size)])
     seconds = {name: [] for name in configs}
@@ -242,6 +245,8 @@ def choose_rates(models, preset, out_dir, console):
                 tried = config.replace(learning_rate=rate, min_lr=config.min_lr * scale, mem_lr=config.mem_lr * scale, moe_balance=balance)
                 label = f"{name}, lr={rate:g}" + (f", balance={balance:g}" if config.ffn == "moe" else "")
                 tries[label] = (name, tried)
+    if len(tries) == len(models):
+        return {name: config for name, config in tries.values()}
     quarter = [Run(label, config.replace(max_iters=config.max_iters // 4, warmup_iters=config.warmup_iters // 4, eval_interval=config.max_iters // 4))
                for label, (_, config) in tries.items()]
     results = train(quarter, preset, out_dir, console)
@@ -289,11 +294,11 @@ def table1(base, preset, settings, out_dir, console):
     models = choose_rates(models, preset, out_dir, console)
     seeds = range(base.seed, base.seed + settings.seeds)
     runs = seeds_of(models, seeds)
-    in_equal_time = {}
+    in_equal_time = {"Memory+": runs["Memory+", base.seed]}
     for name, config in models.items():
-        iters = round(config.max_iters * seconds["Memory+"] / seconds[name])
-        in_equal_time[name] = Run(f"{name}, equal time", config.replace(max_iters=iters, eval_interval=iters))
-    results = train([*runs.values(), *in_equal_time.values()], preset, out_dir, console)
+        iters = max(1, round(config.max_iters * seconds["Memory+"] / seconds[name]))
+        in_equal_time.setdefault(name, Run(f"{name}, equal time", config.replace(max_iters=iters, eval_interval=iters)))
+    results = train(list(dict.fromkeys([*runs.values(), *in_equal_time.values()])), preset, out_dir, console)
     rows = []
     for name, config in models.items():
         row = described(name, config) | {"seconds": seconds[name] * config.max_iters}
@@ -350,6 +355,102 @@ def cached(path, compute):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(value))
     return read_json(path)
+
+
+# ------------------------------------------------------------------------------------------------
+# Looking into a memory
+
+
+def overlap(one, other):
+    """The share of two tokens' lookups that is in common: the sum over slots of the smaller weight, from 0 to 1 a head.
+
+    one, other: (indices (heads, knn), weights (heads, knn)); returns the mean over heads.
+    """
+    found = [dict(zip(indices.flatten().tolist(), weights.flatten().tolist())) for indices, weights in (one, other)]
+    return sum(min(weight, found[1].get(slot, 0.0)) for slot, weight in found[0].items()) / len(one[0])
+
+
+@torch.no_grad()
+def slots(run, facts_looked_at=100, batches=20):
+    """What a trained model's memory layers read: rows {"layer", "share used", "kl", "sorted", "overlaps"}.
+
+    share used and kl (Lample et al. 2019, section 4.4) are over `batches` training batches, sorted their weights a slot from high to low.
+    overlaps[position][with] is the mean overlap of a fact's lookups, in a taught wording, with those in another taught wording, in a
+    question, for another attribute of the entity, and for another entity; position "name" is the last token of the entity's name,
+    where a memory can know the entity, and "answer" the last one before the answer, where it can know the fact.
+    Raises UserError for a run without facts or memory.
+    """
+    folder, header, _ = checkpoint.newest(Path(run))
+    if header is None:
+        raise UserError(f"--run={run} has no checkpoint yet")
+    config = Config.from_saved(header["config"], run)
+    data = open_data(config, Path(run) / "tokenizer.tiktoken")
+    model = GPT(config).eval()
+    checkpoint.load(folder, model)
+    if not data.facts or not model.memory_layers():
+        raise UserError(f"--run={run} must be a run with facts and with memory layers, got data={config.data} and ffn={config.ffn}")
+    numbers = {layer: number for number, layer in model.memory_layers().items()}
+
+    usages = {number: SlotUsage() for number in numbers.values()}
+    with observe_lookups(model, lambda layer, *read: usages[numbers[layer]](layer, *read)):
+        for i in range(batches):
+            model(data.batch("train", i, config.batch_size)[0])
+    rows = {number: {"layer": number, "share used": usage.usage(), "kl": usage.kl(), "overlaps": {"name": {}, "answer": {}},
+                     "sorted": sorted(next(iter(usage.weight.values())).tolist(), reverse=True)} for number, usage in usages.items()}
+
+    def lookups(entity, wording):
+        """{(layer, position): (indices, weights)} of a prompt."""
+        sentences, read = data.sentences, {}
+        before = sentences.pieces[wording][0]
+        tokens = [sentences.end] + sentences.prompt(entity, wording)
+        places = {"name": len(before) + len(sentences.names[bool(before)][entity]), "answer": len(tokens) - 1}
+        with observe_lookups(model, lambda layer, indices, weights: read.update({numbers[layer]: (indices, weights)})):
+            model(torch.tensor([tokens]))
+        return {(number, name): (indices[at], weights[at]) for number, (indices, weights) in read.items() for name, at in places.items()}
+
+    rng, sums = np.random.default_rng(0), Counter()
+    attributes, entities = data.facts.attributes, len(data.facts.entities)
+    for _ in range(facts_looked_at):
+        entity, other, a = int(rng.integers(entities)), int(rng.integers(entities)), int(rng.integers(len(attributes)))
+        taught = attributes[a].statements
+        prompts = {"another entity": (other, taught[0])}
+        prompts |= {"another taught wording": (entity, taught[1])} if len(taught) > 1 else {}
+        prompts |= {"a question": (entity, attributes[a].questions[0])} if attributes[a].questions else {}
+        prompts |= {"another attribute": (entity, attributes[a - 1].statements[0])} if len(attributes) > 1 else {}
+        fact = lookups(entity, taught[0])
+        for compared, prompt in prompts.items():
+            for place, read in lookups(*prompt).items():
+                sums[place, compared] += overlap(fact[place], read) / facts_looked_at
+    for ((number, position), compared), value in sums.items():
+        rows[number]["overlaps"][position][compared] = value
+    return list(rows.values())
+
+
+def show_slots(rows, path):
+    """`slots` as a figure; returns it as Markdown."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(1, 1 + len(rows), figsize=(4 + 3.6 * len(rows), 3.2))
+    lines = ["| layer | slots used | KL from uniform, nats | at the token | overlap with: " + " | ".join(rows[0]["overlaps"]["name"]) + " |"]
+    lines += ["| --- | ---: | ---: | --- |" + " ---: |" * len(rows[0]["overlaps"]["name"])]
+    for row, axis in zip(rows, axes[1:]):
+        used = [weight for weight in row["sorted"] if weight]
+        axes[0].loglog(range(1, len(used) + 1), [weight / sum(used) for weight in used], label=f"layer {row['layer']}: {row['share used']:.0%} used")
+        names = list(row["overlaps"]["name"])
+        for i, (position, overlaps) in enumerate(row["overlaps"].items()):
+            axis.barh([j + 0.4 * i - 0.2 for j in range(len(names))], [overlaps[name] for name in names], 0.38, label=f"at the {position}")
+            lines.append(f"| {row['layer']} | {row['share used']:.1%} | {row['kl']:.2f} | {position} | " + " | ".join(f"{overlaps[name]:.2f}" for name in names) + " |")
+        axis.set_yticks(range(len(names)), names, fontsize=8)
+        axis.set_xlim(0, 1)
+        axis.set_title(f"layer {row['layer']}: lookups in common with", fontsize=9)
+        axis.legend(fontsize=7)
+    axes[0].set_xlabel("slots, most read first")
+    axes[0].set_title("share of all weight", fontsize=9)
+    axes[0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    return "\n".join(lines) + "\n"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -429,21 +530,30 @@ def main():
     arguments = sys.argv[1:]
     command = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
     settings = Settings(**parse(Settings, arguments))
-    if command not in COMMANDS:
-        raise UserError(f"expected what to reproduce, one of {', '.join(COMMANDS)}; got {command or 'nothing'}")
+    if command not in (*COMMANDS, "slots"):
+        raise UserError(f"expected what to reproduce, one of {', '.join(COMMANDS)}, slots; got {command or 'nothing'}")
     try:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError:
         raise UserError("figures need matplotlib: pip install -e '.[plot]'") from None
     keep_freed_memory()
+    if settings.seeds < 1:
+        raise UserError(f"seeds must be 1 or more, got {settings.seeds}")
     preset, console, started = PRESETS[settings.preset], Console(highlight=False, soft_wrap=True), time.monotonic()
+    assets = Path(settings.assets)
+    assets.mkdir(parents=True, exist_ok=True)
+    if command == "slots":
+        rows = slots(settings.run)
+        write_text(assets / "slots.json", json.dumps(rows) + "\n")
+        text = show_slots(rows, assets / "slots.png")
+        write_text(assets / "slots.md", f"`python -m nanomem.reproduce slots --run={settings.run}`\n\n{text}")
+        console.print(text)
+        return
     base, out_dir = Config(**preset.base), Path(settings.out_dir) / settings.preset
     rows = COMMANDS[command](base, preset, settings, out_dir, console)
     minutes = (time.monotonic() - started) / 60
     about = f"{machine()}, torch {torch.__version__}, preset {settings.preset}, {minutes:.0f} minutes"
     name = command + ("" if settings.preset == "laptop" else f"-{settings.preset}")
-    assets = Path(settings.assets)
-    assets.mkdir(parents=True, exist_ok=True)
     write_text(assets / f"{name}.json", json.dumps(rows, indent=1) + "\n")
     write_text(assets / f"{name}.md", markdown(command, rows, about))
     draw(command, rows, assets / f"{name}.png")

@@ -1,0 +1,138 @@
+import json
+
+import pytest
+import runs
+import torch
+
+from nanomem import reproduce
+from nanomem.config import Config, UserError
+from nanomem.model import GPT
+
+TINY = dict(data="people", n_entities=40, n_layer=3, n_embd=32, n_head=2, block_size=32, batch_size=4, mem_layers="0,1", mem_n_keys=32,
+            mem_knn=4, mem_k_dim=32, max_iters=4, eval_interval=4, eval_iters=1, warmup_iters=1, device="cpu")
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """A preset whose runs take a moment."""
+    monkeypatch.setitem(reproduce.PRESETS, "laptop", reproduce.Preset(TINY, workers=2, threads=1, rates=(8e-3,)))
+    monkeypatch.setattr(reproduce, "BALANCES", (0.01,))
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", ["reproduce", *map(str, arguments)])
+    reproduce.main()
+
+
+def test_table1_from_nothing_and_again(tiny, monkeypatch, tmp_path):
+    arguments = ["table1", "--seeds=1", f"--out_dir={tmp_path / 'runs'}", f"--assets={tmp_path}"]
+    run(monkeypatch, *arguments)
+    rows = json.loads((tmp_path / "table1.json").read_text())
+    assert [row["model"] for row in rows] == ["dense", "dense, 2x", "dense, 4x", "mixture of experts", "PEER", "plain memory", "Memory+"]
+    memory = rows[-1]
+    for row, times in zip(rows, (1, 2, 4, 1, 1, 1, 1)):
+        assert row["flops_per_token"] == pytest.approx(times * memory["flops_per_token"], rel=0.02)
+        assert len(row["recall"]) == len(row["recall_taught"]) == len(row["loss"]) == 1 and row["seconds"] > 0
+        assert 0 <= row["recall"][0] <= 1 and row["loss"][0] > 1
+    for row in rows[3:]:
+        assert row["params"] == pytest.approx(memory["params"], rel=0.05) and row["mem_params"] > 0
+    text = (tmp_path / "table1.md").read_text()
+    assert text.count("\n| ") == 9 and "Memory+" in text and (tmp_path / "table1.png").stat().st_size > 5000
+
+    monkeypatch.setattr(reproduce, "start", lambda *_: pytest.fail("trained again"))
+    run(monkeypatch, *arguments)
+    assert json.loads((tmp_path / "table1.json").read_text()) == rows
+
+
+def test_a_run_that_was_stopped_goes_on(tiny, tmp_path):
+    config = Config(**TINY)
+    run = reproduce.Run("one", config.replace(max_iters=8, eval_interval=4))
+    halfway = reproduce.start(reproduce.Run("one", config.replace(max_iters=4)), run.folder(tmp_path), reproduce.PRESETS["laptop"])
+    assert halfway.wait() == 0
+    results = reproduce.train([run], reproduce.PRESETS["laptop"], tmp_path, reproduce.Console(quiet=True))
+    assert results["one"]["iter"] == 8
+    assert "going on from iteration 4" in run.folder(tmp_path).with_name(run.folder(tmp_path).name + ".log").read_text()
+
+
+def test_a_run_that_fails_is_named_with_its_last_line(tiny, tmp_path):
+    run = reproduce.Run("impossible", Config(**TINY).replace(data="nowhere.txt"))
+    with pytest.raises(UserError, match="impossible failed: .*nowhere.txt"):
+        reproduce.train([run], reproduce.PRESETS["laptop"], tmp_path, reproduce.Console(quiet=True))
+
+
+def test_a_folder_belongs_to_settings(tmp_path):
+    config = Config(**TINY)
+    folder = reproduce.Run("a", config).folder(tmp_path)
+    assert folder == reproduce.Run("a", config.replace(out_dir="elsewhere")).folder(tmp_path)
+    assert folder != reproduce.Run("a", config.replace(mem_lr=0.5)).folder(tmp_path)
+
+
+def test_the_program_is_what_computes_not_comments(monkeypatch, tmp_path):
+    before = reproduce.program()
+    for name in ("train.py", "kernels.py", "nanomem", "data"):
+        (tmp_path / name).symlink_to(reproduce.ROOT / name)
+    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
+    assert reproduce.program() == before
+    text = (tmp_path / "train.py").read_text()
+    (tmp_path / "train.py").unlink()
+    (tmp_path / "train.py").write_text("# a remark\n" + text)
+    assert reproduce.program() == before
+    (tmp_path / "train.py").write_text(text + "\nprint(1)\n")
+    assert reproduce.program() != before
+
+
+@pytest.mark.parametrize("command", ["scaling", "ablations"])
+@pytest.mark.parametrize("preset", ["laptop", "gpu"])
+def test_every_model_of_a_command_can_be_made(command, preset, monkeypatch, tmp_path):
+    made = {}
+
+    def train(runs, *_):
+        made.update({run.name: run.config for run in runs})
+        return {run.name: dict(recall=0.5, recall_taught=0.5, recall_tail=0.5, val_loss=1.0) for run in runs}
+    monkeypatch.setattr(reproduce, "train", train)
+    base = Config(**reproduce.PRESETS[preset].base)
+    rows = reproduce.COMMANDS[command](base, reproduce.PRESETS[preset], reproduce.Settings(), tmp_path, None)
+    assert len(rows) == len(made) >= 6
+    for config in made.values():
+        config.check()
+    if command == "scaling":
+        assert [row["slots"] for row in rows] == [0, *(4**n for n in range(5, 11))][:len(rows)]
+    flops = [row["flops_per_token"] for row in rows if row.get("slots", 0) != 2**20]
+    assert rows[0]["params"] == sum(GPT(made[next(iter(made))]).count_parameters()) and min(flops) > 0
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ([], "expected what to reproduce, one of table1, scaling, ablations, slots; got nothing"),
+    (["tables"], "got tables"),
+    (["table1", "--preset=phone"], "--preset must be one of laptop, gpu; got 'phone'"),
+    (["table1", "--seeds=0"], "seeds must be 1 or more"),
+])
+def test_wrong_command_lines(arguments, message, monkeypatch):
+    with pytest.raises(UserError, match=message):
+        run(monkeypatch, *arguments)
+
+
+def test_slots_of_a_trained_model(monkeypatch, tmp_path):
+    runs.train(tmp_path / "run", "--data=people", "--mem_layers=0,1", "--max_iters=3")
+    run(monkeypatch, "slots", f"--run={tmp_path / 'run'}", f"--assets={tmp_path}")
+    rows = json.loads((tmp_path / "slots.json").read_text())
+    assert [row["layer"] for row in rows] == [0, 1]
+    for row in rows:
+        assert 0 < row["share used"] <= 1 and row["kl"] > 0 and len(row["sorted"]) == 64
+        for overlaps in row["overlaps"].values():
+            assert set(overlaps) == {"another taught wording", "a question", "another attribute", "another entity"}
+            assert all(0 <= x <= 1 for x in overlaps.values())
+    assert (tmp_path / "slots.png").stat().st_size > 5000
+
+
+def test_overlap_of_lookups():
+    a = torch.tensor([[1, 2], [3, 4]]), torch.tensor([[0.75, 0.25], [0.5, 0.5]])
+    b = torch.tensor([[2, 9], [4, 3]]), torch.tensor([[0.5, 0.5], [0.9, 0.1]])
+    assert reproduce.overlap(a, a) == pytest.approx(1)
+    assert reproduce.overlap(a, b) == pytest.approx((0.25 + 0.5 + 0.1) / 2)
+
+
+def test_slots_wants_facts_and_memory(monkeypatch, tmp_path):
+    runs.train(tmp_path / "run", "--ffn=dense", "--max_iters=1")
+    with pytest.raises(UserError, match="must be a run with facts and with memory layers, got data=world and ffn=dense"):
+        run(monkeypatch, "slots", f"--run={tmp_path / 'run'}", f"--assets={tmp_path}")
