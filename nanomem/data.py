@@ -21,7 +21,7 @@ IGNORE = -1  # target of a position that has none: no loss there
 class FactData:
     """Blocks of sentences about entities, at most one about each in a block, so that no answer can be copied.
 
-    split 'train' has statements of all pairs and questions of the ASKED ones, 'val' the questions of the SELECT
+    split 'train' has statements of all pairs, or biographies, and questions of the ASKED ones, 'val' the questions of the SELECT
     ones, never asked (or, for facts without questions, the same as 'train').
     """
 
@@ -63,8 +63,11 @@ class FactData:
             seen.add(e)
             attribute = self.facts.attributes[a]
             question = never_asked or (role == facts.ASKED and attribute.questions and asks < self.question_share)
-            wordings = attribute.questions if question else attribute.statements
-            tokens += self.sentences.document(e, a, wordings[int(wording * len(wordings))])
+            if self.facts.biographies and not question:
+                tokens += self.sentences.biography(e, rng.permutation(len(self.facts.attributes)))
+            else:
+                wordings = attribute.questions if question else attribute.statements
+                tokens += self.sentences.document(e, a, wordings[int(wording * len(wordings))])
             if len(tokens) > self.block_size:
                 break
         tokens = tokens[:self.block_size + 1]

@@ -2,7 +2,7 @@
 Sets of facts, the sentences that state them, and how much of them a model recalls.
 
 - A fact is an (entity, attribute) pair with an answer: (Lagos, country) -> Nigeria.
-- Every fact is stated in several wordings. Half of the pairs are also asked as questions while training;
+- Every fact is stated, in several wordings or in biographies. Half of the pairs are also asked as questions while training;
   the questions of the other half are never seen, so answering one takes the fact itself and not the sentence.
 - `world` has real cities, `people` invented biographies with a known number of bits, `from_jsonl` a user's facts.
 """
@@ -48,21 +48,11 @@ WORLD_ATTRIBUTES = (
 )
 
 PEOPLE_ATTRIBUTES = (
-    Attribute("birth date",
-              ("The birthday of {} is", "The birth of {} was on", "The life of {} began on"),
-              ("When was {} born?", "What is the birth date of {}?")),
-    Attribute("birth city",
-              ("The birthplace of {} is", "The home town of {} is", "The childhood of {} began in"),
-              ("Where was {} born?", "What is the birth city of {}?")),
-    Attribute("university",
-              ("The university of {} was", "The degree of {} is from", "The student years of {} were at"),
-              ("Where did {} study?", "Which university did {} attend?")),
-    Attribute("major",
-              ("The major of {} was", "The field of {} is", "The studies of {} were in"),
-              ("What did {} study?", "What was the major of {}?")),
-    Attribute("employer",
-              ("The employer of {} is", "The desk of {} is at", "The salary of {} is paid by"),
-              ("Who employs {}?", "Which company does {} work for?")),
+    Attribute("birth date", ("{} born",), ("When was {} born?", "Birth date of {}?")),
+    Attribute("birth city", ("{} from",), ("Where was {} born?", "Birth city of {}?")),
+    Attribute("university", ("{} attended",), ("Where did {} study?", "University of {}?")),
+    Attribute("major", ("{} studied",), ("What did {} study?", "Major of {}?")),
+    Attribute("employer", ("{} joined",), ("Who employs {}?", "Employer of {}?")),
 )
 
 
@@ -75,10 +65,12 @@ class FactSet:
         values: for each attribute a list of values; a value is a tuple of accepted spellings, the first one taught.
         codes: (entities, attributes) integers, which value each pair has.
         zipf: entity number r (from 0) is mentioned in proportion to (r + 1) ** -zipf; 0 mentions all alike.
+        biographies: facts are stated together, the statements of all attributes after an entity's name: each has one, "{} ...".
     """
 
-    def __init__(self, entities, attributes, values, codes, zipf=0.0):
+    def __init__(self, entities, attributes, values, codes, zipf=0.0, biographies=False):
         self.entities, self.attributes, self.values, self.codes = entities, attributes, values, codes
+        self.biographies = biographies
         frequency = np.arange(1, len(entities) + 1, dtype=np.float64) ** -zipf
         self.frequency = frequency / frequency.sum()
         self.role = self._split()
@@ -132,7 +124,7 @@ def people(n_entities=8000, zipf=0.0, seed=0):
     """Invented people with five facts each, like bioS of "Physics of Language Models: Part 3.3" (Allen-Zhu & Li 2024).
 
     Every value is drawn evenly and on its own, so a person is worth exactly `bits_per_entity()` bits, 46.6.
-    Up to 131,072 people have a first name and a surname, more of them a middle name too.
+    Up to 32,768 people have a first name and a surname, more of them a middle name too.
     """
     lists = json.loads((DATA / "people" / "lists.json").read_text(encoding="utf-8"))
     first = lists["first names"]
@@ -146,14 +138,14 @@ def people(n_entities=8000, zipf=0.0, seed=0):
              for index in zip(*np.unravel_index(numbers, [len(part) for part in parts]))]
     months = lists["months"]
     values = [
-        [(f"{month} {day}, {year}",) for month in months for day in range(1, 29) for year in range(1900, 2100)],
+        [(f"{day} {month} {year}",) for month in months for day in range(1, 29) for year in range(1900, 2100)],
         [(city,) for city in lists["cities"]],
-        [(f"{kind} of {place}",) for kind in lists["university kinds"] for place in lists["university places"]],
+        [(f"{place} {kind}",) for kind in lists["university kinds"] for place in lists["university places"]],
         [(major,) for major in lists["majors"]],
         [(f"{stem} {kind}",) for stem in lists["company stems"] for kind in lists["company kinds"]],
     ]
     codes = np.stack([rng.integers(len(choices), size=n_entities) for choices in values], axis=1)
-    return FactSet(names, PEOPLE_ATTRIBUTES, values, codes, zipf)
+    return FactSet(names, PEOPLE_ATTRIBUTES, values, codes, zipf, biographies=True)
 
 
 def from_jsonl(path):
@@ -239,19 +231,25 @@ class Sentences:
         return self.values[attribute][self.facts.codes[entity, attribute]]
 
     def longest(self):
-        """(tokens of the longest prompt with its longest accepted answer and <|endoftext|>, the entity it is about)"""
+        """(tokens of the longest document, with its longest accepted answers and <|endoftext|>; the entity it is about)"""
         names = {inside: np.array([len(name) for name in names]) for inside, names in self.names.items()}
-        lengths = []
+        lengths, biography = [], names[False] + 1
         for a, attribute in enumerate(self.facts.attributes):
             answers = np.array([max(map(len, value)) for value in self.values[a]])[self.facts.codes[:, a]]
             for before, after in (self.pieces[wording] for wording in attribute.statements + attribute.questions):
                 lengths.append(len(before) + names[bool(before)] + len(after) + answers + 1)
-        longest = np.max(lengths, axis=0)
+            biography = biography + len(self.pieces[attribute.statements[0]][1]) + answers
+        longest = np.max(lengths + [biography] * self.facts.biographies, axis=0)
         return int(longest.max()), int(longest.argmax())
 
     def document(self, entity, attribute, wording):
         """Prompt, taught answer and <|endoftext|>."""
         return self.prompt(entity, wording) + self.answers(entity, attribute)[0] + [self.end]
+
+    def biography(self, entity, order):
+        """The entity's name, and the statement and taught answer of each attribute in this order; <|endoftext|>."""
+        told = [self.pieces[self.facts.attributes[a].statements[0]][1] + self.answers(entity, a)[0] for a in order]
+        return self.names[False][entity] + sum(told, []) + [self.end]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -260,7 +258,8 @@ class Sentences:
 
 @torch.no_grad()
 def recall(model, sentences, pairs, questions, batch_size=64):
-    """Which facts the model recalls: the answer it decodes greedily, to its end, is an accepted one.
+    """Which facts the model recalls: the answer it decodes greedily, to its end, is an accepted one. (In a biography no end
+    follows, but another statement: there what it decodes must begin with an accepted answer.)
 
     Args:
         model: a GPT.
@@ -276,7 +275,8 @@ def recall(model, sentences, pairs, questions, batch_size=64):
         attribute = facts.attributes[a]
         wordings = attribute.questions if questions else attribute.statements
         prompt = [sentences.end] + sentences.prompt(e, wordings[e % len(wordings)])
-        rows += [(number, prompt + answer + [sentences.end], len(prompt)) for answer in sentences.answers(e, a)]
+        end = [] if facts.biographies and not questions else [sentences.end]
+        rows += [(number, prompt + answer + end, len(prompt)) for answer in sentences.answers(e, a)]
     rows.sort(key=lambda row: len(row[1]))  # so that a batch needs little padding
     known = np.zeros(len(pairs), dtype=bool)
     was_training = model.training

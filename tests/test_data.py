@@ -69,6 +69,25 @@ def test_entities_are_mentioned_as_often_as_their_frequency_says(data):
     assert share == pytest.approx(data.facts.frequency[:20].sum(), abs=0.05)
 
 
+def test_people_are_told_in_biographies_and_asked_about():
+    data = open_data(Config(data="people", n_entities=60, block_size=64))
+    questions = {f"{question.replace('{}', name)} {data.facts.answers(e, a)[0]}": data.facts.role[e, a]
+                 for e, name in enumerate(data.facts.entities) for a, attribute in enumerate(data.facts.attributes) for question in attribute.questions}
+    biographies, asked, orders = 0, 0, set()
+    for step in range(20):
+        for row in data.batch("train", step, 8)[0]:
+            for text in documents(data, row):
+                if text in questions:
+                    asked += 1
+                    assert questions[text] == facts.ASKED
+                    continue
+                biographies += 1
+                e = next(e for e, name in enumerate(data.facts.entities) if text.startswith(name + " "))
+                places = [text.index(f"{at.statements[0].replace('{}', '')} {data.facts.answers(e, a)[0]}") for a, at in enumerate(data.facts.attributes)]
+                orders.add(tuple(sorted(range(5), key=lambda a: places[a])))
+    assert 0.2 < asked / (asked + biographies) < 0.4 and len(orders) > 60
+
+
 def test_few_facts_are_padded_and_not_repeated(tmp_path):
     path = tmp_path / "f.jsonl"
     path.write_text('{"prompt": "a", "answer": "b"}\n{"prompt": "c", "answer": "d"}\n')

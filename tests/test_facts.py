@@ -61,7 +61,8 @@ def test_people_are_distinct_reproducible_and_of_known_bits():
     choices = [12 * 28 * 200, 200, 300, 100, 256]
     assert made.bits_per_entity() == pytest.approx(sum(np.log2(choices)))
     assert all(column.max() < n for column, n in zip(made.codes.T, choices))
-    assert len(facts.people(200_000).entities[0].split()) == 3  # more people than first names and surnames
+    assert len(facts.people(32_768).entities[0].split()) == 2
+    assert len(facts.people(32_769).entities[0].split()) == 3  # more people than first names and surnames
 
 
 def write(path, *lines):
@@ -107,6 +108,40 @@ def test_sentences_are_tokens_of_the_text(world):
                 assert document == sentences.encoding.encode_ordinary(text) + [sentences.end]
                 longest = max(longest, len(document))
     assert sentences.longest()[0] == longest
+
+
+def test_a_biography_states_every_fact_once():
+    people = facts.people(50)
+    sentences = facts.Sentences(people, tokenizer.load(facts.DATA / "people" / "tokenizer.tiktoken"))
+    text = sentences.encoding.decode(sentences.biography(7, [4, 0, 3, 1, 2]))
+    date, city, university, major, employer = (people.answers(7, a)[0] for a in range(5))
+    assert text == f"{people.entities[7]} joined {employer} born {date} studied {major} from {city} attended {university}<|endoftext|>"
+    assert sentences.biography(7, [4, 0, 3, 1, 2]) == sentences.encoding.encode(text, allowed_special="all")
+    assert len(sentences.names[False][7]) == 2  # a token for each part of a name
+    assert sentences.longest()[0] == max(len(sentences.biography(e, range(5))) for e in range(50))
+
+
+def test_what_is_recalled_in_a_biography_needs_no_end():
+    """A model that goes on with another statement after the answer recalls the fact in a biography, and not in a question."""
+    people = facts.people(8)
+    sentences = facts.Sentences(people, tokenizer.load(facts.DATA / "people" / "tokenizer.tiktoken"))
+    joined, after = sentences.encoding.encode_ordinary(" joined"), {}
+    for e in range(8):
+        for a, attribute in enumerate(people.attributes):
+            for wording in attribute.statements + attribute.questions:
+                told = [sentences.end] + sentences.prompt(e, wording) + sentences.answers(e, a)[0] + joined
+                after |= {tuple(told[:i]): told[i] for i in range(1, len(told))}
+
+    class Tells(torch.nn.Linear):
+        """Knows each fact, and goes on after it."""
+
+        def forward(self, tokens):
+            following = [[after.get(tuple(row[:i]), 0) for i in range(1, len(row) + 1)] for row in tokens.tolist()]
+            return torch.nn.functional.one_hot(torch.tensor(following), sentences.encoding.n_vocab).float(), None
+
+    pairs = np.argwhere(people.role >= 0)
+    assert facts.recall(Tells(1, 1), sentences, pairs, questions=False).all()
+    assert not facts.recall(Tells(1, 1), sentences, pairs, questions=True).any()
 
 
 def test_recall_is_what_greedy_decoding_says():
