@@ -47,12 +47,14 @@ WORLD_ATTRIBUTES = (
               ("What is the longitude of {}?", "How far east or west is {}?")),
 )
 
+# Every prompt ends in the same token, so that what a model keeps at the place where it answers is found again whatever the wording:
+# with questions that end otherwise than biographies, a memory layer keeps as many facts and answers half as many questions.
 PEOPLE_ATTRIBUTES = (
-    Attribute("birth date", ("{} born",), ("When was {} born?", "Birth date of {}?")),
-    Attribute("birth city", ("{} from",), ("Where was {} born?", "Birth city of {}?")),
-    Attribute("university", ("{} attended",), ("Where did {} study?", "University of {}?")),
-    Attribute("major", ("{} studied",), ("What did {} study?", "Major of {}?")),
-    Attribute("employer", ("{} joined",), ("Who employs {}?", "Employer of {}?")),
+    Attribute("birth date", ("{} born:",), ("When was {} born:", "Birth date of {}:")),
+    Attribute("birth city", ("{} from:",), ("Where was {} born:", "Birth city of {}:")),
+    Attribute("university", ("{} attended:",), ("Where did {} study:", "University of {}:")),
+    Attribute("major", ("{} studied:",), ("What did {} study:", "Major of {}:")),
+    Attribute("employer", ("{} joined:",), ("Who employs {}:", "Employer of {}:")),
 )
 
 

@@ -115,7 +115,7 @@ def test_a_biography_states_every_fact_once():
     sentences = facts.Sentences(people, tokenizer.load(facts.DATA / "people" / "tokenizer.tiktoken"))
     text = sentences.encoding.decode(sentences.biography(7, [4, 0, 3, 1, 2]))
     date, city, university, major, employer = (people.answers(7, a)[0] for a in range(5))
-    assert text == f"{people.entities[7]} joined {employer} born {date} studied {major} from {city} attended {university}<|endoftext|>"
+    assert text == f"{people.entities[7]} joined: {employer} born: {date} studied: {major} from: {city} attended: {university}<|endoftext|>"
     assert sentences.biography(7, [4, 0, 3, 1, 2]) == sentences.encoding.encode(text, allowed_special="all")
     assert len(sentences.names[False][7]) == 2  # a token for each part of a name
     assert sentences.longest()[0] == max(len(sentences.biography(e, range(5))) for e in range(50))
