@@ -67,7 +67,7 @@ BALANCES = (0.001, 0.01, 0.1)  # weights of the mixture's balance loss that its 
 PRESETS = {
     # 3.5 million tokens of 2,000 people: 93 kbit, each fact told some 80 times, to cores of 80,000 parameters.
     "laptop": Preset(dict(data="people", n_entities=2000, n_layer=3, n_head=2, n_embd=32, block_size=64, batch_size=32, max_iters=1700,
-                          eval_interval=340, mem_layers="2", mem_k_dim=32, mem_lr=6e-2),
+                          eval_interval=340, mem_layers="2", mem_k_dim=32, mem_lr=6e-2, moe_k=1),
                      workers=2, threads=1, rates=(4e-3, 8e-3, 1.6e-2)),
     # 100 million tokens of 200,000 people: 9.3 Mbit, to cores of 60 million parameters, with 1M slots.
     "gpu": Preset(dict(data="people", n_entities=200_000, n_layer=12, n_head=10, n_embd=640, block_size=512, batch_size=64, max_iters=3100,
