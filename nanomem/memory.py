@@ -321,7 +321,8 @@ class MemoryTable(nn.Module):
         self.columns = range(v_dim) if columns is None else columns
         self.values = nn.Parameter(torch.empty(n_slots, len(self.columns), dtype=dtype))
         with torch.no_grad():
-            for rows in self.values.split(2**16):  # whole rows are drawn, so that a column begins the same however they are split
+            # Whole rows are drawn, so that a column begins the same however they are split. (On torch's device "meta" there is nothing to draw.)
+            for rows in () if self.values.is_meta else self.values.split(2**16):
                 rows.copy_(torch.empty(len(rows), v_dim, dtype=dtype).normal_(std=v_dim**-0.5)[:, self.columns.start:self.columns.stop])
 
     @torch.compiler.disable  # so that a compiled model has one graph break a memory layer, here

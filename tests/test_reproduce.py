@@ -8,7 +8,7 @@ from nanomem import reproduce
 from nanomem.config import Config, UserError
 from nanomem.model import GPT
 
-TINY = dict(data="people", n_entities=40, n_layer=3, n_embd=32, n_head=2, block_size=32, batch_size=4, mem_layers="0,1", mem_n_keys=32,
+TINY = dict(data="people", n_entities=40, n_layer=3, n_embd=32, n_head=2, block_size=64, batch_size=4, mem_layers="0,1", mem_n_keys=32,
             mem_knn=4, mem_k_dim=32, max_iters=4, eval_interval=4, eval_iters=1, warmup_iters=1, device="cpu")
 
 
@@ -113,7 +113,7 @@ def test_wrong_command_lines(arguments, message, monkeypatch):
 
 
 def test_slots_of_a_trained_model(monkeypatch, tmp_path):
-    runs.train(tmp_path / "run", "--data=people", "--mem_layers=0,1", "--max_iters=3")
+    runs.train(tmp_path / "run", "--data=people", "--block_size=64", "--mem_layers=0,1", "--max_iters=3")
     run(monkeypatch, "slots", f"--run={tmp_path / 'run'}", f"--assets={tmp_path}")
     rows = json.loads((tmp_path / "slots.json").read_text())
     assert [row["layer"] for row in rows] == [0, 1]
