@@ -81,8 +81,7 @@ def test_the_program_is_what_computes_not_comments(monkeypatch, tmp_path):
     assert reproduce.program() != before
 
 
-@pytest.mark.parametrize("command", ["scaling", "ablations"])
-@pytest.mark.parametrize("preset", ["laptop", "gpu"])
+@pytest.mark.parametrize("command, preset", [("scaling", "laptop"), ("scaling", "gpu"), ("ablations", "laptop")])
 def test_every_model_of_a_command_can_be_made(command, preset, monkeypatch, tmp_path):
     made = {}
 
@@ -120,7 +119,7 @@ def test_slots_of_a_trained_model(monkeypatch, tmp_path):
     for row in rows:
         assert 0 < row["share used"] <= 1 and row["kl"] > 0 and len(row["sorted"]) == 64
         for overlaps in row["overlaps"].values():
-            assert set(overlaps) == {"another taught wording", "a question", "another attribute", "another entity"}
+            assert set(overlaps) == {"a question", "another attribute", "another entity"}
             assert all(0 <= x <= 1 for x in overlaps.values())
     assert (tmp_path / "slots.png").stat().st_size > 5000
 
