@@ -83,8 +83,6 @@ def settings(argv):
 
 def check_tables_fit(config, device):
     """Raises UserError for memory tables larger than the machine's memory, which would kill the process without a word."""
-    if config.ffn == "dense":
-        return
     with torch.device("meta"):
         tables = [m for m in GPT(config).modules() if isinstance(m, MemoryTable)]
     shards = min(config.shards() or sharding.size(), sharding.size())

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from nanomem.memory import ProductKeyMemory, gather_dot, gather_sum, scatter_sum
+from nanomem.memory import ProductKeyMemory, gather_dot, gather_sum, gradient_of_rows, scatter_sum
 
 
 class MixtureOfExperts(nn.Module):
@@ -133,11 +133,7 @@ class _MemoryDot(torch.autograd.Function):
     def backward(ctx, grad):
         values, indices, x = ctx.saved_tensors
         rows, sums = scatter_sum(indices, grad.contiguous(), x, len(values))
-        if ctx.sparse_grad:
-            grad_values = torch.sparse_coo_tensor(rows[None], sums, values.shape, is_coalesced=True, check_invariants=False)
-        else:
-            grad_values = torch.zeros_like(values).index_copy_(0, rows, sums)
-        return grad_values, None, gather_sum(values, indices, grad.contiguous()), None
+        return gradient_of_rows(values, rows, sums, ctx.sparse_grad), None, gather_sum(values, indices, grad.contiguous()), None
 
 
 @torch.compiler.disable  # for the same reason as memory_read

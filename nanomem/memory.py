@@ -248,6 +248,13 @@ def product_key_topk(queries, keys, knn):
 # Reading them
 
 
+def gradient_of_rows(values, rows, sums, sparse):
+    """The gradient of values (n_slots, v_dim) that is sums (u, v_dim) in its rows (u,), each once, ascending: a sparse tensor or a dense one."""
+    if sparse:
+        return torch.sparse_coo_tensor(rows[None], sums, values.shape, is_coalesced=True, check_invariants=False)
+    return torch.zeros_like(values).index_copy_(0, rows, sums)
+
+
 class _MemoryRead(torch.autograd.Function):
     @staticmethod
     def forward(ctx, values, indices, weights, sparse_grad):
@@ -268,10 +275,8 @@ class _MemoryRead(torch.autograd.Function):
                 rows, sums = scatter_sum(indices, weights, grad, len(values))
             if weights_need_it:
                 grad_weights = gather_dot(values, indices, grad)
-        if values_need_it and ctx.sparse_grad:
-            grad_values = torch.sparse_coo_tensor(rows[None], sums, values.shape, is_coalesced=True, check_invariants=False)
-        elif values_need_it:
-            grad_values = torch.zeros_like(values).index_copy_(0, rows, sums)
+        if values_need_it:
+            grad_values = gradient_of_rows(values, rows, sums, ctx.sparse_grad)
         return grad_values, None, grad_weights, None
 
 

@@ -15,6 +15,7 @@ The paper's claims, small: trains the models of a table or figure with train.py,
 import ast
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -134,6 +135,7 @@ class Run:
         return self.config.max_iters * self.config.batch_size * (flops(self.config) + 3e5)
 
 
+@functools.cache
 def program():
     """A hash of all that decides what a run computes: train.py and what it imports, without comments and blanks, and the data."""
     total = hashlib.sha256()
@@ -165,7 +167,6 @@ def train(runs, preset, out_dir, console):
     bar = Progress(BarColumn(bar_width=20), TextColumn("{task.percentage:>3.0f}%"), TimeRemainingColumn(), TextColumn("{task.description}"),
                    console=console, disable=not console.is_terminal, speed_estimate_period=600)
     task = bar.add_task("", total=sum(sizes.values()), completed=sum(sizes[run] for run in results))
-    started, work_before = time.monotonic(), None
     try:
         with bar:
             while waiting or running:
@@ -178,8 +179,9 @@ def train(runs, preset, out_dir, console):
                         continue
                     del running[run]
                     if process.returncode:
-                        log = folders[run].with_suffix(".log").read_text(encoding="utf-8", errors="replace").strip()
-                        raise UserError(f"{run.name} failed: {log.splitlines()[-1] if log else process.returncode} (see {folders[run]}.log)")
+                        log = Path(f"{folders[run]}.log")
+                        said = log.read_text(encoding="utf-8", errors="replace").strip()
+                        raise UserError(f"{run.name} failed: {said.splitlines()[-1] if said else process.returncode} (see {log})")
                     results[run] = rows_of(folders[run])[-1]
                 work = {run: sizes[run] * (rows[-1]["iter"] / run.config.max_iters if (rows := rows_of(folders[run])) else 0) for run in running}
                 done = sum(work.values()) + sum(sizes[run] for run in results)
@@ -216,7 +218,7 @@ def pace(configs, steps=4, rounds=6):
     data = open_data(next(iter(configs.values())))  # all have the same
     for name, config in configs.items():
         with device:
-            model = GPT(config.replace(vocab_size=data.encoding.n_vocab))
+            model = GPT(config)
         made[name] = (model, optim.build_optimizer(model, config.learning_rate, config.mem_lr, config.weight_decay),
                       [t.to(device) for t in data.batch("train", 0, config.batch_size)])
     seconds = {name: [] for name in configs}
@@ -339,11 +341,11 @@ def ablations(base, preset, settings, out_dir, console):
         **{f"values of {dim}": dict(mem_v_dim=dim) for dim in (base.n_embd // 2, base.n_embd * 2)},
         **{f"value learning rate x {factor:g}": dict(mem_lr=base.mem_lr * factor) for factor in (0.1, 0.3, 3, 10)},
     }
-    models = {}
+    models, target = {}, flops(base)
     for name, change in changes.items():
         config = base.replace(**change)
         with contextlib.suppress(UserError):  # where nothing is left to narrow, the row shows other FLOPs
-            config = at_flops(config, flops(base))
+            config = at_flops(config, target)
         models[name] = config
     return one_seed({name: config for name, config in models.items() if name == "Memory+" or config != base}, preset, out_dir, console)
 
@@ -433,11 +435,20 @@ def slots(run, facts_looked_at=100, batches=20):
     return list(rows.values())
 
 
+def pyplot():
+    """matplotlib.pyplot, to draw into files. Raises UserError where it isn't installed."""
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        raise UserError("figures need matplotlib: pip install -e '.[plot]'") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+    return matplotlib.pyplot
+
+
 def show_slots(rows, path):
     """`slots` as a figure; returns it as Markdown."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
     figure, axes = plt.subplots(1, 1 + len(rows), figsize=(4 + 3.6 * len(rows), 3.2))
     lines = ["| layer | slots used | KL from uniform, nats | at the token | overlap with: " + " | ".join(rows[0]["overlaps"]["name"]) + " |"]
     lines += ["| --- | ---: | ---: | --- |" + " ---: |" * len(rows[0]["overlaps"]["name"])]
@@ -486,16 +497,7 @@ def markdown(command, rows, about):
 
 def draw(command, rows, path):
     """The rows as a figure."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    def bars(axis, names, values, title):
-        axis.barh(range(len(names)), values, color=["#d9822b" if "emory" in name or "PEER" in name else "#8a9ba8" for name in names])
-        axis.set_yticks(range(len(names)), names)
-        axis.invert_yaxis()
-        axis.set_xlabel(title)
-
+    plt = pyplot()
     if command == "scaling":
         figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
         points = [row for row in rows if row["slots"]]
@@ -510,7 +512,12 @@ def draw(command, rows, path):
             axis.legend(fontsize=7)
     else:
         figure, axis = plt.subplots(figsize=(8, 0.32 * len(rows) + 1))
-        bars(axis, [row["model"] for row in rows], [statistics.mean(row["recall"]) for row in rows], "recall of facts never asked about")
+        names = [row["model"] for row in rows]
+        colors = ["#d9822b" if "emory" in name or "PEER" in name else "#8a9ba8" for name in names]
+        axis.barh(range(len(rows)), [statistics.mean(row["recall"]) for row in rows], color=colors)
+        axis.set_yticks(range(len(rows)), names)
+        axis.invert_yaxis()
+        axis.set_xlabel("recall of facts never asked about")
         for i, row in enumerate(rows):
             axis.plot(row["recall"], [i] * len(row["recall"]), "k.", markersize=4)
             if "recall_equal_time" in row:
@@ -539,10 +546,7 @@ def main():
     settings = Settings(**parse(Settings, arguments))
     if command not in (*COMMANDS, "slots"):
         raise UserError(f"expected what to reproduce, one of {', '.join(COMMANDS)}, slots; got {command or 'nothing'}")
-    try:
-        import matplotlib  # noqa: F401
-    except ModuleNotFoundError:
-        raise UserError("figures need matplotlib: pip install -e '.[plot]'") from None
+    pyplot()  # told before hours of training, not after
     keep_freed_memory()
     if settings.seeds < 1:
         raise UserError(f"seeds must be 1 or more, got {settings.seeds}")
@@ -557,14 +561,16 @@ def main():
         console.print(text)
         return
     base, out_dir = Config(**preset.base), Path(settings.out_dir) / settings.preset
+    base.vocab_size = open_data(base).encoding.n_vocab  # FLOPs are those of the tokenizer that train.py will use
     rows = COMMANDS[command](base, preset, settings, out_dir, console)
     minutes = (time.monotonic() - started) / 60
     about = f"{machine()}, torch {torch.__version__}, preset {settings.preset}, {minutes:.0f} minutes"
     name = command + ("" if settings.preset == "laptop" else f"-{settings.preset}")
+    text = markdown(command, rows, about)
     write_text(assets / f"{name}.json", json.dumps(rows, indent=1) + "\n")
-    write_text(assets / f"{name}.md", markdown(command, rows, about))
+    write_text(assets / f"{name}.md", text)
     draw(command, rows, assets / f"{name}.png")
-    console.print(markdown(command, rows, about))
+    console.print(text)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,9 @@ def test_table1_from_nothing_and_again(tiny, monkeypatch, tmp_path):
         assert 0 <= row["recall"][0] <= 1 and row["loss"][0] > 1
     for row in rows[3:]:
         assert row["params"] == pytest.approx(memory["params"], rel=0.05) and row["mem_params"] > 0
+    for folder in (tmp_path / "runs" / "laptop").glob("*/config.json"):  # each trained model takes the FLOPs its row says
+        config = json.loads(folder.read_text())
+        assert GPT(Config(**config)).flops_per_token() in [row["flops_per_token"] for row in rows], folder
     text = (tmp_path / "table1.md").read_text()
     assert text.count("\n| ") == 9 and "Memory+" in text and (tmp_path / "table1.png").stat().st_size > 5000
 
@@ -55,8 +58,8 @@ def test_a_run_that_was_stopped_goes_on(tiny, tmp_path):
 
 
 def test_a_run_that_fails_is_named_with_its_last_line(tiny, tmp_path):
-    run = reproduce.Run("impossible", Config(**TINY).replace(data="nowhere.txt"))
-    with pytest.raises(UserError, match="impossible failed: .*nowhere.txt"):
+    run = reproduce.Run("impossible, lr=0.001", Config(**TINY).replace(data="nowhere.txt"))
+    with pytest.raises(UserError, match="impossible, lr=0.001 failed: .*nowhere.txt"):
         reproduce.train([run], reproduce.PRESETS["laptop"], tmp_path, reproduce.Console(quiet=True))
 
 
@@ -68,17 +71,17 @@ def test_a_folder_belongs_to_settings(tmp_path):
 
 
 def test_the_program_is_what_computes_not_comments(monkeypatch, tmp_path):
-    before = reproduce.program()
+    before = reproduce.program.__wrapped__()
     for name in ("train.py", "kernels.py", "nanomem", "data"):
         (tmp_path / name).symlink_to(reproduce.ROOT / name)
     monkeypatch.setattr(reproduce, "ROOT", tmp_path)
-    assert reproduce.program() == before
+    assert reproduce.program.__wrapped__() == before
     text = (tmp_path / "train.py").read_text()
     (tmp_path / "train.py").unlink()
     (tmp_path / "train.py").write_text("# a remark\n" + text)
-    assert reproduce.program() == before
+    assert reproduce.program.__wrapped__() == before
     (tmp_path / "train.py").write_text(text + "\nprint(1)\n")
-    assert reproduce.program() != before
+    assert reproduce.program.__wrapped__() != before
 
 
 @pytest.mark.parametrize("command, preset", [("scaling", "laptop"), ("scaling", "gpu"), ("ablations", "laptop")])
