@@ -267,7 +267,7 @@ with one_line_errors():
         if config.dtype == "float64":
             model.double()
         use_kernels(model.embedding.weight)  # a wrong NANOMEM_KERNELS is found here
-        optimizers = optim.build_optimizer(model, config.learning_rate, config.mem_lr, config.weight_decay)
+        optimizers = optim.build_optimizer(model, config.learning_rate, config.mem_lr, config.weight_decay, mem_beta2=config.mem_beta2)
         if header:
             checkpoint.load(folder, model, optimizers)
     step, elapsed = (header["iteration"], header["elapsed_s"]) if header else (0, 0.0)

@@ -138,6 +138,7 @@ class Config(GPTConfig):
     max_iters: int = setting(1600, "updates")
     learning_rate: float = setting(8e-3, "peak learning rate of all but the tables")
     mem_lr: float = setting(2e-2, "peak learning rate of the tables' values")
+    mem_beta2: float = setting(0.99, "of the values' second moment, one number a slot; 0: each step is scaled by its own gradient")
     min_lr: float = setting(8e-4, "learning rate at the end; the values' falls in the same proportion")
     warmup_iters: int = setting(100, "updates over which the learning rates rise from 0")
     weight_decay: float = setting(0.1, "AdamW's weight decay, for matrices")
@@ -170,6 +171,8 @@ class Config(GPTConfig):
             if not 0 <= getattr(self, name) < float("inf"):
                 finite = " and finite" if isinstance(getattr(self, name), float) else ""
                 raise ValueError(f"{name} must be 0 or more{finite}, got {getattr(self, name)}")
+        if not 0 <= self.mem_beta2 < 1:
+            raise ValueError(f"mem_beta2 must be from 0 to under 1, got {self.mem_beta2}")
         if self.dtype == "float64" and self.mem_dtype != "float32":
             raise ValueError(f"dtype=float64 is for everything, the tables too; it can't go with mem_dtype={self.mem_dtype}")
         if self.seed >= 2**63:

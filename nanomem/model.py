@@ -237,7 +237,8 @@ def feed_forwards(config, make_table=MemoryTable):
 def sized(config):
     """The config with its widths of 0 filled in. Feed-forward layers beside memory layers have Llama's 8/3 n_embd. The other kinds
     are sized to the memory model of the same settings, so that a comparison is fair by default: dense takes as many FLOPs a
-    token; moe and peer as many FLOPs and parameters, as nearly as whole numbers allow.
+    token; moe and peer as many FLOPs and parameters, as nearly as whole numbers allow, if need be at the cost of the layers beside
+    them: to choose among very many experts is itself work.
     """
     n, layers = config.n_embd, len(config.memory_layer_numbers())
     llama = max(8, 8 * round(n / 3))
@@ -253,12 +254,12 @@ def sized(config):
             share = [(total - (config.n_layer - layers) * each) / layers
                      for total, each in ((flops, rest.flops_per_token()), (params, sum(p.numel() for p in rest.parameters())))]
             experts, hidden = moe_shape(n, config.moe_k, *share)
-            return config.replace(ffn_hidden=config.ffn_hidden or llama, moe_experts=config.moe_experts or experts,
-                                  moe_hidden=config.moe_hidden or hidden)
-        of_tables = config.mem_n_keys**2 * (config.mem_v_dim or n)
-        config = config.replace(peer_n_keys=config.peer_n_keys or max(config.mem_knn, round((of_tables / (2 * n)) ** 0.5)))
-        peer = sum(m.flops_per_token() for m in feed_forwards(config.replace(ffn_hidden=llama)) if isinstance(m, PEER))
-        left = width(n, (flops - peer) / (config.n_layer - layers)) if layers < config.n_layer else llama
+            config = config.replace(moe_experts=config.moe_experts or experts, moe_hidden=config.moe_hidden or hidden)
+        else:
+            of_tables = config.mem_n_keys**2 * (config.mem_v_dim or n)
+            config = config.replace(peer_n_keys=config.peer_n_keys or max(config.mem_knn, round((of_tables / (2 * n)) ** 0.5)))
+        sparse = sum(m.flops_per_token() for m in feed_forwards(config.replace(ffn_hidden=llama)) if not isinstance(m, FeedForward))
+        left = width(n, (flops - sparse) / (config.n_layer - layers)) if layers < config.n_layer else llama
         return config.replace(ffn_hidden=config.ffn_hidden or left)
 
 

@@ -138,7 +138,7 @@ def tables_of(model):
     return [m for m in model.modules() if isinstance(m, MemoryTable)]
 
 
-def build_optimizer(model, learning_rate=1e-3, mem_lr=1e-2, weight_decay=0.1, betas=(0.9, 0.95)):
+def build_optimizer(model, learning_rate=1e-3, mem_lr=1e-2, weight_decay=0.1, betas=(0.9, 0.95), mem_beta2=0.99):
     """The optimizers for any module that contains memory layers: a list, to step and zero one after the other.
 
     [AdamW for all but the tables, RowAdam for the tables], the second only where there are tables. Weight decay
@@ -154,7 +154,7 @@ def build_optimizer(model, learning_rate=1e-3, mem_lr=1e-2, weight_decay=0.1, be
         fused = all(p.device.type in ("cpu", "cuda") for p in core)
         optimizers.append(torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, betas=betas, fused=fused))
     if tables:
-        optimizers.append(RowAdam([table.values for table in tables], lr=mem_lr, group=tables[0].group))
+        optimizers.append(RowAdam([table.values for table in tables], lr=mem_lr, beta2=mem_beta2, group=tables[0].group))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]  # for a schedule to scale, as train.py's does

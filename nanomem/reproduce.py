@@ -48,6 +48,7 @@ class Settings:
     """The command line."""
 
     preset: str = setting("laptop", "laptop: 2 cores, under an hour a command; gpu: one H100", ("laptop", "gpu"), group="Reproduction")
+    data: str = setting("people", "what the facts are about", ("people", "world"))
     seeds: int = setting(3, "runs of each model of table1")
     run: str = setting("out/world-memory", "folder of the trained model that slots looks into")
     out_dir: str = setting("out/reproduce", "folder for the runs")
@@ -64,14 +65,15 @@ class Preset:
     rates: tuple  # learning rates of the sweep
 
 
-BALANCES = (0.001, 0.01, 0.1)  # weights of the mixture's balance loss that its sweep tries
+SECOND = {"memory": ("mem_lr", (0.5, 2)), "peer": ("mem_lr", (0.5, 2)), "moe": ("moe_balance", (0.1, 10))}  # the sweep's second setting, times
 PRESETS = {
-    # 3.5 million tokens of 2,000 people: 93 kbit, each fact told some 80 times, to cores of 80,000 parameters.
-    "laptop": Preset(dict(data="people", n_entities=2000, n_layer=3, n_head=2, n_embd=32, block_size=64, batch_size=32, max_iters=1700,
-                          eval_interval=340, mem_layers="2", mem_k_dim=32, mem_lr=6e-2, moe_k=1),
+    # 2.6 million tokens about 1,500 people: 70 kbit, to cores of 90,000 parameters, with 262,144 slots.
+    "laptop": Preset(dict(n_entities=1500, n_layer=3, n_head=2, n_embd=32, block_size=64, batch_size=32, max_iters=1280,
+                          eval_interval=320, mem_layers="2", mem_n_keys=512, mem_k_dim=32, mem_lr=3e-2,
+                          moe_k=1),
                      workers=2, threads=1, rates=(4e-3, 8e-3, 1.6e-2)),
     # 100 million tokens of 200,000 people: 9.3 Mbit, to cores of 60 million parameters, with 1M slots.
-    "gpu": Preset(dict(data="people", n_entities=200_000, n_layer=12, n_head=10, n_embd=640, block_size=512, batch_size=64, max_iters=3100,
+    "gpu": Preset(dict(n_entities=200_000, n_layer=12, n_head=10, n_embd=640, block_size=512, batch_size=64, max_iters=3100,
                        eval_interval=620, mem_layers="3,7,11", mem_n_keys=1024, mem_heads=4, mem_knn=32, mem_k_dim=256, learning_rate=1e-3,
                        min_lr=1e-4, mem_lr=1e-2),
                   workers=1, threads=0, rates=(5e-4, 1e-3, 2e-3)),
@@ -142,8 +144,8 @@ def program():
     sources = [ROOT / "train.py", ROOT / "kernels.py"] + [path for path in (ROOT / "nanomem").glob("*.py") if path.stem not in ("bench", "reproduce")]
     for path in sorted(sources):
         total.update(ast.dump(ast.parse(path.read_text(encoding="utf-8"))).encode())
-    for path in sorted((ROOT / "data" / "people").iterdir()):
-        total.update(path.read_bytes() if path.suffix in (".json", ".tiktoken") else b"")
+    for path in sorted((ROOT / "data").glob("*/*")):
+        total.update(path.read_bytes() if path.suffix in (".json", ".tiktoken", ".gz") else b"")
     return total.hexdigest()
 
 
@@ -219,7 +221,7 @@ def pace(configs, steps=4, rounds=6):
     for name, config in configs.items():
         with device:
             model = GPT(config)
-        made[name] = (model, optim.build_optimizer(model, config.learning_rate, config.mem_lr, config.weight_decay),
+        made[name] = (model, optim.build_optimizer(model, config.learning_rate, config.mem_lr, config.weight_decay, mem_beta2=config.mem_beta2),
                       [t.to(device) for t in data.batch("train", 0, config.batch_size)])
     seconds = {name: [] for name in configs}
     for turn in range(rounds + 1):
@@ -243,28 +245,30 @@ def pace(configs, steps=4, rounds=6):
 
 
 def choose_rates(models, preset, out_dir, console):
-    """{name: Config} with each model's learning rate, and the mixture's balance, the best of a sweep over runs of a quarter of the length,
-    by the loss on questions that are neither taught nor reported. The tables' rate keeps its proportion to it.
+    """{name: Config} with the best learning rate of a sweep over runs of a quarter of the length, by the loss on questions that are
+    neither taught nor reported. The tables' rate keeps its proportion. Then, at that rate, the second setting that some models have:
+    the tables' rate, or the weight of the mixture's balance loss.
     """
-    tries = {}
-    for name, config in models.items():
-        for rate in preset.rates:
-            scale = rate / config.learning_rate
-            for balance in BALANCES if config.ffn == "moe" else (config.moe_balance,):
-                tried = config.replace(learning_rate=rate, min_lr=config.min_lr * scale, mem_lr=config.mem_lr * scale, moe_balance=balance)
-                label = f"{name}, lr={rate:g}" + (f", balance={balance:g}" if config.ffn == "moe" else "")
-                tries[label] = (name, tried)
-    if len(tries) == len(models):
-        return {name: config for name, config in tries.values()}
-    quarter = [Run(label, config.replace(max_iters=config.max_iters // 4, warmup_iters=config.warmup_iters // 4, eval_interval=config.max_iters // 4))
-               for label, (_, config) in tries.items()]
-    results = train(quarter, preset, out_dir, console)
-    best = {}
-    for label, (name, config) in tries.items():
-        loss = results[label]["val_loss"]
-        if name not in best or loss < best[name][0]:
-            best[name] = loss, config
-    return {name: config for name, (_, config) in best.items()}
+    tries = {name: [config.replace(**{key: getattr(config, key) * rate / config.learning_rate for key in ("learning_rate", "min_lr", "mem_lr")})
+                    for rate in preset.rates] for name, config in models.items()}
+    best = best_of(tries, preset, out_dir, console)
+    more = {name: [config, *(config.replace(**{key: getattr(config, key) * factor}) for factor in factors)]
+            for name, config in best.items() if config.ffn in SECOND for key, factors in [SECOND[config.ffn]]}
+    return best | best_of(more, preset, out_dir, console)
+
+
+def best_of(tries, preset, out_dir, console):
+    """{name: the config of its list with the lowest loss after a quarter of the updates}"""
+    runs = {name: [Run(f"{name}, lr={config.learning_rate:g}, mem_lr={config.mem_lr:g}, balance={config.moe_balance:g}", quarter(config))
+                   for config in configs] for name, configs in tries.items() if len(configs) > 1}
+    results = train(sum(runs.values(), []), preset, out_dir, console)
+    losses = {name: [results[run.name]["val_loss"] for run in runs[name]] for name in runs}
+    return {name: configs[losses[name].index(min(losses[name])) if name in losses else 0] for name, configs in tries.items()}
+
+
+def quarter(config):
+    """The config of a run of a quarter of the length."""
+    return config.replace(max_iters=config.max_iters // 4, warmup_iters=config.warmup_iters // 4, eval_interval=config.max_iters // 4)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -326,20 +330,24 @@ def scaling(base, preset, settings, out_dir, console):
 def ablations(base, preset, settings, out_dir, console):
     """The rows of ablations: Memory+ with one thing changed, at its FLOPs where a feed-forward width can make up for the change."""
     memory, last = base.memory_layer_numbers(), base.n_layer - 1
+    several = memory if len(memory) > 1 else [last - 1, last]
+    listed, every = ",".join(map(str, several)), ",".join(map(str, range(base.n_layer)))
     changes = {
         "Memory+": {},
-        "values not shared, as many in all": dict(mem_share_values=False, mem_n_keys=round(base.mem_n_keys / len(memory) ** 0.5)),
         "without gate": dict(mem_gated=False),
         "without qk-norm": dict(mem_qk_norm=False),
-        "plain (none of the three)": dict(mem_share_values=False, mem_gated=False, mem_qk_norm=False, mem_layers=str(memory[0])),
+        "without both": dict(mem_gated=False, mem_qk_norm=False),
         **{f"layer {i} only": dict(mem_layers=str(i)) for i in range(base.n_layer)},
-        "all layers": dict(mem_layers=",".join(map(str, range(base.n_layer)))),
-        "first and last layer": dict(mem_layers=f"0,{last}"),
+        f"layers {listed}": dict(mem_layers=listed),
+        f"layers {listed}, values not shared, as many in all":
+            dict(mem_layers=listed, mem_share_values=False, mem_n_keys=round(base.mem_n_keys / len(several) ** 0.5)),
+        f"layers {every}": dict(mem_layers=every),
         **{f"{heads} heads x {knn}": dict(mem_heads=heads, mem_knn=knn, mem_k_dim=base.mem_k_dim // heads)
-           for heads, knn in ((1, 4), (1, 8), (1, 32), (2, 8), (2, 16), (4, 4), (4, 16))},
+           for heads, knn in ((1, 4), (1, 64), (2, 8), (4, 4))},
         **{f"keys of {dim}": dict(mem_k_dim=dim) for dim in (base.mem_k_dim // 2, base.mem_k_dim * 2)},
         **{f"values of {dim}": dict(mem_v_dim=dim) for dim in (base.n_embd // 2, base.n_embd * 2)},
         **{f"value learning rate x {factor:g}": dict(mem_lr=base.mem_lr * factor) for factor in (0.1, 0.3, 3, 10)},
+        **{f"second moment: beta2 = {beta2:g}": dict(mem_beta2=beta2) for beta2 in (0, 0.9, 0.999)},
     }
     models, target = {}, flops(base)
     for name, change in changes.items():
@@ -482,12 +490,12 @@ def mean(numbers):
 
 
 def markdown(command, rows, about):
-    """The rows as a Markdown table under a line that says what they are."""
+    """The rows as a Markdown table under the command and a line about it."""
     columns = {"model": lambda r: r["model"], "FLOPs a token": lambda r: f"{r['flops_per_token'] / 1e6:.3f} million",
                "parameters": lambda r: f"{r['params']:,}", "in tables or experts": lambda r: f"{r['mem_params']:,}"}
     columns |= {"recall": lambda r: mean(r["recall"]), "in a taught wording": lambda r: mean(r["recall_taught"]),
                 "val loss": lambda r: f"{statistics.mean(r['loss']):.3f}"}
-    if command == "table1":
+    if "recall_equal_time" in rows[0]:
         columns |= {"learning rate": lambda r: f"{r['learning_rate']:g}", "seconds": lambda r: f"{r['seconds']:.0f}",
                     "recall at equal wall-clock": lambda r: f"{r['recall_equal_time']:.1%}"}
     lines = ["| " + " | ".join(columns) + " |", "| --- |" + " ---: |" * (len(columns) - 1)]
@@ -560,13 +568,14 @@ def main():
         write_text(assets / "slots.md", f"`python -m nanomem.reproduce slots --run={settings.run}`\n\n{text}")
         console.print(text)
         return
-    base, out_dir = Config(**preset.base), Path(settings.out_dir) / settings.preset
+    base, out_dir = Config(data=settings.data, **preset.base), Path(settings.out_dir) / settings.preset
     base.vocab_size = open_data(base).encoding.n_vocab  # FLOPs are those of the tokenizer that train.py will use
     rows = COMMANDS[command](base, preset, settings, out_dir, console)
     minutes = (time.monotonic() - started) / 60
-    about = f"{machine()}, torch {torch.__version__}, preset {settings.preset}, {minutes:.0f} minutes"
-    name = command + ("" if settings.preset == "laptop" else f"-{settings.preset}")
-    text = markdown(command, rows, about)
+    changed = [f"--{f.name}={value}" for f in dataclasses.fields(Settings) if f.name in ("preset", "data", "seeds")
+               and (value := getattr(settings, f.name)) != f.default]
+    name = "-".join([command] + [value for value in (settings.data, settings.preset) if value not in ("people", "laptop")])
+    text = markdown(" ".join([command, *changed]), rows, f"{machine()}, torch {torch.__version__}, {minutes:.0f} minutes")
     write_text(assets / f"{name}.json", json.dumps(rows, indent=1) + "\n")
     write_text(assets / f"{name}.md", text)
     draw(command, rows, assets / f"{name}.png")

@@ -8,7 +8,7 @@ from nanomem import reproduce
 from nanomem.config import Config, UserError
 from nanomem.model import GPT
 
-TINY = dict(data="people", n_entities=40, n_layer=3, n_embd=32, n_head=2, block_size=64, batch_size=4, mem_layers="0,1", mem_n_keys=32,
+TINY = dict(n_entities=40, n_layer=3, n_embd=32, n_head=2, block_size=64, batch_size=4, mem_layers="0,1", mem_n_keys=32,
             mem_knn=4, mem_k_dim=32, max_iters=4, eval_interval=4, eval_iters=1, warmup_iters=1, device="cpu")
 
 
@@ -16,7 +16,7 @@ TINY = dict(data="people", n_entities=40, n_layer=3, n_embd=32, n_head=2, block_
 def tiny(monkeypatch):
     """A preset whose runs take a moment."""
     monkeypatch.setitem(reproduce.PRESETS, "laptop", reproduce.Preset(TINY, workers=2, threads=1, rates=(8e-3,)))
-    monkeypatch.setattr(reproduce, "BALANCES", (0.01,))
+    monkeypatch.setattr(reproduce, "SECOND", {})
 
 
 def run(monkeypatch, *arguments):
@@ -48,7 +48,7 @@ def test_table1_from_nothing_and_again(tiny, monkeypatch, tmp_path):
 
 
 def test_a_run_that_was_stopped_goes_on(tiny, tmp_path):
-    config = Config(**TINY)
+    config = Config(data="people", **TINY)
     run = reproduce.Run("one", config.replace(max_iters=8, eval_interval=4))
     halfway = reproduce.start(reproduce.Run("one", config.replace(max_iters=4)), run.folder(tmp_path), reproduce.PRESETS["laptop"])
     assert halfway.wait() == 0
@@ -58,13 +58,13 @@ def test_a_run_that_was_stopped_goes_on(tiny, tmp_path):
 
 
 def test_a_run_that_fails_is_named_with_its_last_line(tiny, tmp_path):
-    run = reproduce.Run("impossible, lr=0.001", Config(**TINY).replace(data="nowhere.txt"))
+    run = reproduce.Run("impossible, lr=0.001", Config(data="people", **TINY).replace(data="nowhere.txt"))
     with pytest.raises(UserError, match="impossible, lr=0.001 failed: .*nowhere.txt"):
         reproduce.train([run], reproduce.PRESETS["laptop"], tmp_path, reproduce.Console(quiet=True))
 
 
 def test_a_folder_belongs_to_settings(tmp_path):
-    config = Config(**TINY)
+    config = Config(data="people", **TINY)
     folder = reproduce.Run("a", config).folder(tmp_path)
     assert folder == reproduce.Run("a", config.replace(out_dir="elsewhere")).folder(tmp_path)
     assert folder != reproduce.Run("a", config.replace(mem_lr=0.5)).folder(tmp_path)
@@ -92,7 +92,7 @@ def test_every_model_of_a_command_can_be_made(command, preset, monkeypatch, tmp_
         made.update({run.name: run.config for run in runs})
         return {run.name: dict(recall=0.5, recall_taught=0.5, recall_tail=0.5, val_loss=1.0) for run in runs}
     monkeypatch.setattr(reproduce, "train", train)
-    base = Config(**reproduce.PRESETS[preset].base)
+    base = Config(data="people", **reproduce.PRESETS[preset].base)
     rows = reproduce.COMMANDS[command](base, reproduce.PRESETS[preset], reproduce.Settings(), tmp_path, None)
     assert len(rows) == len(made) >= 6
     for config in made.values():
