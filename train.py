@@ -26,6 +26,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import tiktoken
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -34,7 +35,7 @@ from rich.text import Text
 
 from nanomem import checkpoint, facts, optim, sharding, tokenizer
 from nanomem.config import Config, UserError, keep_freed_memory, machine_memory, one_line_errors, parse, pick_device
-from nanomem.data import open_data
+from nanomem.data import ahead, open_data
 from nanomem.memory import MemoryTable, SlotUsage, observe_lookups, use_kernels
 from nanomem.model import GPT
 
@@ -144,15 +145,17 @@ class Display:
         """Moves the bar and shows the newest figures of metrics.jsonl."""
         self.shown |= {
             "loss": f"loss {row['train_loss']:.3f}", "speed": f"{row['tokens_per_sec']:,.0f} tok/s",
+            "wait": f"waits for data {row['data_wait']:.0%}" if row["data_wait"] > 0.02 else "",
             **{name: f"{name} {row[key]:.1%}" for name, key in (("recall", recall_key(row)), ("slots", "mem_usage")) if key in row}}
-        self.bar.update(self.task, completed=row["iter"], description=" ".join(self.shown.values()))
+        self.bar.update(self.task, completed=row["iter"], description=" ".join(filter(None, self.shown.values())))
 
     def line(self, row):
         """A line that stays, for an evaluation."""
         parts = [f"iter {row['iter']:>5}/{self.max_iters}", f"train loss {row['train_loss']:.3f}", f"val loss {row['val_loss']:.3f}"]
         parts += [f"{name} {row[key]:.1%}" for name, key in (("recall", recall_key(row)), ("slots in use", "mem_usage")) if key in row]
         left = row["elapsed_s"] / row["iter"] * (self.max_iters - row["iter"])
-        console.print("  ".join([*parts, f"{row['tokens_per_sec']:,.0f} tokens/s", f"{minutes(left)} left"]), soft_wrap=True)
+        parts += [f"{row['tokens_per_sec']:,.0f} tokens/s"] + [f"of the time {row['data_wait']:.0%} waiting for data"] * (row["data_wait"] > 0.02)
+        console.print("  ".join([*parts, f"{minutes(left)} left"]), soft_wrap=True)
 
 
 def recall_key(row):
@@ -250,6 +253,8 @@ with one_line_errors():
         out_dir = Path(config.out_dir)
         data = open_data(config, out_dir / "tokenizer.tiktoken" if header else None)
         config.vocab_size = data.encoding.n_vocab
+        if data.encoding.name in tiktoken.list_encoding_names():
+            config.tokenizer = data.encoding.name  # that of shards: how it cuts words is not in the tokenizer.tiktoken of a run
         batches, rows = sharding.share_of_batch(config.batch_size, config.gradient_accumulation_steps)
         check_tables_fit(config, device)
     sharding.check_same(dataclasses.asdict(config) | {"device": device.type, "data": data.digest(), "the checkpoint": folder})
@@ -339,7 +344,9 @@ def save():
     saved_step = step
 
 
-display = Display(config, step)
+display, waited = Display(config, step), 0.0
+numbers = (s * config.gradient_accumulation_steps + i for s in itertools.count(step) for i in batches)
+stream = ahead(data, "train", numbers, config.batch_size)
 with display.bar:
     while step < config.max_iters and not stopping:
         ratio = optim.schedule(step, config.warmup_iters, config.max_iters, floor)
@@ -351,7 +358,9 @@ with display.bar:
 
         train_loss = 0.0
         for i in batches:
-            x, y = data.batch("train", step * config.gradient_accumulation_steps + i, config.batch_size)
+            asked = time.perf_counter()
+            x, y = next(stream)
+            waited += time.perf_counter() - asked
             with parallel.no_sync() if parallel and i != batches[-1] else contextlib.nullcontext():
                 with autocast:
                     loss = forward(x[rows].to(device), y[rows].to(device))[1] * share_of_targets(y) / config.gradient_accumulation_steps
@@ -371,7 +380,8 @@ with display.bar:
         if step % config.log_interval == 0 or evaluates:
             now = time.perf_counter()
             row = {"iter": step, "tokens": step * tokens_an_update, "elapsed_s": now - started,
-                   "tokens_per_sec": (step - window[0]) * tokens_an_update / (now - window[1]), "train_loss": train_loss}
+                   "tokens_per_sec": (step - window[0]) * tokens_an_update / (now - window[1]), "train_loss": train_loss,
+                   "data_wait": waited / (now - window[1])}
             if evaluates:
                 # All facts at the end, 400 of each kind on the way: a second instead of ten.
                 result, recalled = evaluate(most=20_000 if step == config.max_iters else 400)
@@ -381,7 +391,7 @@ with display.bar:
             display.update(row)
             if first:
                 metrics.write(row)
-            window = (step, time.perf_counter())
+            window, waited = (step, time.perf_counter()), 0.0
         if evaluates and step < config.max_iters:
             try:
                 save()

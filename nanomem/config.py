@@ -219,6 +219,7 @@ def parse(cls, argv):
     given = {}
     for argument in argv:
         name, equals, text = argument.removeprefix("--").partition("=")
+        name = name.replace("-", "_")
         if argument in ("-h", "--help"):
             print_help(cls)
             sys.exit(0)

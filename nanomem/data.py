@@ -1,17 +1,20 @@
 """
-Batches of tokens: `open_data` returns FactData (sentences of facts) or TextData (a text file).
+Batches of tokens: `open_data` returns FactData (sentences of facts) or TextData (a text file, or shards that data/prepare.py made).
 
-Batch number `step` of a split depends on nothing but the seed and that number, so a resumed run sees the same
-stream with no state to save.
+- batch number `step` of a split depends on nothing but the seed and that number, so a resumed run, and any number of processes, see
+  the same stream with no state to save
+- shards stay on disk, mapped into memory, and are checked before training: length, vocabulary, and content if they were touched
+- `ahead` makes the next batch while one is in use
 """
 
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from nanomem import facts, tokenizer
+from nanomem import checkpoint, facts, tokenizer
 from nanomem.config import nearest
 
 SPLITS = ("train", "val")
@@ -75,31 +78,118 @@ class FactData:
 
 
 class TextData:
-    """Blocks from random places of a text; its last tenth is the val split."""
+    """Blocks of a text: each once an epoch, in an order that depends on nothing but seed and epoch.
+
+    tokens: {"train": arrays, "val": arrays}, which may lie on disk; n_bytes: of the text of each split; name: a hash of all that.
+    Raises ValueError for a split with too few tokens.
+    """
 
     facts = None
 
-    def __init__(self, text, encoding, block_size, seed=0):
-        self.encoding, self.block_size, self.seed = encoding, block_size, seed
-        tokens = np.array(encoding.encode_ordinary(text), dtype=np.int64)
+    def __init__(self, tokens, n_bytes, encoding, block_size, seed=0, name=""):
+        self.tokens, self.encoding, self.block_size, self.seed, self.name = tokens, encoding, block_size, seed, name
+        self.ends = {split: np.cumsum([len(array) for array in arrays]) for split, arrays in tokens.items()}
+        self.blocks = {split: int(ends[-1] - block_size) // block_size for split, ends in self.ends.items()}
+        for split, ends in self.ends.items():
+            if self.blocks[split] < 1:
+                raise ValueError(f"the text's {split} split has {ends[-1]:,} tokens, too few for block_size={block_size}: "
+                                 f"it needs {2 * block_size}, or a smaller block_size")
+        self.bytes_per_token = n_bytes["val"] / int(self.ends["val"][-1])
+        self.orders = {}  # split -> (epoch, its order)
+
+    @classmethod
+    def from_text(cls, text, encoding, block_size, seed=0):
+        """Of a text in memory, whose last tenth is the val split."""
+        tokens = encoding.encode_to_numpy(text, disallowed_special=())
         cut = len(tokens) - len(tokens) // 10
-        self.tokens = {"train": tokens[:cut], "val": tokens[cut:]}
-        if len(tokens) - cut <= block_size:
-            raise ValueError(f"the text has {len(tokens)} tokens, too few for block_size={block_size}: "
-                             f"it needs {10 * (block_size + 1)}, or a smaller block_size")
-        self.bytes_per_token = len(encoding.decode_bytes(tokens[cut:].tolist())) / len(tokens[cut:])  # of the val split
+        halves = {"train": tokens[:cut], "val": tokens[cut:]}
+        n_bytes = {split: len(encoding.decode_bytes(half.tolist())) for split, half in halves.items()}
+        return cls({split: [half] for split, half in halves.items()}, n_bytes, encoding, block_size, seed, digest(tokens))
 
     def digest(self):
         """A hash of the text's tokens, for telling whether two processes have the same."""
-        return digest(self.tokens["train"], self.tokens["val"])
+        return self.name
 
     def batch(self, split, step, batch_size):
         """inputs and targets, (batch_size, block_size) int64 each."""
-        rng = np.random.default_rng([self.seed, SPLITS.index(split), step])
-        tokens = self.tokens[split]
-        starts = rng.integers(len(tokens) - self.block_size, size=batch_size)
-        blocks = torch.from_numpy(np.stack([tokens[i:i + self.block_size + 1] for i in starts]))
+        blocks = torch.from_numpy(np.stack([self._block(split, step * batch_size + i) for i in range(batch_size)]))
         return blocks[:, :-1].contiguous(), blocks[:, 1:].contiguous()
+
+    def _block(self, split, position):
+        """Block number `position` of the stream of all epochs, and the token after it."""
+        epoch, i = divmod(position, self.blocks[split])
+        if self.orders.get(split, (None,))[0] != epoch:
+            rng = np.random.default_rng([self.seed, SPLITS.index(split), epoch])
+            shift = rng.integers(self.block_size)  # so that another epoch has other blocks
+            self.orders[split] = epoch, shift, rng.permutation(self.blocks[split])
+        _, shift, order = self.orders[split]
+        return self._read(split, shift + order[i] * self.block_size, self.block_size + 1)
+
+    def _read(self, split, start, count):
+        """So many tokens from a place on, int64, out of one shard or several."""
+        shard, parts = int(np.searchsorted(self.ends[split], start, side="right")), []
+        while count:
+            array = self.tokens[split][shard]
+            first = start - (self.ends[split][shard] - len(array))
+            parts.append(array[first:first + count])
+            start, count, shard = start + len(parts[-1]), count - len(parts[-1]), shard + 1
+        return np.concatenate(parts).astype(np.int64)
+
+
+# ------------------------------------------------------------------------------------------------
+# Shards on disk, which data/prepare.py makes: files of tokens, and an index
+
+INDEX = "index.json"
+
+
+def token_dtype(vocab_size):
+    """The integers that tokens are stored as."""
+    return np.uint16 if vocab_size <= 2**16 else np.uint32
+
+
+def file_digest(path):
+    """A file's SHA-256, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def open_shards(folder, config, tokenizer_path=None):
+    """The TextData of a folder of shards. Raises ValueError naming the file that is missing, cut, edited or of another vocabulary."""
+    index, when = checkpoint.read_json(folder / INDEX), (folder / INDEX).stat().st_mtime_ns
+    if config.tokenizer not in ("auto", index["tokenizer"]):
+        raise ValueError(f"{folder} holds tokens already, of the tokenizer {index['tokenizer']}; leave out --tokenizer={config.tokenizer}")
+    name = index["tokenizer"]
+    path = tokenizer_path if tokenizer_path is not None and tokenizer_path.exists() else folder / name
+    encoding = tokenizer.load(path) if name.endswith(".tiktoken") else tokenizer.named(name)
+    if tokenizer.digest(encoding) != index["vocabulary"]:
+        raise ValueError(f"the shards in {folder} were made with another tokenizer than {path if name.endswith('.tiktoken') else name}")
+    tokens, dtype = {}, np.dtype(index["dtype"])
+    for split in SPLITS:
+        for shard in index[split]:
+            path = folder / shard["file"]
+            size, expected = path.stat().st_size if path.exists() else None, shard["tokens"] * dtype.itemsize
+            if size != expected:
+                raise ValueError(f"{path} {'is missing' if size is None else f'has {size:,} bytes, and was written with {expected:,}'}; "
+                                 "delete the folder and prepare it anew")
+            if path.stat().st_mtime_ns > when and file_digest(path) != shard["sha256"]:  # reading them all would take long
+                raise ValueError(f"{path} was changed after it was written; delete the folder and prepare it anew")
+            tokens.setdefault(split, []).append(np.memmap(path, dtype, "r"))
+    n_bytes = {split: sum(shard["bytes"] for shard in index[split]) for split in SPLITS}
+    name = digest(repr([shard["sha256"] for split in SPLITS for shard in index[split]]).encode())
+    return TextData(tokens, n_bytes, encoding, config.block_size, config.seed, name)
+
+
+def ahead(data, split, numbers, batch_size):
+    """Yields data.batch(split, number, batch_size) for each of numbers, made by a thread while the one before is in use."""
+    with ThreadPoolExecutor(1) as pool:
+        made = None
+        for number in numbers:
+            following = pool.submit(data.batch, split, number, batch_size)
+            if made:
+                yield made.result()
+            made = following
+        if made:
+            yield made.result()
 
 
 def digest(*contents):
@@ -117,13 +207,18 @@ def open_data(config, tokenizer_path=None):
     Raises ValueError, FileNotFoundError or ModuleNotFoundError saying what is wrong with the name, the file or its line.
     """
     path = Path(config.data)
+    for folder in (path, facts.DATA / config.data):
+        if (folder / INDEX).is_file():
+            return open_shards(folder, config, tokenizer_path)
     if config.data == "world":
         fact_set, text = facts.world(config.n_entities, config.zipf), None
     elif config.data == "people":
         fact_set, text = facts.people(config.n_entities, config.zipf, config.seed), None
     elif not path.is_file():
-        raise FileNotFoundError(f"data must be world, people, or the path of a .jsonl or text file; {config.data!r} is no file"
-                                f"{nearest(config.data, ('world', 'people'))}")
+        prepared = sorted(index.parent.name for index in facts.DATA.glob(f"*/{INDEX}"))
+        raise FileNotFoundError(f"data must be {', '.join(['world', 'people', *prepared])}, a folder of shards, or the path of a .jsonl or text file; "
+                                f"{config.data!r} is none{nearest(config.data, ('world', 'people', *prepared))}. Others are made by "
+                                "python data/prepare.py NAME, such as shakespeare")
     elif path.suffix == ".jsonl":
         fact_set, text = facts.from_jsonl(path), None
     else:
@@ -133,7 +228,7 @@ def open_data(config, tokenizer_path=None):
     encoding = open_tokenizer(config, tokenizer_path, facts.all_sentences(fact_set) if fact_set else [text])
     if fact_set:
         return FactData(fact_set, encoding, config.block_size, config.seed)
-    return TextData(text, encoding, config.block_size, config.seed)
+    return TextData.from_text(text, encoding, config.block_size, config.seed)
 
 
 def open_tokenizer(config, path, texts):

@@ -71,7 +71,7 @@ PRESETS = {
     "laptop": Preset(dict(n_entities=1500, n_layer=3, n_head=2, n_embd=32, block_size=64, batch_size=32, max_iters=1280,
                           eval_interval=320, mem_layers="2", mem_n_keys=512, mem_k_dim=32, mem_lr=3e-2,
                           moe_k=1),
-                     workers=2, threads=1, rates=(4e-3, 8e-3, 1.6e-2)),
+                     workers=2, threads=1, rates=(2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)),
     # 100 million tokens of 200,000 people: 9.3 Mbit, to cores of 60 million parameters, with 1M slots.
     "gpu": Preset(dict(n_entities=200_000, n_layer=12, n_head=10, n_embd=640, block_size=512, batch_size=64, max_iters=3100,
                        eval_interval=620, mem_layers="3,7,11", mem_n_keys=1024, mem_heads=4, mem_knn=32, mem_k_dim=256, learning_rate=1e-3,
@@ -570,8 +570,14 @@ def main():
         return
     base, out_dir = Config(data=settings.data, **preset.base), Path(settings.out_dir) / settings.preset
     base.vocab_size = open_data(base).encoding.n_vocab  # FLOPs are those of the tokenizer that train.py will use
-    rows = COMMANDS[command](base, preset, settings, out_dir, console)
-    minutes = (time.monotonic() - started) / 60
+    spent = out_dir / f"{command}-{Run('seconds', base).folder('').name}.json"  # by it and those that were stopped before
+    before = read_json(spent) or 0
+    try:
+        rows = COMMANDS[command](base, preset, settings, out_dir, console)
+    finally:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        write_text(spent, json.dumps(before + time.monotonic() - started))
+    minutes = read_json(spent) / 60
     changed = [f"--{f.name}={value}" for f in dataclasses.fields(Settings) if f.name in ("preset", "data", "seeds")
                and (value := getattr(settings, f.name)) != f.default]
     name = "-".join([command] + [value for value in (settings.data, settings.preset) if value not in ("people", "laptop")])

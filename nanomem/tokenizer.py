@@ -9,6 +9,7 @@ Tokenizers, all of them tiktoken encodings with a special token, <|endoftext|>, 
 
 import base64
 import binascii
+import hashlib
 from pathlib import Path
 
 import tiktoken
@@ -49,6 +50,14 @@ def save(encoding, path):
     """Writes an encoding's tokens to a .tiktoken file."""
     ranks = sorted((rank, token) for token, rank in encoding._mergeable_ranks.items())
     checkpoint.write_text(path, "".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in ranks))
+
+
+def digest(encoding):
+    """A hash of an encoding's tokens, their ranks, and how it cuts words: 16 hexadecimal digits."""
+    total = hashlib.sha256(encoding._pat_str.encode())
+    for token, rank in sorted(encoding._mergeable_ranks.items(), key=lambda item: item[1]):
+        total.update(rank.to_bytes(4, "little") + len(token).to_bytes(4, "little") + token)
+    return total.hexdigest()[:16]
 
 
 def train_bpe(texts, vocab_size):

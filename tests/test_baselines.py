@@ -125,7 +125,8 @@ def test_memory_dot_gradients():
 
 
 @pytest.mark.parametrize("changes", [{}, dict(mem_layers="1"), dict(mem_share_values=False), dict(n_embd=64, mem_n_keys=128), dict(mem_v_dim=64),
-                                     dict(n_layer=2, mem_layers="0", mem_n_keys=100), dict(moe_k=1, mem_n_keys=160)])
+                                     dict(n_layer=2, mem_layers="0", mem_n_keys=100), dict(moe_k=1, mem_n_keys=160),
+                                     dict(moe_k=1, mem_n_keys=512, mem_heads=1, mem_layers="2")])
 @pytest.mark.parametrize("ffn", ["dense", "moe", "peer"])
 def test_sized_to_the_memory_models_flops_and_parameters(ffn, changes):
     config = GPTConfig(**(SHAPE | changes))

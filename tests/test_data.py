@@ -1,11 +1,12 @@
 import collections
 
+import numpy as np
 import pytest
 import torch
 
 from nanomem import facts, tokenizer
 from nanomem.config import Config
-from nanomem.data import FactData, TextData, open_data
+from nanomem.data import FactData, TextData, ahead, open_data
 
 SHIPPED = facts.DATA / "world" / "tokenizer.tiktoken"
 
@@ -98,13 +99,34 @@ def test_few_facts_are_padded_and_not_repeated(tmp_path):
         assert (targets[8:] == -1).all() and (targets[:8] >= 0).all()
 
 
-def test_text_is_split_and_read_from_random_places():
-    text = "".join(chr(97 + i % 26) for i in range(1000))
-    data = TextData(text, tokenizer.byte_encoding(), 20, seed=0)
-    assert len(data.tokens["train"]) == 900 and data.bytes_per_token == 1
-    x, y = data.batch("val", 0, 6)
-    assert torch.equal(x[:, 1:], y[:, :-1])
-    assert all(bytes(row.tolist()).decode() in text[900:] for row in x)
+def test_an_epoch_of_text_reads_each_block_once():
+    tokens = np.arange(1000)
+    data = TextData({"train": [tokens[:7], tokens[7:640], tokens[640:900]], "val": [tokens[900:]]}, {"train": 900, "val": 100},
+                    tokenizer.byte_encoding(), 20, seed=0)
+    assert data.blocks == {"train": 44, "val": 4} and data.bytes_per_token == 1
+    starts = {}
+    for epoch in range(2):
+        rows = [row for step in range(11) for row in data.batch("train", epoch * 11 + step, 4)[0]]
+        for row in rows:
+            assert torch.equal(row, torch.arange(row[0], row[0] + 20))  # across shards too
+        starts[epoch] = [row[0].item() for row in rows]
+        shift = min(starts[epoch])
+        assert sorted(starts[epoch]) == list(range(shift, shift + 44 * 20, 20)) and shift < 20
+    assert starts[0] != starts[1] and starts[0] != sorted(starts[0])
+    x, y = data.batch("val", 0, 4)
+    assert torch.equal(x[:, 1:], y[:, :-1]) and x.min() >= 900
+
+
+def test_a_text_keeps_its_last_tenth():
+    text = "".join(chr(97 + i % 26) for i in range(990)) + "é" * 5
+    data = TextData.from_text(text, tokenizer.byte_encoding(), 20)
+    assert [len(data.tokens[split][0]) for split in ("train", "val")] == [900, 100] and data.bytes_per_token == 1
+    assert bytes(data.batch("val", 0, 1)[0][0].tolist()) in text.encode()[900:]
+
+
+def test_ahead_gives_the_same_batches(data):
+    for number, (x, y) in zip((3, 9, 4), ahead(data, "train", (3, 9, 4), 2)):
+        assert torch.equal(x, data.batch("train", number, 2)[0]) and torch.equal(y, data.batch("train", number, 2)[1])
 
 
 def config_for(path, **changes):
@@ -112,7 +134,7 @@ def config_for(path, **changes):
 
 
 @pytest.mark.parametrize("content, message", [
-    (b"", "empty"), (b" \n", "empty"), (b"short", "5 tokens, too few for block_size=128"), (b"a\nb\xff\n", "line 2: byte 2 is not UTF-8")])
+    (b"", "empty"), (b" \n", "empty"), (b"short", "train split has 5 tokens, too few for block_size=128"), (b"a\nb\xff\n", "line 2: byte 2 is not UTF-8")])
 def test_text_that_will_not_do_is_named(tmp_path, content, message):
     path = tmp_path / "book.txt"
     path.write_bytes(content)

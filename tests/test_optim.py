@@ -39,6 +39,16 @@ def test_a_row_first_read_late_moves_by_lr_like_any_other():
     torch.testing.assert_close(values[1].square().mean().sqrt().item(), 0.01, rtol=1e-4, atol=0)
 
 
+def test_mem_beta2_is_the_second_moments():
+    table = MemoryTable(4, 2)
+    before = table.values.detach().clone()
+    optimizer, = build_optimizer(table, mem_lr=0.01, mem_beta2=0.0)
+    for size in (1.0, 100.0, 0.01):  # without a memory of earlier gradients every step is as long
+        table.values.grad = sparse([2], torch.full((1, 2), size), 4)
+        optimizer.step()
+    torch.testing.assert_close(table.values[2].detach(), before[2] - 0.03)
+
+
 def test_state_takes_8_bytes_a_slot():
     values = torch.nn.Parameter(torch.zeros(100, 4))
     optimizer = RowAdam([values])

@@ -23,12 +23,15 @@ OPTIONS = {
     "dense": ["--ffn=dense"],
     "mixture of experts": ["--ffn=moe", "--moe_experts=12", "--moe_hidden=4", "--moe_k=1"],
     "PEER": ["--ffn=peer"],
+    "PEER, 2 passes": ["--ffn=peer", "--gradient_accumulation_steps=2"],
+    # Its balance loss is of the tokens that are computed at once, which depend on how passes are shared out.
+    "mixture of experts, 2 passes": ["--ffn=moe", "--moe_experts=12", "--moe_hidden=4", "--moe_balance=0", "--gradient_accumulation_steps=2"],
     "float32": ["--dtype=float32"],
     "bfloat16 table": ["--dtype=float32", "--mem_dtype=bfloat16"],
 }
 # Relative; 1e-9 otherwise, and tensors too. Some of PEER's rows have gradients that are next to nothing, of which RowAdam makes
 # steps as large as any other's, rounding included.
-LOSSES_WITHIN = {"float32": 1e-3, "bfloat16 table": 2e-2, "PEER": 1e-9}
+LOSSES_WITHIN = {"float32": 1e-3, "bfloat16 table": 2e-2, "PEER": 1e-9, "PEER, 2 passes": 1e-9}
 
 
 def torchrun(processes, function, argument):

@@ -104,6 +104,7 @@ def test_dense_and_memory_take_equal_flops(finished, tmp_path):
     (["--mem_knn=300"], "mem_knn must be at most mem_n_keys"),
     (["--batch_size=0"], "batch_size must be 1 or more"),
     (["--learning_rate=nan"], "learning_rate must be 0 or more"),
+    (["--mem_beta2=1"], "mem_beta2 must be from 0 to under 1"),
     (["--data=nowhere.txt"], "'nowhere.txt' is no file"),
     (["--data=wrold"], "(did you mean world?)"),
     (["n_entities=5"], "(did you mean --n_entities=5?)"),

@@ -1,0 +1,247 @@
+import gzip
+import hashlib
+import http.server
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+
+import numpy as np
+import pytest
+import runs
+
+from nanomem import tokenizer
+from nanomem.config import Config
+from nanomem.data import open_data
+
+sys.path.insert(0, str(runs.ROOT / "data"))
+import prepare
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", ["prepare.py", *map(str, arguments)])
+    prepare.main()
+
+
+def words(n, seed=0):
+    """A text of n lines."""
+    rng = random.Random(seed)
+    return "".join(" ".join(rng.choice(("grüße", "memory", "of", "the", "layer", "42")) for _ in range(rng.randrange(1, 12))) + "\n" for _ in range(n))
+
+
+def stored(folder, split):
+    """All tokens of a split, in order, and where its documents end."""
+    index = json.loads((folder / "index.json").read_text())
+    tokens, ends = [np.zeros(0, int)], []
+    for shard in index[split]:
+        path = folder / shard["file"]
+        ends += (np.load(path.with_suffix(".ends.npy")) + sum(map(len, tokens))).tolist()
+        tokens.append(np.fromfile(path, index["dtype"]).astype(int))
+        assert len(tokens[-1]) == shard["tokens"] and hashlib.sha256(path.read_bytes()).hexdigest() == shard["sha256"]
+    return np.concatenate(tokens), ends
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Pieces of 20 kB, read 3 kB at a time, so that small texts make several."""
+    monkeypatch.setattr(prepare, "PIECE", 20_000)
+    monkeypatch.setattr(prepare, "SEGMENT", 3000)
+
+
+def test_a_text_comes_back_and_keeps_its_last_tenth(small, monkeypatch, tmp_path):
+    text = words(6000)
+    (tmp_path / "book.txt").write_text(text)
+    run(monkeypatch, tmp_path / "book.txt", f"--out={tmp_path / 'out'}")
+    (train, ends), (val, val_ends) = stored(tmp_path / "out", "train"), stored(tmp_path / "out", "val")
+    assert bytes(train[:-1].tolist() + val[:-1].tolist()).decode() == text
+    assert train[-1] == val[-1] == 256 and ends == [len(train)] and val_ends == [len(val)]
+    assert len(val) == pytest.approx(0.1 * len(text.encode()), rel=0.01)
+    assert len(json.loads((tmp_path / "out/index.json").read_text())["train"]) > 5
+    data = open_data(Config(data=str(tmp_path / "out"), block_size=32))
+    x, _ = data.batch("train", 3, 4)
+    assert all(bytes(row.tolist()) in text.encode() for row in x)
+    again = open_data(Config(data=str(tmp_path / "book.txt"), block_size=32))
+    assert again.bytes_per_token == data.bytes_per_token * len(val) / (len(val) - 1)
+
+
+def test_json_lines_gzip_and_parquet_hold_the_same_documents(small, monkeypatch, tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+    documents = [words(4, seed) for seed in range(300)]
+    lines = "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(documents))
+    (tmp_path / "a.jsonl").write_text(lines)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    pyarrow.parquet.write_table(pyarrow.table({"text": documents}), tmp_path / "c.parquet", row_group_size=100)
+    found = {}
+    for name in ("a.jsonl", "b.jsonl.gz", "c.parquet"):
+        run(monkeypatch, tmp_path / name, f"--out={tmp_path / name[0]}", "--val_share=0.2")
+        found[name] = {split: stored(tmp_path / name[0], split)[0].tolist() for split in ("train", "val")}
+    assert found["a.jsonl"] == found["b.jsonl.gz"] == found["c.parquet"]
+    encoding = tokenizer.byte_encoding()
+    split = {name: encoding.decode(tokens).split("<|endoftext|>")[:-1] for name, tokens in found["a.jsonl"].items()}
+    assert sorted(split["train"] + split["val"]) == sorted(documents)
+    assert 30 < len(split["val"]) < 90
+    chosen = [text for text in documents if int(hashlib.sha256(text.encode()).hexdigest()[:13], 16) < 0.2 * 16**13]
+    assert split["val"] == chosen
+
+
+def test_a_folder_of_many_files_and_any_number_of_workers(small, monkeypatch, tmp_path):
+    for i in range(40):
+        (tmp_path / "notes" / str(i % 3)).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "notes" / str(i % 3) / f"{i}.md").write_text(words(100 + 40 * i, seed=i))
+    (tmp_path / "notes" / "picture.png").write_bytes(b"no text")
+    for workers in (1, 5):
+        run(monkeypatch, tmp_path / "notes", f"--out={tmp_path / str(workers)}", "--val_share=0.2", f"--workers={workers}")
+    one, five = ({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("1", "5"))
+    assert one == five and len(one) > 60
+    documents = [stored(tmp_path / "1", split)[1] for split in ("train", "val")]
+    assert sum(map(len, documents)) == 40 and 2 <= len(documents[1]) <= 16
+
+
+def test_killed_and_resumed_gives_the_same_shards(tmp_path):
+    (tmp_path / "book.txt").write_text(words(1_000_000))
+    program = f"import sys; sys.path.insert(0, {str(runs.ROOT / 'data')!r}); import prepare; prepare.PIECE = 2**20; prepare.main()"
+
+    def start(out):
+        return subprocess.Popen([sys.executable, "-c", program, str(tmp_path / "book.txt"), f"--out={out}", "--workers=2"],
+                                stdout=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": str(runs.ROOT)})
+    assert start(tmp_path / "whole").wait() == 0
+    process = start(tmp_path / "killed")
+    while len(list((tmp_path / "killed").glob("part-*.json"))) < 4:
+        time.sleep(0.002)
+        assert process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = {path: path.stat().st_mtime_ns for path in (tmp_path / "killed").glob("train-0000[012].bin")}
+    assert not (tmp_path / "killed" / "index.json").exists()
+    assert start(tmp_path / "killed").wait() == 0
+    whole, killed = ({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("whole", "killed"))
+    assert whole == killed and len(whole) > 40
+    assert any(path.stat().st_mtime_ns == when for path, when in done.items())  # not made again
+
+
+@pytest.fixture
+def shards(monkeypatch, tmp_path):
+    (tmp_path / "book.txt").write_text(words(3000))
+    run(monkeypatch, tmp_path / "book.txt", f"--out={tmp_path / 'out'}")
+    return tmp_path / "out"
+
+
+def test_damaged_shards_are_refused(shards):
+    config, path = Config(data=str(shards), block_size=32), shards / "train-00000.bin"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-2])
+    with pytest.raises(ValueError, match=f"train-00000.bin has {len(whole) - 2:,} bytes, and was written with {len(whole):,}"):
+        open_data(config)
+    path.write_bytes(whole[:100] + bytes([whole[100] ^ 1]) + whole[101:])
+    with pytest.raises(ValueError, match="train-00000.bin was changed after it was written"):
+        open_data(config)
+    path.write_bytes(whole)  # touched, and what it was
+    open_data(config)
+    tokenizer.save(tokenizer.from_ranks({bytes([255 - i]): i for i in range(256)}), shards / "tokenizer.tiktoken")
+    with pytest.raises(ValueError, match="made with another tokenizer than .*tokenizer.tiktoken"):
+        open_data(config)
+    path.unlink()
+    tokenizer.save(tokenizer.byte_encoding(), shards / "tokenizer.tiktoken")
+    with pytest.raises(ValueError, match="train-00000.bin is missing"):
+        open_data(config)
+
+
+def test_shards_of_other_text_are_kept(shards, monkeypatch, tmp_path):
+    before = (shards / "index.json").read_bytes()
+    run(monkeypatch, tmp_path / "book.txt", f"--out={shards}")  # the same again: nothing to do
+    (tmp_path / "other.txt").write_text(words(500, seed=1))
+    with pytest.raises(prepare.UserError, match="has shards of other text"):
+        run(monkeypatch, tmp_path / "other.txt", f"--out={shards}")
+    assert (shards / "index.json").read_bytes() == before
+
+
+def test_train_and_sample_from_shards(shards, tmp_path):
+    out, _ = runs.train(tmp_path / "run", f"--data={shards}", "--max_iters=3", "--log_interval=1")
+    row = runs.metrics(tmp_path / "run")[-1]
+    assert 0 < row["bits_per_byte"] < 12 and 0 <= row["data_wait"] < 1
+    assert runs.run("sample.py", f"--out_dir={tmp_path / 'run'}", "--device=cpu", "--start=memory", "--max_new_tokens=4")
+
+
+def test_a_bpe_of_more_than_16_bits_would_take_32(shards):
+    from nanomem.data import token_dtype
+    assert [np.dtype(token_dtype(n)).itemsize for n in (257, 2**16, 2**16 + 1)] == [2, 2, 4]
+
+
+class Handler(http.server.SimpleHTTPRequestHandler):
+    cut = 0
+
+    def log_message(self, *_):
+        pass
+
+    def copyfile(self, source, outputfile):
+        if Handler.cut:
+            outputfile.write(source.read(Handler.cut))  # the connection ends early
+        else:
+            super().copyfile(source, outputfile)
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A folder that is on the web."""
+    (tmp_path / "web").mkdir()
+    handler = lambda *args: Handler(*args, directory=str(tmp_path / "web"))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        yield tmp_path / "web", f"http://127.0.0.1:{httpd.server_port}"
+        httpd.shutdown()
+
+
+def test_a_named_set_is_downloaded_checked_and_prepared(server, monkeypatch, tmp_path):
+    web, url = server
+    text = "".join(f"{words(3, seed)}<|endoftext|>\n" for seed in range(400))
+    with zipfile.ZipFile(web / "set.zip", "w") as archive:
+        archive.writestr("inside/stories.txt", text)
+    size = (web / "set.zip").stat().st_size
+    named = prepare.Named(f"{url}/set.zip", size, prepare.file_digest(web / "set.zip"), member="inside/stories.txt", separator="<|endoftext|>")
+    monkeypatch.setitem(prepare.NAMED, "tinystories", named)
+    monkeypatch.setattr(Handler, "cut", 1000)
+    with pytest.raises(prepare.UserError, match=f"the connection ended after 1,000 of {size:,} bytes.*--from-file=set.zip"):
+        run(monkeypatch, "tinystories", f"--out={tmp_path / 'out'}")
+    monkeypatch.setattr(Handler, "cut", 0)
+    run(monkeypatch, "tinystories", f"--out={tmp_path / 'out'}", "--val_share=0.1")
+    (train, ends), (_, val_ends) = stored(tmp_path / "out", "train"), stored(tmp_path / "out", "val")
+    assert len(ends) + len(val_ends) == 400 and len(val_ends) > 10 and (train == 256).sum() == len(ends)
+    assert not list((tmp_path / "out").glob("*.zip")) and not list((tmp_path / "out").glob("*.txt"))
+
+    (tmp_path / "fetched.zip").write_bytes((web / "set.zip").read_bytes()[:-1])
+    with pytest.raises(prepare.UserError, match=f"fetched.zip has {size - 1:,} bytes, tinystories has {size:,}"):
+        run(monkeypatch, "tinystories", f"--out={tmp_path / 'two'}", f"--from-file={tmp_path / 'fetched.zip'}")
+    (tmp_path / "fetched.zip").write_bytes((web / "set.zip").read_bytes())
+    run(monkeypatch, "tinystories", f"--out={tmp_path / 'two'}", f"--from-file={tmp_path / 'fetched.zip'}", "--val_share=0.1")
+    assert stored(tmp_path / "two", "train")[0].tolist() == train.tolist() and (tmp_path / "fetched.zip").exists()
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ([], "expected what to prepare: one of shakespeare"),
+    (["shakespare"], "did you mean shakespeare"),
+    (["shakespeare", "x.txt"], "shakespeare goes alone"),
+    (["empty.txt"], "empty.txt: the file is empty"),
+    (["bad.txt"], "bad.txt: byte 3 is not UTF-8"),
+    (["bad.jsonl"], 'bad.jsonl, line 2: expected {"text": "..."}'),
+    (["short.jsonl"], "of 2 documents none is for validation; another --val_share than 0.01"),
+    (["cut.jsonl.gz"], "cut.jsonl.gz is no whole gzip file"),
+    (["bad.txt", "--val_share=2"], "val_share must be between 0 and 1"),
+    (["bad.txt", "--tokeniser=bpe"], "did you mean tokenizer"),
+    (["bad.txt", "--from-file=x"], "--from-file is for a named set"),
+])
+def test_wrong_input_is_named(arguments, message, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "bad.txt").write_bytes(b"ab\xff" * 100)
+    (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"txt": 1}\n')
+    (tmp_path / "short.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 1000)[:40])
+    with pytest.raises((prepare.UserError, ValueError), match=message):
+        run(monkeypatch, *arguments, f"--out={tmp_path / 'out'}")
+    assert not (tmp_path / "out" / "index.json").exists()
