@@ -4,10 +4,13 @@ Talk to a model that train.py made.
     python sample.py                                        a prompt; answers as you ask
     python sample.py --start="In which country is Lagos?"
     python sample.py --start="In which country is Lagos?" --trace      and which memory slots each token read
+    python sample.py --start="ROMEO:" --num_samples=4 --temperature=0.9 --top_p=0.95
+    python sample.py --export=shared/model                  the model alone, in a folder that sample.py --out_dir=shared/model reads
 """
 
 import codecs
 import sys
+import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +19,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from nanomem import checkpoint
+from nanomem import checkpoint, export
 from nanomem.config import Config, UserError, one_line_errors, parse, pick_device, setting
 from nanomem.data import open_data, open_tokenizer
 from nanomem.memory import observe_lookups
@@ -34,10 +37,12 @@ class SampleConfig:
     max_new_tokens: int = setting(100, "tokens to write at most")
     temperature: float = setting(-1.0, "0 takes the likeliest token, higher is bolder; -1: 0 for facts, 0.8 for text")
     top_k: int = setting(200, "choose among the top_k likeliest tokens; 0: among all")
-    num_samples: int = setting(1, "how many continuations")
+    top_p: float = setting(1.0, "and among the fewest likeliest that have top_p of the probability")
+    num_samples: int = setting(1, "how many continuations, written side by side; one alone is shown as it comes")
     seed: int = setting(1337, "of the choice of tokens")
     device: str = setting("auto", "cpu, cuda, cuda:1, mps; auto: the first of cuda, mps and cpu that is there")
     trace: bool = setting(False, "show the memory slots each token read, and what else reads them")
+    export: str = setting("", "write the model to this folder, without the optimizers' state")
 
 
 def latest_run():
@@ -51,6 +56,10 @@ def latest_run():
 def open_run(config):
     """(model, encoding, settings) of the run in config.out_dir. Raises UserError where there is none."""
     out_dir = latest_run() if config.out_dir == "auto" else Path(config.out_dir)
+    if (out_dir / export.FILE).exists():
+        model, run = export.load(out_dir)
+        console.print(f"{out_dir}: {run.data}, {run.ffn}", style="dim", soft_wrap=True)
+        return model.to(pick_device(config.device)).eval(), open_tokenizer(run, out_dir / "tokenizer.tiktoken", None), run.replace(out_dir=str(out_dir))
     folder, header, refused = checkpoint.newest(out_dir)
     if header is None:
         raise UserError(f"no checkpoint in {out_dir}; --out_dir must name the folder of a run of train.py")
@@ -71,20 +80,32 @@ def knows_facts(run):
 
 
 def write(model, encoding, text, config, facts, generator):
-    """Streams one continuation of text to the screen; returns all its tokens, (1, time)."""
+    """Writes num_samples continuations of text to the screen, one alone as it comes; returns all tokens of the last one, (1, time)."""
     end, tokens = encoding.eot_token, encoding.encode_ordinary(text)
     # Facts begin as documents do, after <|endoftext|>, and end with it.
     prompt = torch.tensor([[end] + tokens if facts or not tokens else tokens], device=next(model.parameters()).device)
     temperature = config.temperature if config.temperature >= 0 else (0.0 if facts else 0.8)
+    stream = model.generate(prompt.expand(config.num_samples, -1), config.max_new_tokens, temperature, config.top_k or None,
+                            end if facts else None, generator, config.top_p)
+    written, alone, started = [prompt.expand(config.num_samples, -1)], config.num_samples == 1, time.perf_counter()
     characters = codecs.getincrementaldecoder("utf-8")("replace")  # a character may span several tokens
-    console.out(text, style="bold", end="", highlight=False)
-    written = [prompt]
-    for token in model.generate(prompt, config.max_new_tokens, temperature, config.top_k or None, end if facts else None, generator):
-        if token.item() != end:
-            written.append(token)
+    if alone:
+        console.out(text, style="bold", end="", highlight=False)
+    for token in stream:
+        if alone and facts and token.item() == end:
+            break
+        written.append(token)
+        if alone:
             console.out(characters.decode(encoding.decode_single_token_bytes(token.item())), end="", highlight=False)
-    console.print()
-    return torch.cat(written, dim=1)
+    count, seconds = config.num_samples * (len(written) - 1), time.perf_counter() - started
+    written = torch.cat(written, dim=1)
+    for row in written[:, prompt.shape[1]:].tolist() if not alone else ():
+        console.out(text, style="bold", end="", highlight=False)
+        console.out(encoding.decode(row[:row.index(end)] if facts and end in row else row) + "\n", highlight=False)
+    if alone:
+        console.print()
+    Console(stderr=True, highlight=False).print(f"{count} tokens, {count / seconds:,.0f} tokens/s", style="dim")
+    return written[-1:]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -156,9 +177,8 @@ def trace(model, data, tokens, shown=3):
 
 
 def answer(text):
-    """Writes num_samples continuations of text, and traces the last of them if asked to."""
-    for _ in range(config.num_samples):
-        tokens = write(model, encoding, text, config, knows_facts(run), generator)
+    """Writes continuations of text, and traces the last of them if asked to."""
+    tokens = write(model, encoding, text, config, knows_facts(run), generator)
     if config.trace:
         trace(model, data, tokens)
 
@@ -169,7 +189,13 @@ with one_line_errors():
         raise UserError("max_new_tokens and num_samples must be 1 or more, and top_k 0 or more")
     if not (0 <= config.temperature < float("inf") or config.temperature == -1):
         raise UserError(f"temperature must be 0 or more and finite, or -1 for the default; got {config.temperature}")
+    if not 0 < config.top_p <= 1:
+        raise UserError(f"top_p must be above 0 and at most 1, got {config.top_p}")
     model, encoding, run = open_run(config)
+    if config.export:
+        export.save(config.export, model, encoding, run)
+        console.print(f"exported to {config.export}; python sample.py --out_dir={config.export} reads it", soft_wrap=True)
+        sys.exit()
     if config.trace and not model.memory_layers():
         raise UserError("--trace shows memory slots, and this model has no memory layers (ffn=dense)")
     data = open_data(run, Path(run.out_dir) / "tokenizer.tiktoken") if config.trace else None

@@ -158,11 +158,12 @@ class GPT(nn.Module):
         return [[] for _ in self.blocks]
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, stop=None, generator=None):
-        """Yields the next token, (batch, 1) int64, max_new_tokens times or until every row has said `stop`.
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, stop=None, generator=None, top_p=1.0):
+        """Yields the next token, (batch, 1) int64, max_new_tokens times or until every row has said `stop`; how it is chosen
+        says `choose`.
 
-        idx (batch, time) int64 is what to go on from; temperature 0 takes the likeliest token. Past block_size
-        tokens the model sees the last half of its window, and the cache starts anew from there.
+        idx (batch, time) int64 is what to go on from. Past block_size tokens the model sees the last half of its window, and the
+        cache starts anew from there.
         """
         was_training = self.training
         self.eval()
@@ -173,14 +174,7 @@ class GPT(nn.Module):
                 if window.shape[1] > self.config.block_size:
                     window = window[:, -max(self.config.block_size // 2, 1):]
                     cache, unread = self.new_cache(), window
-                logits = self(unread, cache=cache)[0][:, -1].float()
-                if temperature == 0:
-                    unread = logits.argmax(-1, keepdim=True)
-                else:
-                    if top_k:
-                        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-                        logits = logits.masked_fill(logits < least, -float("inf"))
-                    unread = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1, generator=generator)
+                unread = choose(self(unread, cache=cache)[0][:, -1].float(), temperature, top_k, top_p, generator)
                 window = torch.cat((window, unread), dim=1)
                 yield unread
                 stopped |= unread == stop if stop is not None else False
@@ -211,6 +205,18 @@ class GPT(nn.Module):
     def flops_per_token(self):
         """FLOPs of the forward pass for one token of a full block: 2 a multiply-add. Training takes three times as many."""
         return 2 * self.lm_head.weight.numel() + sum(b.attention.flops_per_token() + b.ffn.flops_per_token() for b in self.blocks)
+
+
+def choose(logits, temperature=1.0, top_k=None, top_p=1.0, generator=None):
+    """A token of each row of logits (batch, vocab_size): the likeliest at temperature 0, else one drawn from softmax(logits /
+    temperature), among the top_k likeliest and, of those, the fewest likeliest that have top_p of the probability (Holtzman et al. 2020).
+    """
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    logits, tokens = logits.topk(min(top_k or logits.shape[-1], logits.shape[-1]))
+    p = F.softmax(logits / temperature, dim=-1)
+    p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0.0)  # the first stays, whatever top_p is
+    return tokens.gather(-1, torch.multinomial(p, 1, generator=generator))
 
 
 def feed_forwards(config, make_table=MemoryTable):

@@ -59,4 +59,4 @@ def checkpoint(out_dir):
 def metrics(out_dir):
     """metrics.jsonl without the times, which differ from run to run."""
     rows = [json.loads(line) for line in (Path(out_dir) / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key not in ("elapsed_s", "tokens_per_sec")} for row in rows]
+    return [{key: value for key, value in row.items() if key not in ("elapsed_s", "tokens_per_sec", "data_wait")} for row in rows]

@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from nanomem import memory as memory_module
 from nanomem.config import GPTConfig
 from nanomem.memory import MemoryTable
-from nanomem.model import GPT
+from nanomem.model import GPT, choose
 
 SMALL = dict(vocab_size=50, n_layer=3, n_head=2, n_embd=16, block_size=12, mem_layers="0,2", mem_n_keys=8, mem_heads=2, mem_knn=3)
 
@@ -68,6 +68,18 @@ def test_generation_goes_on_past_the_block_and_ends_at_stop():
     prompt = batch(1)[0][:, :3]
     likeliest = next(model.generate(prompt, 1, temperature=0)).item()
     assert len(list(model.generate(prompt, 30, temperature=0, stop=likeliest))) == 1
+
+
+def test_tokens_are_drawn_from_the_likeliest_as_often_as_their_probability_says():
+    p = torch.tensor([[0.05, 0.4, 0.1, 0.25, 0.2]])
+    generator = torch.Generator().manual_seed(0)
+    for top_k, top_p, kept in ((None, 1.0, [0, 1, 2, 3, 4]), (3, 1.0, [1, 3, 4]), (None, 0.66, [1, 3, 4]), (None, 0.6, [1, 3]), (4, 0.01, [1])):
+        drawn = choose(p.log().expand(20_000, -1) * 2, 2.0, top_k, top_p, generator).flatten()
+        shares = torch.bincount(drawn, minlength=5) / len(drawn)
+        expected = torch.zeros(5)
+        expected[kept] = p[0, kept] / p[0, kept].sum()
+        torch.testing.assert_close(shares, expected, atol=0.015, rtol=0)
+    assert choose(p.log(), 0).item() == 1
 
 
 def test_too_many_tokens_and_several_after_a_cached_prompt_are_refused():

@@ -24,6 +24,21 @@ def test_samples_differ_and_the_seed_decides_them(out_dir):
     assert len(set(one.splitlines()[1:])) >= 2
 
 
+def test_one_sample_is_streamed_as_it_would_be_beside_others(out_dir):
+    arguments = ["sample.py", f"--out_dir={out_dir}", "--start=The city", "--temperature=0", "--max_new_tokens=9"]
+    one, three = runs.run(*arguments)[0], runs.run(*arguments, "--num_samples=3")[0]
+    answer = one.splitlines()[-1]
+    assert [line for line in three.splitlines()[1:] if line] == [answer] * 3
+    assert "tokens/s" in runs.run(*arguments)[1]
+
+
+def test_an_exported_model_answers_alike(out_dir, tmp_path):
+    runs.run("sample.py", f"--out_dir={out_dir}", f"--export={tmp_path / 'model'}")
+    said = [runs.run("sample.py", f"--out_dir={folder}", "--start=The city", "--max_new_tokens=9")[0].splitlines()[1:]
+            for folder in (out_dir, tmp_path / "model")]
+    assert said[0] == said[1]
+
+
 def test_trace_shows_each_token_and_layer_and_what_else_reads_its_slots(out_dir):
     out, _ = runs.run("sample.py", f"--out_dir={out_dir}", "--start=The country of Tokyo is", "--trace", "--max_new_tokens=2")
     assert "layer 0" in out and "layer 1" in out and "read by" in out
@@ -35,6 +50,7 @@ def test_trace_shows_each_token_and_layer_and_what_else_reads_its_slots(out_dir)
     (["--out_dir=nowhere"], "no checkpoint in nowhere"),
     (["--strt=x"], "did you mean start?"),
     (["--num_samples=0"], "num_samples"),
+    (["--top_p=0"], "top_p must be above 0 and at most 1"),
 ])
 def test_mistakes_get_one_line(arguments, message):
     _, err = runs.run("sample.py", *arguments, code=2)

@@ -1,0 +1,60 @@
+"""
+A trained model alone, for others to load: a folder with
+
+    model.safetensors       every parameter once, under the names of GPT.named_parameters()
+    config.json             the settings of its shape, and what it learned
+    tokenizer.tiktoken      one token a line: its bytes in base64, and its number
+
+    from nanomem import export; model, config = export.load("shared/model")
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from nanomem import checkpoint, tokenizer
+from nanomem.config import Config, GPTConfig, UserError
+from nanomem.model import GPT, sized
+
+FILE = "model.safetensors"
+
+
+def save(folder, model, encoding, config):
+    """Writes a model to a folder. Raises UserError if there is one already, or it can't be written."""
+    folder = Path(folder)
+    if (folder / FILE).exists():
+        raise UserError(f"{folder} has an exported model already; delete it, or name another folder")
+    kept = {f.name for f in dataclasses.fields(GPTConfig)} | {"data", "n_entities", "zipf", "tokenizer", "seed"}
+    settings = {key: value for key, value in dataclasses.asdict(sized(config)).items() if key in kept}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"could not make the folder {folder} ({error})") from None
+    checkpoint.write_text(folder / "config.json", json.dumps(settings, indent=2) + "\n")
+    tokenizer.save(encoding, folder / "tokenizer.tiktoken")
+    tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
+    checkpoint.write_atomically(folder / FILE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+
+
+def load(folder):
+    """(the GPT, its Config) that `save` wrote. Raises UserError naming what is missing, damaged or of another shape."""
+    folder = Path(folder)
+    settings = checkpoint.read_json(folder / "config.json")
+    if settings is None:
+        raise UserError(f"{folder / 'config.json'} is missing")
+    config = Config.from_saved(settings, folder)
+    model = GPT(config)
+    try:
+        tensors = load_file(folder / FILE)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{folder / FILE} can't be loaded ({error})") from None
+    parameters = dict(model.named_parameters())
+    for name in parameters.keys() | tensors.keys():
+        shapes = [tuple(group[name].shape) if name in group else None for group in (tensors, parameters)]
+        if shapes[0] != shapes[1]:
+            raise UserError(f"{folder / FILE}: {name} has shape {shapes[0]}, that of config.json's model is {shapes[1]}")
+        parameters[name].data = tensors[name]
+    return model, config
