@@ -36,19 +36,19 @@ class GPTConfig:
 
     vocab_size: int = setting(2048, "tokens to train a tokenizer=bpe with; otherwise the tokenizer decides", group="Model")
     n_layer: int = setting(3, "layers")
-    n_head: int = setting(4, "attention heads")
-    n_embd: int = setting(64, "width of the model")
-    block_size: int = setting(128, "tokens the model sees at once")
+    n_head: int = setting(2, "attention heads")
+    n_embd: int = setting(32, "width of the model")
+    block_size: int = setting(64, "tokens the model sees at once")
     dropout: float = setting(0.0, "share of activations dropped while training")
     ffn: str = setting("memory", "what stands in mem_layers: memory layers, ordinary (dense) feed-forward layers as everywhere else, "
                                  "mixtures of experts (moe) or PEER layers", ("memory", "dense", "moe", "peer"))
     ffn_hidden: int = setting(0, "width of a feed-forward layer; 0: 8/3 n_embd, and for ffn=dense or peer as many FLOPs as with memory")
 
-    mem_layers: str = setting("1,2", "layers, counted from 0, whose feed-forward is a memory layer", group="Memory")
-    mem_n_keys: int = setting(128, "keys a half; the memory has mem_n_keys**2 slots")
-    mem_heads: int = setting(1, "lookups a token in each memory layer")
+    mem_layers: str = setting("2", "layers, counted from 0, whose feed-forward is a memory layer", group="Memory")
+    mem_n_keys: int = setting(512, "keys a half; the memory has mem_n_keys**2 slots")
+    mem_heads: int = setting(2, "lookups a token in each memory layer")
     mem_knn: int = setting(16, "slots read by each head")
-    mem_k_dim: int = setting(128, "length of a query and of a key, even; 0: n_embd")
+    mem_k_dim: int = setting(0, "length of a query and of a key, even; 0: n_embd")
     mem_v_dim: int = setting(0, "length of a value; 0: n_embd")
     mem_gated: bool = setting(True, "multiply what was read by silu(W_gate x)")
     mem_qk_norm: bool = setting(True, "normalise queries and keys")
@@ -57,7 +57,7 @@ class GPTConfig:
 
     moe_experts: int = setting(0, "experts in each layer of ffn=moe; 0: as many parameters as with memory", group="Baselines")
     moe_hidden: int = setting(0, "width of an expert; 0: as many FLOPs as with memory")
-    moe_k: int = setting(2, "experts a token")
+    moe_k: int = setting(1, "experts a token")
     moe_balance: float = setting(0.01, "weight of the loss that has experts used evenly")
     peer_n_keys: int = setting(0, "keys a half of ffn=peer, for peer_n_keys**2 experts of one neuron; 0: as many parameters as with memory")
 
@@ -125,19 +125,20 @@ class Config(GPTConfig):
                 raise UserError(f"the run in {where} has {f.name}={saved[f.name]!r}, expected {f.type.__name__}")
         return cls(**saved)
 
-    data: str = setting("world", "world (cities), people (invented), or the path of a .jsonl file of facts or of a text file", group="Data")
-    n_entities: int = setting(1000, "cities or people to learn about")
+    data: str = setting("people", "people (invented), world (cities), the path of a .jsonl file of facts or of a text file, or what "
+                                  "data/prepare.py made", group="Data")
+    n_entities: int = setting(3000, "people or cities to learn about")
     zipf: float = setting(0.6, "the entity of rank r is mentioned in proportion to r ** -zipf")
     tokenizer: str = setting("auto", "bytes, bpe (trained on the data), a .tiktoken file, or an encoding of tiktoken such as gpt2; "
                                      "auto: the one beside world and people, bytes for your own files")
 
     seed: int = setting(1337, "of the weights, the batches and data=people")
 
-    batch_size: int = setting(16, "sequences a forward and backward pass", group="Training")
+    batch_size: int = setting(32, "sequences a forward and backward pass", group="Training")
     gradient_accumulation_steps: int = setting(1, "passes an update")
-    max_iters: int = setting(1600, "updates")
+    max_iters: int = setting(2560, "updates")
     learning_rate: float = setting(8e-3, "peak learning rate of all but the tables")
-    mem_lr: float = setting(2e-2, "peak learning rate of the tables' values")
+    mem_lr: float = setting(3e-2, "peak learning rate of the tables' values")
     mem_beta2: float = setting(0.99, "of the values' second moment, one number a slot; 0: each step is scaled by its own gradient")
     min_lr: float = setting(8e-4, "learning rate at the end; the values' falls in the same proportion")
     warmup_iters: int = setting(100, "updates over which the learning rates rise from 0")
@@ -152,7 +153,7 @@ class Config(GPTConfig):
                          ("auto", "float32", "bfloat16", "float64"))
     compile: bool = setting(False, "torch.compile the model")
     deterministic: bool = setting(False, "on cuda too, the same run bit for bit from the same seed")
-    eval_interval: int = setting(200, "updates between evaluations, each followed by a checkpoint")
+    eval_interval: int = setting(320, "updates between evaluations, each followed by a checkpoint")
     eval_iters: int = setting(10, "batches an evaluation")
     log_interval: int = setting(10, "updates between lines of metrics")
 

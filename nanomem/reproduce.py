@@ -62,20 +62,17 @@ class Preset:
     base: dict  # settings of train.py
     workers: int  # runs at a time
     threads: int  # CPU threads of each; 0 for torch's own number
-    rates: tuple  # learning rates of the sweep
+    rates: tuple  # learning rates that are tried
+    balances: tuple = (0.1, 1, 10)  # and weights of the mixture's balance loss, times the default
 
 
-SECOND = {"memory": ("mem_lr", (0.5, 2)), "peer": ("mem_lr", (0.5, 2)), "moe": ("moe_balance", (0.1, 10))}  # the sweep's second setting, times
 PRESETS = {
-    # 2.6 million tokens about 1,500 people: 70 kbit, to cores of 90,000 parameters, with 262,144 slots.
-    "laptop": Preset(dict(n_entities=1500, n_layer=3, n_head=2, n_embd=32, block_size=64, batch_size=32, max_iters=1280,
-                          eval_interval=320, mem_layers="2", mem_n_keys=512, mem_k_dim=32, mem_lr=3e-2,
-                          moe_k=1),
-                     workers=2, threads=1, rates=(2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)),
+    # The default model on 2.6 million tokens about 1,500 people: 70 kbit, to cores of 90,000 parameters, with 262,144 slots.
+    "laptop": Preset(dict(n_entities=1500, max_iters=1280), workers=2, threads=1, rates=(4e-3, 8e-3, 1.6e-2)),
     # 100 million tokens of 200,000 people: 9.3 Mbit, to cores of 60 million parameters, with 1M slots.
     "gpu": Preset(dict(n_entities=200_000, n_layer=12, n_head=10, n_embd=640, block_size=512, batch_size=64, max_iters=3100,
                        eval_interval=620, mem_layers="3,7,11", mem_n_keys=1024, mem_heads=4, mem_knn=32, mem_k_dim=256, learning_rate=1e-3,
-                       min_lr=1e-4, mem_lr=1e-2),
+                       min_lr=1e-4, mem_lr=1e-2, moe_k=2),
                   workers=1, threads=0, rates=(5e-4, 1e-3, 2e-3)),
 }
 
@@ -245,30 +242,30 @@ def pace(configs, steps=4, rounds=6):
 
 
 def choose_rates(models, preset, out_dir, console):
-    """{name: Config} with the best learning rate of a sweep over runs of a quarter of the length, by the loss on questions that are
-    neither taught nor reported. The tables' rate keeps its proportion. Then, at that rate, the second setting that some models have:
-    the tables' rate, or the weight of the mixture's balance loss.
+    """{name: Config} with the best learning rate of each model, by the loss on questions that are neither taught nor reported; the tables'
+    rate keeps its proportion to it. Then the weight of the mixture's balance loss. Runs are of full length: after a quarter of it no
+    model answers anything yet, and the rate that is best there is not the best in the end.
     """
     tries = {name: [config.replace(**{key: getattr(config, key) * rate / config.learning_rate for key in ("learning_rate", "min_lr", "mem_lr")})
                     for rate in preset.rates] for name, config in models.items()}
     best = best_of(tries, preset, out_dir, console)
-    more = {name: [config, *(config.replace(**{key: getattr(config, key) * factor}) for factor in factors)]
-            for name, config in best.items() if config.ffn in SECOND for key, factors in [SECOND[config.ffn]]}
-    return best | best_of(more, preset, out_dir, console)
+    balances = {name: [config.replace(moe_balance=config.moe_balance * factor) for factor in preset.balances]
+                for name, config in best.items() if config.ffn == "moe"}
+    return best | best_of(balances, preset, out_dir, console)
 
 
 def best_of(tries, preset, out_dir, console):
-    """{name: the config of its list with the lowest loss after a quarter of the updates}"""
-    runs = {name: [Run(f"{name}, lr={config.learning_rate:g}, mem_lr={config.mem_lr:g}, balance={config.moe_balance:g}", quarter(config))
-                   for config in configs] for name, configs in tries.items() if len(configs) > 1}
-    results = train(sum(runs.values(), []), preset, out_dir, console)
-    losses = {name: [results[run.name]["val_loss"] for run in runs[name]] for name in runs}
-    return {name: configs[losses[name].index(min(losses[name])) if name in losses else 0] for name, configs in tries.items()}
+    """{name: the config of its list with the lowest validation loss}"""
+    tried = {name: [named(name, config) for config in configs] for name, configs in tries.items() if len(configs) > 1}
+    results = train(sum(tried.values(), []), preset, out_dir, console)
+    best = {name: min(runs, key=lambda run: results[run.name]["val_loss"]).config for name, runs in tried.items()}
+    return {name: best.get(name, configs[0]) for name, configs in tries.items()}
 
 
-def quarter(config):
-    """The config of a run of a quarter of the length."""
-    return config.replace(max_iters=config.max_iters // 4, warmup_iters=config.warmup_iters // 4, eval_interval=config.max_iters // 4)
+def named(name, config):
+    """A Run whose name tells what may differ between runs of a model."""
+    balance = f", balance={config.moe_balance:g}" if config.ffn == "moe" else ""
+    return Run(f"{name}, lr={config.learning_rate:g}{balance}, seed={config.seed}", config)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -276,8 +273,8 @@ def quarter(config):
 
 
 def seeds_of(models, seeds):
-    """A Run for each model and seed; all see the same facts and, seed by seed, the same batches."""
-    return {(name, seed): Run(f"{name}, seed={seed}", config.replace(seed=seed)) for seed in seeds for name, config in models.items()}
+    """A Run for each model and seed; of a seed, all see the same people in the same batches."""
+    return {(name, seed): named(name, config.replace(seed=seed)) for seed in seeds for name, config in models.items()}
 
 
 def described(name, config):
@@ -360,7 +357,7 @@ def ablations(base, preset, settings, out_dir, console):
 
 def one_seed(models, preset, out_dir, console, more=lambda config: {}):
     """Rows of models that are trained once each."""
-    runs = {name: Run(f"{name}, seed={config.seed}", config) for name, config in models.items()}
+    runs = {name: named(name, config) for name, config in models.items()}
     results = train(list(runs.values()), preset, out_dir, console)
     return [described(name, config) | more(config) | measured([results[runs[name].name]]) for name, config in models.items()]
 

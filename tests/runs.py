@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = ["--device=cpu", "--n_entities=20", "--n_layer=2", "--n_embd=16", "--n_head=2", "--block_size=32", "--batch_size=4",
+TINY = ["--device=cpu", "--data=world", "--n_entities=20", "--n_layer=2", "--n_embd=16", "--n_head=2", "--block_size=32", "--batch_size=4",
         "--mem_layers=1", "--mem_n_keys=8", "--mem_knn=2", "--mem_heads=2", "--eval_iters=2", "--eval_interval=5",
         "--log_interval=2", "--warmup_iters=2"]
 

@@ -15,8 +15,7 @@ TINY = dict(n_entities=40, n_layer=3, n_embd=32, n_head=2, block_size=64, batch_
 @pytest.fixture
 def tiny(monkeypatch):
     """A preset whose runs take a moment."""
-    monkeypatch.setitem(reproduce.PRESETS, "laptop", reproduce.Preset(TINY, workers=2, threads=1, rates=(8e-3,)))
-    monkeypatch.setattr(reproduce, "SECOND", {})
+    monkeypatch.setitem(reproduce.PRESETS, "laptop", reproduce.Preset(TINY, workers=2, threads=1, rates=(8e-3,), balances=(1,)))
 
 
 def run(monkeypatch, *arguments):
