@@ -2,13 +2,14 @@
 Talk to a model that train.py made.
 
     python sample.py                                        a prompt; answers as you ask
-    python sample.py --start="In which country is Lagos?"
-    python sample.py --start="In which country is Lagos?" --trace      and which memory slots each token read
+    python sample.py --start="Who employs Anna Oakworth:"
+    python sample.py --start="Who employs Anna Oakworth:" --trace      and which memory slots each token read
     python sample.py --start="ROMEO:" --num_samples=4 --temperature=0.9 --top_p=0.95
     python sample.py --export=shared/model                  the model alone, in a folder that sample.py --out_dir=shared/model reads
 """
 
 import codecs
+import contextlib
 import sys
 import time
 from collections import Counter, defaultdict
@@ -204,8 +205,11 @@ with one_line_errors():
         answer(config.start)
     else:
         console.print("Ask it something it was taught, or give it a beginning; Ctrl-D ends.")
-        if run.data == "world":
-            console.print("For example: In which country is Lagos?")
+        if knows_facts(run):
+            with contextlib.suppress(OSError, ValueError):  # a file of facts that is not there any more
+                about = open_data(run, Path(run.out_dir) / "tokenizer.tiktoken").facts
+                attribute = about.attributes[-1]
+                console.print(f"For example: {(attribute.questions or attribute.statements)[0].replace('{}', about.entities[0])}", soft_wrap=True)
         while True:
             try:
                 text = console.input("> ")

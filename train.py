@@ -1,9 +1,9 @@
 """
 Trains a small language model with memory layers, and tells what it has learned.
 
-    python train.py                          five facts each about 1,000 of the world's cities, on a laptop
+    python train.py                          five facts each about 3,000 invented people, on a laptop
     python train.py --ffn=dense              the same without memory, at equal FLOPs
-    python train.py --data=facts.jsonl       your own facts;   --data=book.txt   your own text
+    python train.py --data=world             about the world's cities;  --data=facts.jsonl  your own;  --data=book.txt  your own text
     python train.py --help                   every setting
     torchrun --standalone --nproc_per_node=8 train.py          on eight GPUs, or in eight processes of a CPU
 

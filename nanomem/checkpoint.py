@@ -2,8 +2,8 @@
 Checkpoints: a folder with the model and the optimizers' state in safetensors files, one from each process of the first group that
 shares the tables, and a JSON file with the settings, where the run stands, and the files' sizes.
 
-    out/world-memory/checkpoint-1600/checkpoint.json
-    out/world-memory/checkpoint-1600/part-1-of-1.safetensors
+    out/people-memory/checkpoint-2560/checkpoint.json
+    out/people-memory/checkpoint-2560/part-1-of-1.safetensors
 
 - loaded as data, never as code: no pickle
 - loaded into any number of processes, whatever number wrote it: the files are laid out as torch.distributed.checkpoint's

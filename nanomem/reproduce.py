@@ -4,7 +4,7 @@ The paper's claims, small: trains the models of a table or figure with train.py,
     python -m nanomem.reproduce table1       dense models, mixture of experts, PEER, plain memory and Memory+ on equal terms
     python -m nanomem.reproduce scaling      recall against the number of slots, at equal FLOPs
     python -m nanomem.reproduce ablations    Memory+ with one thing changed at a time
-    python -m nanomem.reproduce slots        which slots facts use, in a trained model (--run=out/world-memory)
+    python -m nanomem.reproduce slots        which slots facts use, in a trained model (--run=out/people-memory)
 
 - equal terms: the same facts, tokens, batches and tokenizer; each model's learning rate is the best of a small sweep, by the loss
   on questions that are never reported
@@ -50,7 +50,7 @@ class Settings:
     preset: str = setting("laptop", "laptop: 2 cores, under an hour a command; gpu: one H100", ("laptop", "gpu"), group="Reproduction")
     data: str = setting("people", "what the facts are about", ("people", "world"))
     seeds: int = setting(3, "runs of each model of table1")
-    run: str = setting("out/world-memory", "folder of the trained model that slots looks into")
+    run: str = setting("out/people-memory", "folder of the trained model that slots looks into")
     out_dir: str = setting("out/reproduce", "folder for the runs")
     assets: str = setting("assets", "folder for tables and figures")
 
@@ -136,11 +136,15 @@ class Run:
 
 @functools.cache
 def program():
-    """A hash of all that decides what a run computes: train.py and what it imports, without comments and blanks, and the data."""
+    """A hash of all that decides what a run computes: train.py and what it imports, without comments and docstrings, and the data."""
     total = hashlib.sha256()
-    sources = [ROOT / "train.py", ROOT / "kernels.py"] + [path for path in (ROOT / "nanomem").glob("*.py") if path.stem not in ("bench", "reproduce")]
+    sources = [ROOT / "train.py", ROOT / "kernels.py"] + [path for path in (ROOT / "nanomem").glob("*.py") if path.stem not in ("bench", "export", "reproduce")]
     for path in sorted(sources):
-        total.update(ast.dump(ast.parse(path.read_text(encoding="utf-8"))).encode())
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+                del node.body[0]
+        total.update(ast.dump(tree).encode())
     for path in sorted((ROOT / "data").glob("*/*")):
         total.update(path.read_bytes() if path.suffix in (".json", ".tiktoken", ".gz") else b"")
     return total.hexdigest()

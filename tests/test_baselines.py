@@ -63,10 +63,10 @@ def test_balance_counts_only_the_tokens_it_is_told_to():
 def test_balance_loss_makes_use_more_even():
     def unevenness(balance):
         torch.manual_seed(0)
-        model = GPT(GPTConfig(**SHAPE, ffn="moe", moe_experts=8, moe_hidden=8, moe_balance=balance))
+        model = GPT(GPTConfig(**SHAPE, ffn="moe", moe_experts=8, moe_hidden=8, moe_k=2, moe_balance=balance))
         optimizers = optim.build_optimizer(model, learning_rate=2e-2)
         torch.manual_seed(1)
-        for _ in range(40):
+        for _ in range(60):
             idx = torch.randint(40, (8, 16))
             model(idx, idx.roll(1))[1].backward()
             for optimizer in optimizers:
@@ -74,7 +74,7 @@ def test_balance_loss_makes_use_more_even():
                 optimizer.zero_grad()
         chosen = torch.cat([block.ffn.routing[1].flatten() for block in model.blocks[1:]])
         return torch.bincount(chosen, minlength=8).float().std().item()
-    assert unevenness(1.0) < 0.5 * unevenness(0.0)
+    assert unevenness(0.1) < 0.5 * unevenness(0.0)
 
 
 def test_the_balance_loss_is_no_part_of_the_loss_in_evaluation():

@@ -134,7 +134,7 @@ def config_for(path, **changes):
 
 
 @pytest.mark.parametrize("content, message", [
-    (b"", "empty"), (b" \n", "empty"), (b"short", "train split has 5 tokens, too few for block_size=128"), (b"a\nb\xff\n", "line 2: byte 2 is not UTF-8")])
+    (b"", "empty"), (b" \n", "empty"), (b"short", "train split has 5 tokens, too few for block_size=64"), (b"a\nb\xff\n", "line 2: byte 2 is not UTF-8")])
 def test_text_that_will_not_do_is_named(tmp_path, content, message):
     path = tmp_path / "book.txt"
     path.write_bytes(content)

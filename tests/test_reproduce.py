@@ -77,7 +77,7 @@ def test_the_program_is_what_computes_not_comments(monkeypatch, tmp_path):
     assert reproduce.program.__wrapped__() == before
     text = (tmp_path / "train.py").read_text()
     (tmp_path / "train.py").unlink()
-    (tmp_path / "train.py").write_text("# a remark\n" + text)
+    (tmp_path / "train.py").write_text("# a remark\n" + text.replace('"""', '"""Other words. ', 1))
     assert reproduce.program.__wrapped__() == before
     (tmp_path / "train.py").write_text(text + "\nprint(1)\n")
     assert reproduce.program.__wrapped__() != before

@@ -101,18 +101,18 @@ def test_dense_and_memory_take_equal_flops(finished, tmp_path):
     (["--max_iters"], "--max_iters needs a value"),
     (["--ffn=memry"], "(did you mean memory?)"),
     (["max_iters=1"], "expected --key=value"),
-    (["--mem_knn=300"], "mem_knn must be at most mem_n_keys"),
+    (["--mem_knn=600"], "mem_knn must be at most mem_n_keys"),
     (["--batch_size=0"], "batch_size must be 1 or more"),
     (["--learning_rate=nan"], "learning_rate must be 0 or more"),
     (["--mem_beta2=1"], "mem_beta2 must be from 0 to under 1"),
-    (["--data=nowhere.txt"], "'nowhere.txt' is no file"),
+    (["--data=nowhere.txt"], "'nowhere.txt' is none"),
     (["--data=wrold"], "(did you mean world?)"),
     (["n_entities=5"], "(did you mean --n_entities=5?)"),
     (["--out_dir="], "out_dir must be a folder of its own"),
     (["--device=cpu:x"], "--device=cpu:x is not on this machine"),
     (["--seed=99999999999999999999999"], "seed must be under"),
     (["--device=tpu"], "--device=tpu is not on this machine"),
-    (["--n_entities=10000000"], "n_entities for data=world must be from 4 to"),
+    (["--n_entities=10000000"], "n_entities for data=people must be from 4 to"),
 ])
 def test_mistakes_get_one_line_and_exit_code_2(arguments, message, tmp_path):
     _, err = runs.run("train.py", f"--out_dir={tmp_path / 'run'}", *arguments, code=2)
@@ -122,7 +122,7 @@ def test_mistakes_get_one_line_and_exit_code_2(arguments, message, tmp_path):
 
 def test_help_lists_every_setting():
     out, _ = runs.run("train.py", "--help")
-    for name in ("--data=world", "--mem_lr=", "--resume=false", "--ffn=memory", "Memory"):
+    for name in ("--data=people", "--mem_lr=", "--resume=false", "--ffn=memory", "Memory"):
         assert name in out
 
 
