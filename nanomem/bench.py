@@ -5,6 +5,7 @@ How long one training step of a memory layer takes, beside what one would write 
     python -m nanomem.bench --device=cuda       on a GPU: that shape and larger ones, up to the paper's
     python -m nanomem.bench --device=cuda --peer=PATH    also the paper's own layer, from a checkout of facebookresearch/memory
     python -m nanomem.bench --n_keys=256 --knn=32 --dim=256
+    python -m nanomem.bench --generation        writing 256 tokens, with and without the cache of keys and values
 
 A step is forward, backward (to the input, too), and the update of all parameters. All layers have the same parts
 (query projection, qk-norm, gate, output projection; the paper's has no qk-norm) and differ in three places:
@@ -62,8 +63,9 @@ from rich.progress import track
 from rich.table import Table
 
 from nanomem import optim
-from nanomem.config import UserError, keep_freed_memory, machine_memory, one_line_errors, parse, pick_device, setting
+from nanomem.config import GPTConfig, UserError, keep_freed_memory, machine_memory, one_line_errors, parse, pick_device, setting
 from nanomem.memory import MemoryTable, ProductKeyMemory, memory_read, product_key_topk, select
+from nanomem.model import GPT
 
 KINDS = ("nanomem", "pytorch", "compiled", "paper")
 SHAPE = ("tokens", "dim", "heads", "knn", "k_dim", "n_keys")
@@ -86,6 +88,7 @@ class BenchConfig:
     device: str = setting("auto", "cpu, cuda, cuda:1, mps; auto: the first of cuda, mps and cpu that is there")
     dtype: str = setting("auto", "of parameters and activations; auto: bfloat16 on cuda, else float32", ("auto", "float32", "bfloat16"))
     peer: str = setting("", "a checkout of facebookresearch/memory, the paper's code, to measure beside")
+    generation: bool = setting(False, "time whole models that write 256 tokens in place of layers")
     keep_freed: bool = setting(False, "with --only: call keep_freed_memory first, as train.py does")
     only: str = setting("", "measure this in this process and print JSON: what the benchmark calls itself with", ("", *KINDS, "kernels"))
 
@@ -350,6 +353,35 @@ def show_kernels(console, row):
     console.print("read, backward and update of 100,000 slots scattered over " + ", ".join(f"{n}: {ms:.2f} ms" for n, ms in scattered.items()) + "\n")
 
 
+WRITERS = {"the default model": dict(), "12 layers, 512 wide": dict(n_layer=12, n_head=8, n_embd=512, mem_layers="3,7,11")}
+
+
+@torch.no_grad()
+def time_generation(console, device, rounds, tokens=256):
+    """A table of seconds that models take to write so many tokens, one at a time, with the cache and without, in turn."""
+    table = Table(title=f"Writing {tokens} tokens after a prompt of 8, {device}, seconds (medians of {rounds})", box=box.SIMPLE, title_justify="left")
+    for title in ("model", "parameters", "with the cache", "without", "times as fast", "the same tokens"):
+        table.add_column(title, justify="right")
+    for name, shape in WRITERS.items():
+        torch.manual_seed(0)
+        with device:
+            model = GPT(GPTConfig(block_size=tokens + 8, **shape)).eval()
+            prompt = torch.randint(model.config.vocab_size, (1, 8))
+        seconds, written = {True: [], False: []}, {}
+        for cached in (True, False) * rounds:
+            started, idx = time.perf_counter(), prompt
+            if cached:
+                idx = torch.cat([idx, *model.generate(idx, tokens, temperature=0)], dim=1)
+            for _ in range(0 if cached else tokens):
+                idx = torch.cat([idx, model(idx)[0][:, -1:].argmax(-1)], dim=1)
+            written[cached] = idx.tolist()  # waits for a GPU
+            seconds[cached].append(time.perf_counter() - started)
+        fast, slow = (statistics.median(seconds[cached]) for cached in (True, False))
+        table.add_row(name, f"{sum(model.count_parameters()):,}", f"{fast:.2f}", f"{slow:.2f}", f"{slow / fast:.1f}",
+                      "yes" if written[True] == written[False] else "no")
+    console.print(table)
+
+
 def main():
     """Runs the measurements in turn and prints the tables."""
     given = parse(BenchConfig, sys.argv[1:])
@@ -360,6 +392,9 @@ def main():
     if config.only:
         result = measure_kernels(config, shapes[0][-1]) if config.only == "kernels" else measure(config.only, config, shapes[0][-1])
         print(json.dumps(result))
+        return
+    if config.generation:
+        time_generation(console, device, config.rounds)
         return
     on_cpu, on_gpu = device.type == "cpu", device.type == "cuda"
     if config.peer and not Path(config.peer, "lingua", "product_key", "memory.py").exists():

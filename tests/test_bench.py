@@ -1,6 +1,10 @@
-import torch
+import io
 
 import runs
+import torch
+from rich.console import Console
+
+from nanomem import bench
 from nanomem.bench import PlainPyTorchMemory
 from nanomem.memory import MemoryTable, ProductKeyMemory
 
@@ -18,3 +22,11 @@ def test_the_table_shows_both_and_how_many_times_as_fast():
     out, _ = runs.run("nanomem/bench.py", "--n_keys=32", "--tokens=64", "--dim=16", "--k_dim=8", "--steps=2",
                       "--rounds=1", "--device=cpu")
     assert out.count("nanomem") >= 2 and out.count("pytorch") >= 2 and "1,024" in out and "times as fast" in out
+
+
+def test_generation_is_timed_with_the_cache_and_without(monkeypatch):
+    monkeypatch.setattr(bench, "WRITERS", {"small": dict(n_layer=2, mem_layers="1", mem_n_keys=32)})
+    console = Console(width=120, record=True, file=io.StringIO())
+    bench.time_generation(console, torch.device("cpu"), 1, tokens=20)
+    row = next(line.split() for line in console.export_text().splitlines() if "small" in line)
+    assert row[-1] == "yes" and float(row[2]) > 0
