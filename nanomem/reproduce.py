@@ -4,6 +4,7 @@ The paper's claims, small: trains the models of a table or figure with train.py,
     python -m nanomem.reproduce table1       dense models, mixture of experts, PEER, plain memory and Memory+ on equal terms
     python -m nanomem.reproduce scaling      recall against the number of slots, at equal FLOPs
     python -m nanomem.reproduce ablations    Memory+ with one thing changed at a time
+    python -m nanomem.reproduce text         dense, mixture of experts and Memory+ on text (--text=data/wikitext-103)
     python -m nanomem.reproduce slots        which slots facts use, in a trained model (--run=out/people-memory)
 
 - equal terms: the same facts, tokens, batches and tokenizer; each model's learning rate is the best of a small sweep, by the loss
@@ -49,7 +50,8 @@ class Settings:
 
     preset: str = setting("laptop", "laptop: 2 cores, under an hour a command; gpu: one H100", ("laptop", "gpu"), group="Reproduction")
     data: str = setting("people", "what the facts are about", ("people", "world"))
-    seeds: int = setting(3, "runs of each model of table1")
+    text: str = setting("data/wikitext-103", "what text is trained on: shards that data/prepare.py made, or a text file")
+    seeds: int = setting(3, "runs of each model of table1 and text")
     run: str = setting("out/people-memory", "folder of the trained model that slots looks into")
     out_dir: str = setting("out/reproduce", "folder for the runs")
     assets: str = setting("assets", "folder for tables and figures")
@@ -63,17 +65,20 @@ class Preset:
     workers: int  # runs at a time
     threads: int  # CPU threads of each; 0 for torch's own number
     rates: tuple  # learning rates that are tried
+    text: dict  # settings of the runs of text, where they differ
     balances: tuple = (0.1, 1, 10)  # and weights of the mixture's balance loss, times the default
 
 
 PRESETS = {
     # The default model on 2.6 million tokens about 1,500 people: 70 kbit, to cores of 90,000 parameters, with 262,144 slots.
-    "laptop": Preset(dict(n_entities=1500, max_iters=1280), workers=2, threads=1, rates=(4e-3, 8e-3, 1.6e-2)),
+    "laptop": Preset(dict(n_entities=1500, max_iters=1280), workers=2, threads=1, rates=(4e-3, 8e-3, 1.6e-2),
+                     text=dict(n_layer=4, n_head=4, n_embd=64, block_size=128, batch_size=16, max_iters=1000, eval_interval=250, eval_iters=50,
+                               mem_layers="1,3", mem_n_keys=256)),
     # 100 million tokens of 200,000 people: 9.3 Mbit, to cores of 60 million parameters, with 1M slots.
     "gpu": Preset(dict(n_entities=200_000, n_layer=12, n_head=10, n_embd=640, block_size=512, batch_size=64, max_iters=3100,
                        eval_interval=620, mem_layers="3,7,11", mem_n_keys=1024, mem_heads=4, mem_knn=32, mem_k_dim=256, learning_rate=1e-3,
                        min_lr=1e-4, mem_lr=1e-2, moe_k=2),
-                  workers=1, threads=0, rates=(5e-4, 1e-3, 2e-3)),
+                  workers=1, threads=0, rates=(5e-4, 1e-3, 2e-3), text=dict(eval_iters=50)),
 }
 
 
@@ -359,6 +364,22 @@ def ablations(base, preset, settings, out_dir, console):
     return one_seed({name: config for name, config in models.items() if name == "Memory+" or config != base}, preset, out_dir, console)
 
 
+def text(base, preset, settings, out_dir, console):
+    """The rows of text."""
+    base = base.replace(data=settings.text, **preset.text)
+    base.vocab_size = open_data(base).encoding.n_vocab
+    models = {"dense": base.replace(ffn="dense"), "mixture of experts": base.replace(ffn="moe"), "Memory+": base}
+    models = choose_rates(models, preset, out_dir, console)
+    seeds = range(base.seed, base.seed + settings.seeds)
+    runs = seeds_of(models, seeds)
+    results = train(list(runs.values()), preset, out_dir, console)
+    rows = []
+    for name, config in models.items():
+        of_seeds = [results[runs[name, seed].name] for seed in seeds]
+        rows.append(described(name, config) | {"loss": [r["val_loss"] for r in of_seeds], "bits_per_byte": [r["bits_per_byte"] for r in of_seeds]})
+    return rows
+
+
 def one_seed(models, preset, out_dir, console, more=lambda config: {}):
     """Rows of models that are trained once each."""
     runs = {name: named(name, config) for name, config in models.items()}
@@ -494,8 +515,12 @@ def markdown(command, rows, about):
     """The rows as a Markdown table under the command and a line about it."""
     columns = {"model": lambda r: r["model"], "FLOPs a token": lambda r: f"{r['flops_per_token'] / 1e6:.3f} million",
                "parameters": lambda r: f"{r['params']:,}", "in tables or experts": lambda r: f"{r['mem_params']:,}"}
-    columns |= {"recall": lambda r: mean(r["recall"]), "in a taught wording": lambda r: mean(r["recall_taught"]),
-                "val loss": lambda r: f"{statistics.mean(r['loss']):.3f}"}
+    if "recall" in rows[0]:
+        columns |= {"recall": lambda r: mean(r["recall"]), "in a taught wording": lambda r: mean(r["recall_taught"])}
+    columns |= {"val loss": lambda r: f"{statistics.mean(r['loss']):.3f}"}
+    if "bits_per_byte" in rows[0]:
+        columns |= {"bits per byte, of each seed": lambda r: ", ".join(f"{x:.3f}" for x in r["bits_per_byte"]),
+                    "learning rate": lambda r: f"{r['learning_rate']:g}"}
     if "recall_equal_time" in rows[0]:
         columns |= {"learning rate": lambda r: f"{r['learning_rate']:g}", "seconds": lambda r: f"{r['seconds']:.0f}",
                     "recall at equal wall-clock": lambda r: f"{r['recall_equal_time']:.1%}"}
@@ -523,12 +548,13 @@ def draw(command, rows, path):
         figure, axis = plt.subplots(figsize=(8, 0.32 * len(rows) + 1))
         names = [row["model"] for row in rows]
         colors = ["#d9822b" if "emory" in name or "PEER" in name else "#8a9ba8" for name in names]
-        axis.barh(range(len(rows)), [statistics.mean(row["recall"]) for row in rows], color=colors)
+        key, title = ("recall", "recall of facts never asked about") if "recall" in rows[0] else ("bits_per_byte", "bits per byte of text")
+        axis.barh(range(len(rows)), [statistics.mean(row[key]) for row in rows], color=colors)
         axis.set_yticks(range(len(rows)), names)
         axis.invert_yaxis()
-        axis.set_xlabel("recall of facts never asked about")
+        axis.set_xlabel(title)
         for i, row in enumerate(rows):
-            axis.plot(row["recall"], [i] * len(row["recall"]), "k.", markersize=4)
+            axis.plot(row[key], [i] * len(row[key]), "k.", markersize=4)
             if "recall_equal_time" in row:
                 axis.plot(row["recall_equal_time"], i, "wD", markeredgecolor="black", markersize=5)
     figure.tight_layout()
@@ -545,7 +571,7 @@ def machine():
     return f"{os.cpu_count()} cores, {name}"
 
 
-COMMANDS = {"table1": table1, "scaling": scaling, "ablations": ablations}
+COMMANDS = {"table1": table1, "scaling": scaling, "ablations": ablations, "text": text}
 
 
 def main():
@@ -579,7 +605,7 @@ def main():
         out_dir.mkdir(parents=True, exist_ok=True)
         write_text(spent, json.dumps(before + time.monotonic() - started))
     minutes = read_json(spent) / 60
-    changed = [f"--{f.name}={value}" for f in dataclasses.fields(Settings) if f.name in ("preset", "data", "seeds")
+    changed = [f"--{f.name}={value}" for f in dataclasses.fields(Settings) if f.name in ("preset", "data", "text", "seeds")
                and (value := getattr(settings, f.name)) != f.default]
     name = "-".join([command] + [value for value in (settings.data, settings.preset) if value not in ("people", "laptop")])
     text = markdown(" ".join([command, *changed]), rows, f"{machine()}, torch {torch.__version__}, {minutes:.0f} minutes")

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -15,7 +16,7 @@ TINY = dict(n_entities=40, n_layer=3, n_embd=32, n_head=2, block_size=64, batch_
 @pytest.fixture
 def tiny(monkeypatch):
     """A preset whose runs take a moment."""
-    monkeypatch.setitem(reproduce.PRESETS, "laptop", reproduce.Preset(TINY, workers=2, threads=1, rates=(8e-3,), balances=(1,)))
+    monkeypatch.setitem(reproduce.PRESETS, "laptop", reproduce.Preset(TINY, workers=2, threads=1, rates=(8e-3,), text=dict(mem_layers="1"), balances=(1,)))
 
 
 def run(monkeypatch, *arguments):
@@ -44,6 +45,18 @@ def test_table1_from_nothing_and_again(tiny, monkeypatch, tmp_path):
     monkeypatch.setattr(reproduce, "start", lambda *_: pytest.fail("trained again"))
     run(monkeypatch, *arguments)
     assert json.loads((tmp_path / "table1.json").read_text()) == rows
+
+
+def test_text_has_bits_per_byte_and_the_best_of_the_rates(tiny, monkeypatch, tmp_path):
+    monkeypatch.setitem(reproduce.PRESETS, "laptop", dataclasses.replace(reproduce.PRESETS["laptop"], rates=(1e-9, 8e-3)))
+    (tmp_path / "book.txt").write_text("All work and no play makes Jack a dull boy.\n" * 100)
+    run(monkeypatch, "text", "--seeds=2", f"--text={tmp_path / 'book.txt'}", f"--out_dir={tmp_path / 'runs'}", f"--assets={tmp_path}")
+    rows = json.loads((tmp_path / "text.json").read_text())
+    assert [row["model"] for row in rows] == ["dense", "mixture of experts", "Memory+"]
+    for row in rows:
+        assert row["learning_rate"] == 8e-3 and row["flops_per_token"] == pytest.approx(rows[-1]["flops_per_token"], rel=0.02)
+        assert row["bits_per_byte"] == pytest.approx([loss / 0.6931471805599453 for loss in row["loss"]])
+    assert "bits per byte" in (tmp_path / "text.md").read_text() and (tmp_path / "text.png").stat().st_size > 5000
 
 
 def test_a_run_that_was_stopped_goes_on(tiny, tmp_path):
@@ -103,7 +116,7 @@ def test_every_model_of_a_command_can_be_made(command, preset, monkeypatch, tmp_
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ([], "expected what to reproduce, one of table1, scaling, ablations, slots; got nothing"),
+    ([], "expected what to reproduce, one of table1, scaling, ablations, text, slots; got nothing"),
     (["tables"], "got tables"),
     (["table1", "--preset=phone"], "--preset must be one of laptop, gpu; got 'phone'"),
     (["table1", "--seeds=0"], "seeds must be 1 or more"),
