@@ -322,7 +322,7 @@ def write_shards(number, piece, folder, encoding, val_share, stopping, progress)
     there already is not made again.
     """
     record = folder / f"part-{number:05}.json"
-    if done := read_json(record):
+    if (done := read_json(record)) is not None:
         progress(piece.weight)
         return done
     end, dtype = np.array([encoding.eot_token]), token_dtype(encoding.n_vocab)
@@ -345,10 +345,10 @@ class Shard:
 
     def __init__(self, path, dtype):
         self.path, self.dtype, self.file = path, dtype, None
-        self.tokens, self.bytes, self.starts, self.digest = 0, 0, [], hashlib.sha256()
+        self.tokens, self.bytes, self.ends, self.digest = 0, 0, [], hashlib.sha256()
 
     def add(self, tokens, n_bytes, ends=False):
-        """Tokens of n_bytes of text."""
+        """Tokens of n_bytes of text, which may end a document."""
         self.file = self.file or open(self.path, "wb")
         written = tokens.astype(self.dtype).tobytes()
         self.file.write(written)
@@ -356,7 +356,7 @@ class Shard:
         self.tokens += len(tokens)
         self.bytes += n_bytes
         if ends:
-            self.starts.append(self.tokens)  # the next one starts here
+            self.ends.append(self.tokens)
 
     def close(self):
         """What the index says of it: None for a shard without tokens."""
@@ -365,9 +365,8 @@ class Shard:
         self.file.flush()
         os.fsync(self.file.fileno())
         self.file.close()
-        ends = np.array(self.starts, dtype=np.int64)
-        np.save(self.path.with_suffix(".ends.npy"), ends)
-        return {"file": self.path.name, "tokens": self.tokens, "bytes": self.bytes, "documents": len(ends), "sha256": self.digest.hexdigest()}
+        np.save(self.path.with_suffix(".ends.npy"), np.array(self.ends, dtype=np.int64))  # where documents end
+        return {"file": self.path.name, "tokens": self.tokens, "bytes": self.bytes, "documents": len(self.ends), "sha256": self.digest.hexdigest()}
 
 
 def prepare(pieces, folder, encoding, name, config):
@@ -396,9 +395,11 @@ def prepare(pieces, folder, encoding, name, config):
                    for number, piece in enumerate(pieces)]
         try:
             records = [future.result() for future in futures]
-        except BaseException:  # Ctrl-C too: the workers stop, and what is done is kept
+        except BaseException as error:
             stopping.set()
             pool.shutdown(cancel_futures=True)
+            if isinstance(error, KeyboardInterrupt):
+                console.print("stopped; what is done is kept, and the same command goes on from there")
             raise
     index = {split: [record[split] for record in records if split in record] for split in SPLITS}
     if not index["val"] or not index["train"]:

@@ -6,6 +6,7 @@ How long one training step of a memory layer takes, beside what one would write 
     python -m nanomem.bench --device=cuda --peer=PATH    also the paper's own layer, from a checkout of facebookresearch/memory
     python -m nanomem.bench --n_keys=256 --knn=32 --dim=256
     python -m nanomem.bench --generation        writing 256 tokens, with and without the cache of keys and values
+    python -m nanomem.bench --prepare=big.txt   data/prepare.py's speed and memory, beside tiktoken's alone (--tokenizer=FILE.tiktoken)
 
 A step is forward, backward (to the input, too), and the update of all parameters. All layers have the same parts
 (query projection, qk-norm, gate, output projection; the paper's has no qk-norm) and differ in three places:
@@ -47,10 +48,13 @@ k=32, k_dim 512, 1M slots, bf16):
 """
 
 import json
+import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,11 +66,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from nanomem import optim
+from nanomem import optim, tokenizer
 from nanomem.config import GPTConfig, UserError, keep_freed_memory, machine_memory, one_line_errors, parse, pick_device, setting
 from nanomem.memory import MemoryTable, ProductKeyMemory, memory_read, product_key_topk, select
 from nanomem.model import GPT
 
+ROOT = Path(__file__).resolve().parent.parent
 KINDS = ("nanomem", "pytorch", "compiled", "paper")
 SHAPE = ("tokens", "dim", "heads", "knn", "k_dim", "n_keys")
 CPU_SHAPES = [(4096, 128, 4, 16, 128, 1024), (4096, 128, 4, 16, 128, 4096)]
@@ -89,6 +94,8 @@ class BenchConfig:
     dtype: str = setting("auto", "of parameters and activations; auto: bfloat16 on cuda, else float32", ("auto", "float32", "bfloat16"))
     peer: str = setting("", "a checkout of facebookresearch/memory, the paper's code, to measure beside")
     generation: bool = setting(False, "time whole models that write 256 tokens in place of layers")
+    prepare: str = setting("", "time data/prepare.py on this text file in place of layers")
+    tokenizer: str = setting("bytes", "the tokenizer for --prepare")
     keep_freed: bool = setting(False, "with --only: call keep_freed_memory first, as train.py does")
     only: str = setting("", "measure this in this process and print JSON: what the benchmark calls itself with", ("", *KINDS, "kernels"))
 
@@ -382,6 +389,33 @@ def time_generation(console, device, rounds, tokens=256):
     console.print(table)
 
 
+def time_prepare(console, config, sample=2**25):
+    """Says how fast data/prepare.py turns a text file into shards and the memory it takes, and how fast tiktoken alone is in one process,
+    on the first `sample` bytes, before and after.
+    """
+    encoding = tokenizer.byte_encoding() if config.tokenizer == "bytes" else tokenizer.load(config.tokenizer)
+    with open(config.prepare, "rb") as file:
+        texts = file.read(sample).decode(errors="ignore").splitlines(keepends=True)
+    texts = ["".join(texts[i:i + 10_000]) for i in range(0, len(texts), 10_000)]
+
+    def alone():
+        started = time.perf_counter()
+        for text in texts:
+            encoding.encode_ordinary(text)
+        return sum(len(text.encode()) for text in texts) / (time.perf_counter() - started)
+
+    workers, speeds = os.cpu_count(), [alone()]
+    with tempfile.TemporaryDirectory(dir=Path(config.prepare).resolve().parent) as folder:
+        started = time.perf_counter()
+        subprocess.run([sys.executable, str(ROOT / "data" / "prepare.py"), config.prepare, f"--out={folder}/shards", f"--workers={workers}",
+                        f"--tokenizer={config.tokenizer}"], check=True, stdout=subprocess.DEVNULL)
+        speed = Path(config.prepare).stat().st_size / (time.perf_counter() - started)
+    speeds.append(alone())
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    console.print(f"data/prepare.py with {workers} workers: {speed / 1e6:.1f} MB/s from start to end, peak memory {peak / 1e6:.0f} MB; tiktoken alone, one "
+                  f"process: {' and '.join(f'{s / 1e6:.1f}' for s in speeds)} MB/s; so {speed / workers / statistics.mean(speeds):.0%} of as many tiktokens")
+
+
 def main():
     """Runs the measurements in turn and prints the tables."""
     given = parse(BenchConfig, sys.argv[1:])
@@ -392,6 +426,9 @@ def main():
     if config.only:
         result = measure_kernels(config, shapes[0][-1]) if config.only == "kernels" else measure(config.only, config, shapes[0][-1])
         print(json.dumps(result))
+        return
+    if config.prepare:
+        time_prepare(console, config)
         return
     if config.generation:
         time_generation(console, device, config.rounds)

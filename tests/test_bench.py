@@ -30,3 +30,9 @@ def test_generation_is_timed_with_the_cache_and_without(monkeypatch):
     bench.time_generation(console, torch.device("cpu"), 1, tokens=20)
     row = next(line.split() for line in console.export_text().splitlines() if "small" in line)
     assert row[-1] == "yes" and float(row[2]) > 0
+
+
+def test_prepare_is_timed_beside_tiktoken_alone(tmp_path):
+    (tmp_path / "book.txt").write_text("All work and no play makes Jack a dull boy.\n" * 2000)
+    out, _ = runs.run("nanomem/bench.py", f"--prepare={tmp_path / 'book.txt'}")
+    assert "MB/s from start to end, peak memory" in out and list(tmp_path.iterdir()) == [tmp_path / "book.txt"]
