@@ -50,7 +50,6 @@ k=32, k_dim 512, 1M slots, bf16):
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -393,6 +392,8 @@ def time_prepare(console, config, sample=2**25):
     """Says how fast data/prepare.py turns a text file into shards and the memory it takes, and how fast tiktoken alone is in one process,
     on the first `sample` bytes, before and after.
     """
+    import resource  # which Windows doesn't have
+
     encoding = tokenizer.byte_encoding() if config.tokenizer == "bytes" else tokenizer.load(config.tokenizer)
     with open(config.prepare, "rb") as file:
         texts = file.read(sample).decode(errors="ignore").splitlines(keepends=True)
