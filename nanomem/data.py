@@ -181,15 +181,15 @@ def open_shards(folder, config, tokenizer_path=None):
 
 def ahead(data, split, numbers, batch_size):
     """Yields data.batch(split, number, batch_size) for each of numbers, made by a thread while the one before is in use."""
-    with ThreadPoolExecutor(1) as pool:
-        made = None
-        for number in numbers:
-            following = pool.submit(data.batch, split, number, batch_size)
-            if made:
-                yield made.result()
-            made = following
+    # Not in a `with`: an abandoned generator is closed by the garbage collector, anywhere, and waiting for a thread there can lock up.
+    pool, made = ThreadPoolExecutor(1), None
+    for number in numbers:
+        following = pool.submit(data.batch, split, number, batch_size)
         if made:
             yield made.result()
+        made = following
+    if made:
+        yield made.result()
 
 
 def digest(*contents):

@@ -96,7 +96,7 @@ def test_dense_and_memory_take_equal_flops(finished, tmp_path):
 
 @pytest.mark.parametrize("arguments, message", [
     (["--learning_rat=1"], "unknown setting --learning_rat (did you mean learning_rate?)"),
-    (["--max-iters=1"], "did you mean max_iters?"),
+    (["--max-itrs=5"], "did you mean max_iters?"),
     (["--max_iters=ten"], "--max_iters must be a whole number"),
     (["--max_iters"], "--max_iters needs a value"),
     (["--ffn=memry"], "(did you mean memory?)"),
