@@ -20,6 +20,7 @@ import hashlib
 import itertools
 import json
 import os
+import shutil
 import sys
 import threading
 import urllib.request
@@ -133,8 +134,7 @@ def unzip(path, member, folder):
         with zipfile.ZipFile(path) as archive:
             if not (target.exists() and target.stat().st_size == archive.getinfo(member).file_size):
                 with archive.open(member) as source, open(target, "wb") as file:
-                    while block := source.read(2**20):
-                        file.write(block)
+                    shutil.copyfileobj(source, file)
     except (zipfile.BadZipFile, KeyError) as error:
         raise UserError(f"{path} is not the zip file expected, with {member} in it ({error})") from None
     return target

@@ -80,13 +80,13 @@ class FactData:
 class TextData:
     """Blocks of a text: each once an epoch, in an order that depends on nothing but seed and epoch.
 
-    tokens: {"train": arrays, "val": arrays}, which may lie on disk; n_bytes: of the text of each split; name: a hash of all that.
+    tokens: {"train": arrays, "val": arrays}, which may lie on disk; val_bytes: of the val split's text; name: a hash of all that.
     Raises ValueError for a split with too few tokens.
     """
 
     facts = None
 
-    def __init__(self, tokens, n_bytes, encoding, block_size, seed=0, name=""):
+    def __init__(self, tokens, val_bytes, encoding, block_size, seed=0, name=""):
         self.tokens, self.encoding, self.block_size, self.seed, self.name = tokens, encoding, block_size, seed, name
         self.ends = {split: np.cumsum([len(array) for array in arrays]) for split, arrays in tokens.items()}
         self.blocks = {split: int(ends[-1] - block_size) // block_size for split, ends in self.ends.items()}
@@ -94,7 +94,7 @@ class TextData:
             if self.blocks[split] < 1:
                 raise ValueError(f"the text's {split} split has {ends[-1]:,} tokens, too few for block_size={block_size}: "
                                  f"it needs {2 * block_size}, or a smaller block_size")
-        self.bytes_per_token = n_bytes["val"] / int(self.ends["val"][-1])
+        self.bytes_per_token = val_bytes / int(self.ends["val"][-1])
         self.orders = {}  # split -> (epoch, its order)
 
     @classmethod
@@ -102,9 +102,8 @@ class TextData:
         """Of a text in memory, whose last tenth is the val split."""
         tokens = encoding.encode_to_numpy(text, disallowed_special=())
         cut = len(tokens) - len(tokens) // 10
-        halves = {"train": tokens[:cut], "val": tokens[cut:]}
-        n_bytes = {split: len(encoding.decode_bytes(half.tolist())) for split, half in halves.items()}
-        return cls({split: [half] for split, half in halves.items()}, n_bytes, encoding, block_size, seed, digest(tokens))
+        val_bytes = len(encoding.decode_bytes(tokens[cut:].tolist()))
+        return cls({"train": [tokens[:cut]], "val": [tokens[cut:]]}, val_bytes, encoding, block_size, seed, digest(tokens))
 
     def digest(self):
         """A hash of the text's tokens, for telling whether two processes have the same."""
@@ -174,9 +173,9 @@ def open_shards(folder, config, tokenizer_path=None):
             if path.stat().st_mtime_ns > when and file_digest(path) != shard["sha256"]:  # reading them all would take long
                 raise ValueError(f"{path} was changed after it was written; delete the folder and prepare it anew")
             tokens.setdefault(split, []).append(np.memmap(path, dtype, "r"))
-    n_bytes = {split: sum(shard["bytes"] for shard in index[split]) for split in SPLITS}
+    val_bytes = sum(shard["bytes"] for shard in index["val"])
     name = digest(repr([shard["sha256"] for split in SPLITS for shard in index[split]]).encode())
-    return TextData(tokens, n_bytes, encoding, config.block_size, config.seed, name)
+    return TextData(tokens, val_bytes, encoding, config.block_size, config.seed, name)
 
 
 def ahead(data, split, numbers, batch_size):

@@ -101,7 +101,7 @@ def test_few_facts_are_padded_and_not_repeated(tmp_path):
 
 def test_an_epoch_of_text_reads_each_block_once():
     tokens = np.arange(1000)
-    data = TextData({"train": [tokens[:7], tokens[7:640], tokens[640:900]], "val": [tokens[900:]]}, {"train": 900, "val": 100},
+    data = TextData({"train": [tokens[:7], tokens[7:640], tokens[640:900]], "val": [tokens[900:]]}, 100,
                     tokenizer.byte_encoding(), 20, seed=0)
     assert data.blocks == {"train": 44, "val": 4} and data.bytes_per_token == 1
     starts = {}
