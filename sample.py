@@ -82,31 +82,32 @@ def knows_facts(run):
 
 def write(model, encoding, text, config, facts, generator):
     """Writes num_samples continuations of text to the screen, one alone as it comes; returns all tokens of the last one, (1, time)."""
-    end, tokens = encoding.eot_token, encoding.encode_ordinary(text)
-    # Facts begin as documents do, after <|endoftext|>, and end with it.
-    prompt = torch.tensor([[end] + tokens if facts or not tokens else tokens], device=next(model.parameters()).device)
+    end, prompt, device = encoding.eot_token, encoding.encode_ordinary(text), next(model.parameters()).device
+    prompt = [end] + prompt if facts or not prompt else prompt  # facts begin as documents do, after <|endoftext|>, and end with it
     temperature = config.temperature if config.temperature >= 0 else (0.0 if facts else 0.8)
-    stream = model.generate(prompt.expand(config.num_samples, -1), config.max_new_tokens, temperature, config.top_k or None,
+    stream = model.generate(torch.tensor([prompt] * config.num_samples, device=device), config.max_new_tokens, temperature, config.top_k or None,
                             end if facts else None, generator, config.top_p)
-    written, alone, started = [prompt.expand(config.num_samples, -1)], config.num_samples == 1, time.perf_counter()
+    rows, alone, started = [[] for _ in range(config.num_samples)], config.num_samples == 1, time.perf_counter()
     characters = codecs.getincrementaldecoder("utf-8")("replace")  # a character may span several tokens
     if alone:
         console.out(text, style="bold", end="", highlight=False)
-    for token in stream:
-        if alone and facts and token.item() == end:
-            break
-        written.append(token)
-        if alone:
-            console.out(characters.decode(encoding.decode_single_token_bytes(token.item())), end="", highlight=False)
-    count, seconds = config.num_samples * (len(written) - 1), time.perf_counter() - started
-    written = torch.cat(written, dim=1)
-    for row in written[:, prompt.shape[1]:].tolist() if not alone else ():
-        console.out(text, style="bold", end="", highlight=False)
-        console.out(encoding.decode(row[:row.index(end)] if facts and end in row else row) + "\n", highlight=False)
+    for column in stream:
+        for row, token in zip(rows, column.flatten().tolist()):
+            row.append(token)
+        if alone and not (facts and token == end):
+            console.out(characters.decode(encoding.decode_single_token_bytes(token)), end="", highlight=False)
+    seconds = time.perf_counter() - started
+    if facts:
+        rows = [row[:row.index(end)] if end in row else row for row in rows]
+    count = sum(map(len, rows))
     if alone:
         console.print()
+    else:
+        for row in rows:
+            console.out(text, style="bold", end="", highlight=False)
+            console.out(encoding.decode(row) + "\n", highlight=False)
     Console(stderr=True, highlight=False).print(f"{count} tokens, {count / seconds:,.0f} tokens/s", style="dim")
-    return written[-1:]
+    return torch.tensor([prompt + rows[-1]], device=device)
 
 
 # ------------------------------------------------------------------------------------------------

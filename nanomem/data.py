@@ -38,6 +38,7 @@ class FactData:
             raise ValueError(f"a fact about {fact_set.entities[entity][:60]!r} takes {length} tokens, more than "
                              f"block_size={block_size}: raise block_size")
         self.cumulative = np.cumsum(fact_set.frequency)
+        self.roles = fact_set.role.tolist()  # a list's elements are read several times faster than an array's, one by one
         self.has_questions = bool((fact_set.role != facts.ASKED).any())
 
     def digest(self):
@@ -49,32 +50,33 @@ class FactData:
         """inputs and targets, (batch_size, block_size) int64 each; a target of -1 has no loss."""
         rng = np.random.default_rng([self.seed, SPLITS.index(split), step])
         never_asked = split == "val" and self.has_questions
-        blocks = torch.stack([self._block(rng, never_asked) for _ in range(batch_size)])
+        blocks = torch.tensor([self._block(rng, never_asked) for _ in range(batch_size)])
         inputs = blocks[:, :-1].clone()
         inputs[inputs == IGNORE] = self.sentences.end
         return inputs, blocks[:, 1:].contiguous()
 
     def _block(self, rng, never_asked):
+        """A list of block_size + 1 tokens."""
         tokens, seen = [self.sentences.end], set()
         draws = 2 * self.block_size  # more than fit, though of questions never asked only every fourth draw counts
-        entities = np.minimum(np.searchsorted(self.cumulative, rng.random(draws)), len(self.facts.entities) - 1)
+        entities = np.minimum(self.cumulative.searchsorted(rng.random(draws)), len(self.facts.entities) - 1)
         attributes = rng.integers(len(self.facts.attributes), size=draws)
         for e, a, asks, wording in zip(entities.tolist(), attributes.tolist(), rng.random(draws), rng.random(draws)):
-            role = self.facts.role[e, a]
+            role = self.roles[e][a]
             if e in seen or (never_asked and role != facts.SELECT):
                 continue
             seen.add(e)
             attribute = self.facts.attributes[a]
             question = never_asked or (role == facts.ASKED and attribute.questions and asks < self.question_share)
             if self.facts.biographies and not question:
-                tokens += self.sentences.biography(e, rng.permutation(len(self.facts.attributes)))
+                tokens += self.sentences.biography(e, rng.permutation(len(self.facts.attributes)).tolist())
             else:
                 wordings = attribute.questions if question else attribute.statements
                 tokens += self.sentences.document(e, a, wordings[int(wording * len(wordings))])
             if len(tokens) > self.block_size:
                 break
         tokens = tokens[:self.block_size + 1]
-        return torch.tensor(tokens + [IGNORE] * (self.block_size + 1 - len(tokens)))
+        return tokens + [IGNORE] * (self.block_size + 1 - len(tokens))
 
 
 class TextData:

@@ -220,6 +220,7 @@ class Sentences:
         # A name in mid-sentence is encoded with its space: " Lagos".
         self.names = {False: encode(facts.entities), True: encode([" " + name for name in facts.entities])}
         self.values = [[encode([" " + spelling for spelling in value]) for value in values] for values in facts.values]
+        self.codes = facts.codes.tolist()  # read one by one faster than an array's elements
         self.pieces = {wording: encode([wording.split("{}")[0].rstrip(" "), wording.split("{}")[1]])
                        for a in facts.attributes for wording in a.statements + a.questions}
 
@@ -230,7 +231,7 @@ class Sentences:
 
     def answers(self, entity, attribute):
         """The tokens of each accepted answer."""
-        return self.values[attribute][self.facts.codes[entity, attribute]]
+        return self.values[attribute][self.codes[entity][attribute]]
 
     def longest(self):
         """(tokens of the longest document, with its longest accepted answers and <|endoftext|>; the entity it is about)"""
@@ -250,8 +251,11 @@ class Sentences:
 
     def biography(self, entity, order):
         """The entity's name, and the statement and taught answer of each attribute in this order; <|endoftext|>."""
-        told = [self.pieces[self.facts.attributes[a].statements[0]][1] + self.answers(entity, a)[0] for a in order]
-        return self.names[False][entity] + sum(told, []) + [self.end]
+        tokens = list(self.names[False][entity])
+        for a in order:
+            tokens += self.pieces[self.facts.attributes[a].statements[0]][1]
+            tokens += self.answers(entity, a)[0]
+        return tokens + [self.end]
 
 
 # ------------------------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ class Settings:
     preset: str = setting("laptop", "laptop: 2 cores, under an hour a command; gpu: one H100", ("laptop", "gpu"), group="Reproduction")
     data: str = setting("people", "what the facts are about", ("people", "world"))
     text: str = setting("data/wikitext-103", "what text is trained on: shards that data/prepare.py made, or a text file")
-    seeds: int = setting(3, "runs of each model of table1 and text")
+    seeds: int = setting(3, "runs of each model of table1, scaling and text")
     run: str = setting("out/people-memory", "folder of the trained model that slots looks into")
     out_dir: str = setting("out/reproduce", "folder for the runs")
     assets: str = setting("assets", "folder for tables and figures")
@@ -129,10 +129,11 @@ class Run:
     config: Config
 
     def folder(self, out_dir):
-        """Where it goes: a folder whose name changes when its settings, the program or torch do."""
+        """Where it goes: a folder whose name changes when its settings, the program or torch do, or that of the same run by another name."""
         same = {key: value for key, value in dataclasses.asdict(self.config).items() if key not in ("out_dir", "resume")}
         digest = hashlib.sha256(json.dumps([same, program(), torch.__version__]).encode()).hexdigest()[:8]
-        return Path(out_dir) / f"{''.join(c if c.isalnum() or c in '.=' else '-' for c in self.name)}-{digest}"
+        own = Path(out_dir) / f"{''.join(c if c.isalnum() or c in '.=' else '-' for c in self.name)}-{digest}"
+        return own if own.exists() else next(Path(out_dir).glob(f"*-{digest}"), own)
 
     def size(self):
         """Its share of the work, for the progress bar: FLOPs, and as much again for what is not multiplying."""
@@ -281,9 +282,16 @@ def named(name, config):
 # The commands
 
 
-def seeds_of(models, seeds):
-    """A Run for each model and seed; of a seed, all see the same people in the same batches."""
-    return {(name, seed): named(name, config.replace(seed=seed)) for seed in seeds for name, config in models.items()}
+def seeds_of(base, settings):
+    """The seeds of a command that takes --seeds."""
+    return range(base.seed, base.seed + settings.seeds)
+
+
+def trained(models, seeds, preset, out_dir, console):
+    """{name: the last metrics of its runs, one a seed}; of a seed, all models see the same people in the same batches."""
+    runs = {(name, seed): named(name, config.replace(seed=seed)) for seed in seeds for name, config in models.items()}
+    results = train(list(runs.values()), preset, out_dir, console)
+    return {name: [results[runs[name, seed].name] for seed in seeds] for name in models}
 
 
 def described(name, config):
@@ -311,26 +319,25 @@ def table1(base, preset, settings, out_dir, console):
               "plain memory": at_flops(plain, target), "Memory+": base}
     seconds = cached(out_dir / f"pace-{Run('', base).folder('').name}.json", lambda: pace(models))
     models = choose_rates(models, preset, out_dir, console)
-    seeds = range(base.seed, base.seed + settings.seeds)
-    runs = seeds_of(models, seeds)
-    in_equal_time = {"Memory+": runs["Memory+", base.seed]}
+    results = trained(models, seeds_of(base, settings), preset, out_dir, console)
+    equal_time = {}
     for name, config in models.items():
         iters = max(1, round(config.max_iters * seconds["Memory+"] / seconds[name]))
-        in_equal_time.setdefault(name, Run(f"{name}, equal time", config.replace(max_iters=iters, eval_interval=iters)))
-    results = train(list(dict.fromkeys([*runs.values(), *in_equal_time.values()])), preset, out_dir, console)
-    rows = []
-    for name, config in models.items():
-        row = described(name, config) | {"seconds": seconds[name] * config.max_iters}
-        row |= measured([results[runs[name, seed].name] for seed in seeds])
-        rows.append(row | {"recall_equal_time": results[in_equal_time[name].name]["recall"]})
-    return rows
+        equal_time[name] = Run(f"{name}, equal time", config.replace(max_iters=iters, eval_interval=iters))
+    equal_time["Memory+"] = named("Memory+", models["Memory+"])
+    in_equal_time = train(list(equal_time.values()), preset, out_dir, console)
+    return [described(name, config) | measured(results[name]) |
+            {"seconds": seconds[name] * config.max_iters, "recall_equal_time": in_equal_time[equal_time[name].name]["recall"]}
+            for name, config in models.items()]
 
 
 def scaling(base, preset, settings, out_dir, console):
     """The rows of scaling: Memory+ from 1k to 1M slots, and the dense model of the same FLOPs."""
     models = {f"{n_keys**2:,} slots": base.replace(mem_n_keys=n_keys) for n_keys in (32, 64, 128, 256, 512, 1024)}
     models = {"no memory": base.replace(ffn="dense")} | {name: config for name, config in models.items() if config.mem_knn <= config.mem_n_keys}
-    return one_seed(models, preset, out_dir, console, lambda config: {"slots": config.mem_n_keys**2 if config.ffn == "memory" else 0})
+    results = trained(models, seeds_of(base, settings), preset, out_dir, console)
+    return [described(name, config) | {"slots": config.mem_n_keys**2 if config.ffn == "memory" else 0} | measured(results[name])
+            for name, config in models.items()]
 
 
 def ablations(base, preset, settings, out_dir, console):
@@ -361,7 +368,9 @@ def ablations(base, preset, settings, out_dir, console):
         with contextlib.suppress(UserError):  # where nothing is left to narrow, the row shows other FLOPs
             config = at_flops(config, target)
         models[name] = config
-    return one_seed({name: config for name, config in models.items() if name == "Memory+" or config != base}, preset, out_dir, console)
+    models = {name: config for name, config in models.items() if name == "Memory+" or config != base}
+    results = trained(models, [base.seed], preset, out_dir, console)
+    return [described(name, config) | measured(results[name]) for name, config in models.items()]
 
 
 def text(base, preset, settings, out_dir, console):
@@ -370,21 +379,9 @@ def text(base, preset, settings, out_dir, console):
     base.vocab_size = open_data(base).encoding.n_vocab
     models = {"dense": base.replace(ffn="dense"), "mixture of experts": base.replace(ffn="moe"), "Memory+": base}
     models = choose_rates(models, preset, out_dir, console)
-    seeds = range(base.seed, base.seed + settings.seeds)
-    runs = seeds_of(models, seeds)
-    results = train(list(runs.values()), preset, out_dir, console)
-    rows = []
-    for name, config in models.items():
-        of_seeds = [results[runs[name, seed].name] for seed in seeds]
-        rows.append(described(name, config) | {"loss": [r["val_loss"] for r in of_seeds], "bits_per_byte": [r["bits_per_byte"] for r in of_seeds]})
-    return rows
-
-
-def one_seed(models, preset, out_dir, console, more=lambda config: {}):
-    """Rows of models that are trained once each."""
-    runs = {name: named(name, config) for name, config in models.items()}
-    results = train(list(runs.values()), preset, out_dir, console)
-    return [described(name, config) | more(config) | measured([results[runs[name].name]]) for name, config in models.items()]
+    results = trained(models, seeds_of(base, settings), preset, out_dir, console)
+    return [described(name, config) | {"loss": [r["val_loss"] for r in results[name]], "bits_per_byte": [r["bits_per_byte"] for r in results[name]]}
+            for name, config in models.items()]
 
 
 def cached(path, compute):
@@ -536,10 +533,11 @@ def draw(command, rows, path):
         figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
         points = [row for row in rows if row["slots"]]
         for axis, key, title in ((left, "recall", "recall of facts never asked about"), (right, "loss", "validation loss")):
-            axis.plot([row["slots"] for row in points], [row[key][0] for row in points], "o-", color="#d9822b")
-            axis.axhline(rows[0][key][0], color="#8a9ba8", linestyle="--", label="no memory, at the FLOPs of the default")
+            axis.plot([row["slots"] for row in points], [statistics.mean(row[key]) for row in points], "o-", color="#d9822b")
+            axis.axhline(statistics.mean(rows[0][key]), color="#8a9ba8", linestyle="--", label="no memory, at the FLOPs of the default")
             for row in points:
-                axis.annotate(f"{row['flops_per_token'] / 1e6:.2f}", (row["slots"], row[key][0]), textcoords="offset points", xytext=(0, 6), fontsize=7)
+                axis.plot([row["slots"]] * len(row[key]), row[key], "k.", markersize=4)
+                axis.annotate(f"{row['flops_per_token'] / 1e6:.2f}", (row["slots"], statistics.mean(row[key])), textcoords="offset points", xytext=(0, 6), fontsize=7)
             axis.set_xscale("log", base=2)
             axis.set_xlabel("slots (at each point: million FLOPs a token)")
             axis.set_title(title, fontsize=10)
