@@ -199,7 +199,7 @@ with one_line_errors():
         console.print(f"exported to {config.export}; python sample.py --out_dir={config.export} reads it", soft_wrap=True)
         sys.exit()
     if config.trace and not model.memory_layers():
-        raise UserError("--trace shows memory slots, and this model has no memory layers (ffn=dense)")
+        raise UserError(f"--trace shows memory slots, and this model has no memory layers (ffn={run.ffn})")
     data = open_data(run, Path(run.out_dir) / "tokenizer.tiktoken") if config.trace else None
     generator = torch.Generator(next(model.parameters()).device).manual_seed(config.seed)
     if config.start or not sys.stdin.isatty():

@@ -71,7 +71,7 @@ def settings(argv):
     if config.resume:
         before = checkpoint.read_json(out_dir / "config.json") or (header and header["config"])
         # vocab_size is what the tokenizer has, perhaps less than was asked for
-        for name in given.keys() & {f.name for f in config.groups("Model", "Memory", "Data")} - {"vocab_size"}:
+        for name in given.keys() & {f.name for f in config.groups("Model", "Memory", "Baselines", "Data")} - {"vocab_size", "moe_balance"}:
             if before and given[name] != before.get(name):
                 raise UserError(f"--{name}={given[name]} can't change on --resume: the run in {out_dir} has {name}={before.get(name)}")
         config = Config.from_saved(before or {}, out_dir).replace(**given)
@@ -83,14 +83,17 @@ def settings(argv):
 
 
 def check_tables_fit(config, device):
-    """Raises UserError for memory tables larger than the machine's memory, which would kill the process without a word."""
+    """Raises UserError for memory tables, or experts, larger than the machine's memory, which would kill the process without a word."""
     with torch.device("meta"):
-        tables = [m for m in GPT(config).modules() if isinstance(m, MemoryTable)]
+        model = GPT(config)
+    tables = [m for m in model.modules() if isinstance(m, MemoryTable)]
     shards = min(config.shards() or sharding.size(), sharding.size())
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device.type == "cpu" else 1  # processes that share the memory
     needed = here * sum(table.values.nbytes / shards + 8 * table.n_slots for table in tables)  # values, and RowAdam's 8 bytes a row
+    if config.ffn == "moe":
+        needed += here * 16 * model.count_parameters()[1]  # weights, gradients and AdamW's two moments
     if needed > machine_memory(device):
-        raise UserError(f"mem_n_keys={config.mem_n_keys} makes tables of {needed / 1e9:,.0f} GB, and {device} has "
+        raise UserError(f"mem_n_keys={config.mem_n_keys} makes {'experts' if config.ffn == 'moe' else 'tables'} of {needed / 1e9:,.0f} GB, and {device} has "
                         f"{machine_memory(device) / 1e9:,.0f} GB; a smaller mem_n_keys or mem_v_dim fits"
                         + (", or more GPUs" if device.type == "cuda" else ""))
 
@@ -304,7 +307,7 @@ if config.ffn != "memory" and not (config.ffn == "dense" and config.ffn_hidden):
     console.print(f"beside --ffn=memory with these settings: {flops:.3f} times the FLOPs, {parameters:.3f} times the parameters", soft_wrap=True)
 if mesh:
     groups, shards = mesh.shape
-    shares, wire = f"1/{sharding.size()} of a batch", f"{8 * core * (1 - 1 / sharding.size()) / 1e6:.1f} MB an update and process for gradients"
+    shares, wire = f"1/{sharding.size()} of a batch", f"{8 * (core + (sparse if config.ffn == 'moe' else 0)) * (1 - 1 / sharding.size()) / 1e6:.1f} MB an update and process for gradients"
     if model.memory_layers():
         shares += f" and 1/{shards} of the tables' columns ({groups} group{'s' * (groups > 1)} of {shards})"
         wire += f", {sharding.bytes_per_token(model):,} bytes a token for tables{', and the gradients of rows touched' * (groups > 1)}"

@@ -198,7 +198,7 @@ def pieces_of(files, val_share, separator=""):
         elif kind == "gz":
             found.append(Piece(str(path), 0, size, kind, weight=size))
         elif kind == "text":
-            tenth = find_cut(path, size - size // 10, size)
+            tenth = find_cut(path, size - size // 10, size, inside=True)
             halves = [(0, tenth, "train"), (tenth, size, "val")] if few else [(0, size, "val" if in_val(file_digest(path), val_share) else "train")]
             found += [piece for start, stop, split in halves for piece in cut_up(path, start, stop, kind, split=split)]
         else:
@@ -209,25 +209,24 @@ def pieces_of(files, val_share, separator=""):
 def cut_up(path, start, stop, kind, end="\n", **about):
     """Pieces of some PIECE bytes, each up to an `end`."""
     while start < stop:
-        after = stop if stop - start <= 1.5 * PIECE else find_cut(path, start + PIECE, stop, end)
+        after = stop if stop - start <= 1.5 * PIECE else find_cut(path, start + PIECE, stop, end, inside=kind == "text")
         yield Piece(str(path), start, after, kind, ends=after == stop, weight=after - start, **about)
         start = after
 
 
-def find_cut(path, at, stop, end="\n"):
-    """The first place in a file from `at` on that follows an `end`. In a line that goes on for a SEGMENT it is the first place that
-    begins a character; where documents end otherwise, it is as far as it takes.
+def find_cut(path, at, stop, end="\n", inside=False):
+    """The first place in a file from `at` on that follows an `end`, however far it is; with `inside`, where none follows within a
+    SEGMENT, the first place that begins a character.
     """
-    end, found = end.encode(), b""
+    end, found = end.encode(), bytearray()
     with open(path, "rb") as file:
         file.seek(at)
-        while at + len(found) < stop and (end != b"\n" or len(found) < SEGMENT):
-            found += file.read(2**16)
-            if (i := found.find(end)) >= 0:
-                return min(at + i + len(end), stop)
-    if end != b"\n" or at + len(found) >= stop:
-        return stop
-    return at + next(i for i, byte in enumerate(found) if byte & 0xC0 != 0x80)
+        while at + len(found) < stop and not (inside and len(found) >= SEGMENT) and (block := file.read(2**16)):
+            searched = max(0, len(found) - len(end) + 1)
+            found += block
+            if (i := found.find(end, searched)) >= 0 and at + i + len(end) < stop:
+                return at + i + len(end)
+    return at + next((i for i, byte in enumerate(found) if byte & 0xC0 != 0x80), 0) if inside else stop
 
 
 # ------------------------------------------------------------------------------------------------
@@ -253,7 +252,7 @@ def plain_texts(piece):
     end, at = piece.separator or "\n", piece.start
     with open(piece.path, "rb") as file:
         while at < piece.stop:
-            after = piece.stop if piece.stop - at <= 1.5 * SEGMENT else find_cut(piece.path, at + SEGMENT, piece.stop, end)
+            after = piece.stop if piece.stop - at <= 1.5 * SEGMENT else find_cut(piece.path, at + SEGMENT, piece.stop, end, inside=piece.kind == "text")
             file.seek(at)
             try:
                 text = file.read(after - at).decode("utf-8-sig" if at == 0 else "utf-8")  # some editors begin a file with a mark
@@ -303,8 +302,9 @@ def open_parquet(path):
         file = pyarrow.parquet.ParquetFile(path)
     except ArrowException as error:
         raise UserError(f"{path} is no parquet file ({error})") from None
-    if "text" not in file.schema_arrow.names:
-        raise UserError(f"{path}: no column \"text\" among {', '.join(file.schema_arrow.names)}")
+    columns = {column.name: str(column.type) for column in file.schema_arrow}
+    if columns.get("text") not in ("string", "large_string"):
+        raise UserError(f"{path}: expected a column \"text\" of strings, got {', '.join(f'{name} ({kind})' for name, kind in columns.items())}")
     return file
 
 
@@ -384,7 +384,7 @@ def prepare(pieces, folder, encoding, name, config):
             raise UserError(f"{folder} has shards of other text, or made with other settings; delete it, or name another folder with --out")
         return read_json(folder / INDEX)
     if begun != plan:
-        for stale in (*folder.glob("part-*.json"), *folder.glob("*.bin"), *folder.glob("*.ends.npy")):
+        for stale in (*folder.glob("part-*.json"), *folder.glob("*.bin"), *folder.glob("*.ends.npy")):  # check_folder saw that they are ours
             stale.unlink()
         write_text(folder / "plan.json", json.dumps(plan))
     bar = Progress(BarColumn(), TextColumn("{task.percentage:>3.0f}%"), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(), console=console)
@@ -457,6 +457,13 @@ def named_pieces(name, folder, config):
     return pieces, [] if config.from_file else files
 
 
+def check_folder(folder):
+    """Raises UserError for a folder with tokens of somebody else, or the facts that come with nanomem."""
+    others = [path.name for pattern in ("*.bin", "*.tiktoken") for path in folder.glob(pattern)]
+    if others and not (folder / "plan.json").exists():
+        raise UserError(f"{folder} has {others[0]}, which prepare.py did not write; name another folder with --out, such as --out=data/mine")
+
+
 def main():
     """One command."""
     options = [argument for argument in sys.argv[1:] if argument.startswith("-")]
@@ -472,6 +479,7 @@ def main():
     if config.from_file and not named:
         raise UserError(f"--from-file is for a named set: {', '.join(NAMED)}")
     folder = Path(config.out) if config.out != "auto" else FOLDER / (named or Path(inputs[0]).resolve().stem)
+    check_folder(folder)
     downloaded = []
     if named and (folder / INDEX).exists():
         raise UserError(f"{named} is in {folder} already; delete that folder to prepare it anew, or name another with --out")

@@ -394,7 +394,8 @@ def time_prepare(console, config, sample=2**25):
     """
     import resource  # which Windows doesn't have
 
-    encoding = tokenizer.byte_encoding() if config.tokenizer == "bytes" else tokenizer.load(config.tokenizer)
+    name = config.tokenizer
+    encoding = tokenizer.byte_encoding() if name == "bytes" else tokenizer.load(name) if name.endswith(".tiktoken") else tokenizer.named(name)
     with open(config.prepare, "rb") as file:
         texts = file.read(sample).decode(errors="ignore").splitlines(keepends=True)
     texts = ["".join(texts[i:i + 10_000]) for i in range(0, len(texts), 10_000)]
@@ -408,8 +409,10 @@ def time_prepare(console, config, sample=2**25):
     workers, speeds = os.cpu_count(), [alone()]
     with tempfile.TemporaryDirectory(dir=Path(config.prepare).resolve().parent) as folder:
         started = time.perf_counter()
-        subprocess.run([sys.executable, str(ROOT / "data" / "prepare.py"), config.prepare, f"--out={folder}/shards", f"--workers={workers}",
-                        f"--tokenizer={config.tokenizer}"], check=True, stdout=subprocess.DEVNULL)
+        ended = subprocess.run([sys.executable, str(ROOT / "data" / "prepare.py"), config.prepare, f"--out={folder}/shards", f"--workers={workers}",
+                                f"--tokenizer={name}"], capture_output=True, encoding="utf-8")
+        if ended.returncode:
+            raise UserError(f"data/prepare.py failed: {ended.stderr.strip()}")
         speed = Path(config.prepare).stat().st_size / (time.perf_counter() - started)
     speeds.append(alone())
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -42,7 +42,7 @@ class GPTConfig:
     dropout: float = setting(0.0, "share of activations dropped while training")
     ffn: str = setting("memory", "what stands in mem_layers: memory layers, ordinary (dense) feed-forward layers as everywhere else, "
                                  "mixtures of experts (moe) or PEER layers", ("memory", "dense", "moe", "peer"))
-    ffn_hidden: int = setting(0, "width of a feed-forward layer; 0: 8/3 n_embd, and for ffn=dense or peer as many FLOPs as with memory")
+    ffn_hidden: int = setting(0, "width of a feed-forward layer; 0: 8/3 n_embd, and for ffn=dense, moe and peer as many FLOPs as with memory")
 
     mem_layers: str = setting("2", "layers, counted from 0, whose feed-forward is a memory layer", group="Memory")
     mem_n_keys: int = setting(512, "keys a half; the memory has mem_n_keys**2 slots")

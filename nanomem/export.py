@@ -23,10 +23,10 @@ FILE = "model.safetensors"
 
 
 def save(folder, model, encoding, config):
-    """Writes a model to a folder. Raises UserError if there is one already, or it can't be written."""
+    """Writes a model to a folder. Raises UserError if there is a model or a run already, or it can't be written."""
     folder = Path(folder)
-    if (folder / FILE).exists():
-        raise UserError(f"{folder} has an exported model already; delete it, or name another folder")
+    if (folder / FILE).exists() or (folder / "config.json").exists():
+        raise UserError(f"{folder} has {'an exported model' if (folder / FILE).exists() else 'a run'} already; name another folder")
     kept = {f.name for f in dataclasses.fields(GPTConfig)} | {"data", "n_entities", "zipf", "tokenizer", "seed"}
     settings = {key: value for key, value in dataclasses.asdict(sized(config)).items() if key in kept}
     try:

@@ -19,6 +19,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import os
 import platform
 import statistics
@@ -48,7 +49,7 @@ ROOT = Path(__file__).resolve().parent.parent
 class Settings:
     """The command line."""
 
-    preset: str = setting("laptop", "laptop: 2 cores, under an hour a command; gpu: one H100", ("laptop", "gpu"), group="Reproduction")
+    preset: str = setting("laptop", "laptop: 2 cores, about an hour a command; gpu: one H100", ("laptop", "gpu"), group="Reproduction")
     data: str = setting("people", "what the facts are about", ("people", "world"))
     text: str = setting("data/wikitext-103", "what text is trained on: shards that data/prepare.py made, or a text file")
     seeds: int = setting(3, "runs of each model of table1, scaling and text")
@@ -70,7 +71,7 @@ class Preset:
 
 
 PRESETS = {
-    # The default model on 2.6 million tokens about 1,500 people: 70 kbit, to cores of 90,000 parameters, with 262,144 slots.
+    # The default model on 2.6 million tokens about 1,500 people: 70 kbit, to cores of 110,000 parameters, with 262,144 slots.
     "laptop": Preset(dict(n_entities=1500, max_iters=1280), workers=2, threads=1, rates=(4e-3, 8e-3, 1.6e-2),
                      text=dict(n_layer=4, n_head=4, n_embd=64, block_size=128, batch_size=16, max_iters=1000, eval_interval=250, eval_iters=50,
                                mem_layers="1,3", mem_n_keys=256)),
@@ -104,6 +105,13 @@ def at_flops(config, target):
     return config
 
 
+def at_flops_if_possible(config, target):
+    """The same, or the config as it is where nothing is left to narrow: its row shows other FLOPs."""
+    with contextlib.suppress(UserError):
+        return at_flops(config, target)
+    return config
+
+
 def dense_of(config, times):
     """A dense model of `times` as many FLOPs a token as the config's: wider in all its parts."""
     target, step = times * flops(config), 2 * config.n_head
@@ -131,13 +139,24 @@ class Run:
     def folder(self, out_dir):
         """Where it goes: a folder whose name changes when its settings, the program or torch do, or that of the same run by another name."""
         same = {key: value for key, value in dataclasses.asdict(self.config).items() if key not in ("out_dir", "resume")}
-        digest = hashlib.sha256(json.dumps([same, program(), torch.__version__]).encode()).hexdigest()[:8]
+        digest = short_hash(same, program(), torch.__version__, *contents(self.config.data))
         own = Path(out_dir) / f"{''.join(c if c.isalnum() or c in '.=' else '-' for c in self.name)}-{digest}"
         return own if own.exists() else next(Path(out_dir).glob(f"*-{digest}"), own)
 
     def size(self):
         """Its share of the work, for the progress bar: FLOPs, and as much again for what is not multiplying."""
         return self.config.max_iters * self.config.batch_size * (flops(self.config) + 3e5)
+
+
+def short_hash(*things):
+    """Eight digits that tell JSON's things from others."""
+    return hashlib.sha256(json.dumps(things).encode()).hexdigest()[:8]
+
+
+@functools.cache
+def contents(data):
+    """A hash of a text's tokens, in a list; facts come with the program."""
+    return [] if data in ("people", "world") else [open_data(Config(data=data)).digest()]
 
 
 @functools.cache
@@ -151,7 +170,7 @@ def program():
             if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
                 del node.body[0]
         total.update(ast.dump(tree).encode())
-    for path in sorted((ROOT / "data").glob("*/*")):
+    for path in sorted((*(ROOT / "data" / "people").iterdir(), *(ROOT / "data" / "world").iterdir())):
         total.update(path.read_bytes() if path.suffix in (".json", ".tiktoken", ".gz") else b"")
     return total.hexdigest()
 
@@ -165,10 +184,10 @@ def rows_of(folder):
     return rows
 
 
-def train(runs, preset, out_dir, console):
+def train(runs, preset, out_dir, console, diverged=None):
     """Trains what is not done yet, preset.workers at a time, and returns {run name: the last line of its metrics}.
 
-    Raises UserError with the last line of a run that failed.
+    diverged: what stands for that where training came apart. Raises UserError with the last line of a run that failed, or without it did that.
     """
     folders = {run: run.folder(out_dir) for run in runs}
     results = {run: rows[-1] for run in runs if (rows := rows_of(folders[run])) and rows[-1]["iter"] == run.config.max_iters}
@@ -190,8 +209,9 @@ def train(runs, preset, out_dir, console):
                     if process.returncode:
                         log = Path(f"{folders[run]}.log")
                         said = log.read_text(encoding="utf-8", errors="replace").strip()
-                        raise UserError(f"{run.name} failed: {said.splitlines()[-1] if said else process.returncode} (see {log})")
-                    results[run] = rows_of(folders[run])[-1]
+                        if not (diverged and said.endswith("A lower learning_rate or mem_lr may help.")):
+                            raise UserError(f"{run.name} failed: {said.splitlines()[-1] if said else process.returncode} (see {log})")
+                    results[run] = diverged if process.returncode else rows_of(folders[run])[-1]
                 work = {run: sizes[run] * (rows[-1]["iter"] / run.config.max_iters if (rows := rows_of(folders[run])) else 0) for run in running}
                 done = sum(work.values()) + sum(sizes[run] for run in results)
                 bar.update(task, completed=done, description=f"{len(results)}/{len(runs)} runs; now {', '.join(run.name for run in running)}")
@@ -251,14 +271,28 @@ def pace(configs, steps=4, rounds=6):
 # The learning rate of each model
 
 
+def at_rate(config, rate):
+    """The config with another peak learning rate, and others in proportion."""
+    return config.replace(**{key: getattr(config, key) * rate / config.learning_rate for key in ("learning_rate", "min_lr", "mem_lr")})
+
+
 def choose_rates(models, preset, out_dir, console):
     """{name: Config} with the best learning rate of each model, by the loss on questions that are neither taught nor reported; the tables'
-    rate keeps its proportion to it. Then the weight of the mixture's balance loss. Runs are of full length: after a quarter of it no
-    model answers anything yet, and the rate that is best there is not the best in the end.
+    rate keeps its proportion to it. Where the highest or lowest rate is the best, one twice as high or half as low is tried too, until it
+    isn't. Then the weight of the mixture's balance loss. Runs are of full length: after a quarter of it no model answers anything yet, and
+    the rate that is best there is not the best in the end.
     """
-    tries = {name: [config.replace(**{key: getattr(config, key) * rate / config.learning_rate for key in ("learning_rate", "min_lr", "mem_lr")})
-                    for rate in preset.rates] for name, config in models.items()}
-    best = best_of(tries, preset, out_dir, console)
+    tries = {name: [at_rate(config, rate) for rate in sorted(preset.rates)] for name, config in models.items()}
+    best = {}
+    while best.keys() != models.keys():
+        for name, config in best_of(tries, preset, out_dir, console).items():
+            configs = tries[name]
+            if len(configs) > 1 and config == configs[0]:
+                configs.insert(0, at_rate(config, config.learning_rate / 2))
+            elif len(configs) > 1 and config == configs[-1]:
+                configs.append(at_rate(config, config.learning_rate * 2))
+            else:
+                best[name] = config
     balances = {name: [config.replace(moe_balance=config.moe_balance * factor) for factor in preset.balances]
                 for name, config in best.items() if config.ffn == "moe"}
     return best | best_of(balances, preset, out_dir, console)
@@ -267,7 +301,7 @@ def choose_rates(models, preset, out_dir, console):
 def best_of(tries, preset, out_dir, console):
     """{name: the config of its list with the lowest validation loss}"""
     tried = {name: [named(name, config) for config in configs] for name, configs in tries.items() if len(configs) > 1}
-    results = train(sum(tried.values(), []), preset, out_dir, console)
+    results = train(sum(tried.values(), []), preset, out_dir, console, diverged={"val_loss": math.inf})
     best = {name: min(runs, key=lambda run: results[run.name]["val_loss"]).config for name, runs in tried.items()}
     return {name: best.get(name, configs[0]) for name, configs in tries.items()}
 
@@ -317,7 +351,8 @@ def table1(base, preset, settings, out_dir, console):
     models = {"dense": base.replace(ffn="dense"), "dense, 2x": dense_of(base, 2), "dense, 4x": dense_of(base, 4),
               "mixture of experts": base.replace(ffn="moe"), "PEER": base.replace(ffn="peer"),
               "plain memory": at_flops(plain, target), "Memory+": base}
-    seconds = cached(out_dir / f"pace-{Run('', base).folder('').name}.json", lambda: pace(models))
+    shapes = {name: dataclasses.asdict(config) for name, config in models.items()}
+    seconds = cached(out_dir / f"pace-{short_hash(shapes, program(), machine(), torch.get_num_threads())}.json", lambda: pace(models))
     models = choose_rates(models, preset, out_dir, console)
     results = trained(models, seeds_of(base, settings), preset, out_dir, console)
     equal_time = {}
@@ -332,9 +367,14 @@ def table1(base, preset, settings, out_dir, console):
 
 
 def scaling(base, preset, settings, out_dir, console):
-    """The rows of scaling: Memory+ from 1k to 1M slots, and the dense model of the same FLOPs."""
-    models = {f"{n_keys**2:,} slots": base.replace(mem_n_keys=n_keys) for n_keys in (32, 64, 128, 256, 512, 1024)}
-    models = {"no memory": base.replace(ffn="dense")} | {name: config for name, config in models.items() if config.mem_knn <= config.mem_n_keys}
+    """The rows of scaling: Memory+ from 1k to 1M slots, and the dense model of the same FLOPs. What the scores of fewer keys save,
+    the feed-forward layers have; where those of more keys take more than these have, the model stays above.
+    """
+    models = {"no memory": base.replace(ffn="dense")}
+    for n_keys in (32, 64, 128, 256, 512, 1024):
+        if n_keys >= base.mem_knn:
+            config = base.replace(mem_n_keys=n_keys)
+            models[f"{n_keys**2:,} slots"] = config if n_keys == base.mem_n_keys else at_flops_if_possible(config, flops(base))
     results = trained(models, seeds_of(base, settings), preset, out_dir, console)
     return [described(name, config) | {"slots": config.mem_n_keys**2 if config.ffn == "memory" else 0} | measured(results[name])
             for name, config in models.items()]
@@ -345,8 +385,8 @@ def ablations(base, preset, settings, out_dir, console):
     memory, last = base.memory_layer_numbers(), base.n_layer - 1
     several = memory if len(memory) > 1 else [last - 1, last]
     listed, every = ",".join(map(str, several)), ",".join(map(str, range(base.n_layer)))
+    heads, knn, k_dim, v_dim = base.mem_heads, base.mem_knn, base.mem_k_dim or base.n_embd, base.mem_v_dim or base.n_embd
     changes = {
-        "Memory+": {},
         "without gate": dict(mem_gated=False),
         "without qk-norm": dict(mem_qk_norm=False),
         "without both": dict(mem_gated=False, mem_qk_norm=False),
@@ -355,20 +395,16 @@ def ablations(base, preset, settings, out_dir, console):
         f"layers {listed}, values not shared, as many in all":
             dict(mem_layers=listed, mem_share_values=False, mem_n_keys=round(base.mem_n_keys / len(several) ** 0.5)),
         f"layers {every}": dict(mem_layers=every),
-        **{f"{heads} heads x {knn}": dict(mem_heads=heads, mem_knn=knn, mem_k_dim=base.mem_k_dim // heads)
-           for heads, knn in ((1, 4), (1, 64), (2, 8), (4, 4))},
-        **{f"keys of {dim}": dict(mem_k_dim=dim) for dim in (base.mem_k_dim // 2, base.mem_k_dim * 2)},
-        **{f"values of {dim}": dict(mem_v_dim=dim) for dim in (base.n_embd // 2, base.n_embd * 2)},
+        **{f"heads x knn: {h} x {k}": dict(mem_heads=h, mem_knn=k, mem_k_dim=k_dim * heads // h)  # queries as wide in all
+           for h, k in ((max(1, heads // 2), 2 * knn), (2 * heads, knn // 2), (heads, knn // 4), (heads, 4 * knn))},
+        **{f"keys of {dim}": dict(mem_k_dim=dim) for dim in (k_dim // 2, k_dim * 2)},
+        **{f"values of {dim}": dict(mem_v_dim=dim) for dim in (v_dim // 2, v_dim * 2)},
         **{f"value learning rate x {factor:g}": dict(mem_lr=base.mem_lr * factor) for factor in (0.1, 0.3, 3, 10)},
         **{f"second moment: beta2 = {beta2:g}": dict(mem_beta2=beta2) for beta2 in (0, 0.9, 0.999)},
     }
-    models, target = {}, flops(base)
-    for name, change in changes.items():
-        config = base.replace(**change)
-        with contextlib.suppress(UserError):  # where nothing is left to narrow, the row shows other FLOPs
-            config = at_flops(config, target)
-        models[name] = config
-    models = {name: config for name, config in models.items() if name == "Memory+" or config != base}
+    same = at_flops(base, flops(base))
+    changed = {name: at_flops_if_possible(base.replace(**change), flops(base)) for name, change in changes.items()}
+    models = {"Memory+": base} | {name: config for name, config in changed.items() if config != same}
     results = trained(models, [base.seed], preset, out_dir, console)
     return [described(name, config) | measured(results[name]) for name, config in models.items()]
 
@@ -402,8 +438,11 @@ def overlap(one, other):
 
     one, other: (indices (heads, knn), weights (heads, knn)); returns the mean over heads.
     """
-    found = [dict(zip(indices.flatten().tolist(), weights.flatten().tolist())) for indices, weights in (one, other)]
-    return sum(min(weight, found[1].get(slot, 0.0)) for slot, weight in found[0].items()) / len(one[0])
+    found = [Counter(), Counter()]  # slot -> its weight in all heads
+    for weight_of, (indices, weights) in zip(found, (one, other)):
+        for slot, weight in zip(indices.flatten().tolist(), weights.flatten().tolist()):
+            weight_of[slot] += weight
+    return (found[0] & found[1]).total() / len(one[0])
 
 
 @torch.no_grad()
@@ -481,7 +520,8 @@ def show_slots(rows, path):
     lines += ["| --- | ---: | ---: | --- |" + " ---: |" * len(rows[0]["overlaps"]["name"])]
     for row, axis in zip(rows, axes[1:]):
         used = [weight for weight in row["sorted"] if weight]
-        axes[0].loglog(range(1, len(used) + 1), [weight / sum(used) for weight in used], label=f"layer {row['layer']}: {row['share used']:.0%} used")
+        total = sum(used)
+        axes[0].loglog(range(1, len(used) + 1), [weight / total for weight in used], label=f"layer {row['layer']}: {row['share used']:.0%} used")
         names = list(row["overlaps"]["name"])
         for i, (position, overlaps) in enumerate(row["overlaps"].items()):
             axis.barh([j + 0.4 * i - 0.2 for j in range(len(names))], [overlaps[name] for name in names], 0.38, label=f"at the {position}")
@@ -595,7 +635,8 @@ def main():
         return
     base, out_dir = Config(data=settings.data, **preset.base), Path(settings.out_dir) / settings.preset
     base.vocab_size = open_data(base).encoding.n_vocab  # FLOPs are those of the tokenizer that train.py will use
-    spent = out_dir / f"{command}-{Run('seconds', base).folder('').name}.json"  # by it and those that were stopped before
+    about = Run("seconds", base.replace(data=settings.text) if command == "text" else base)
+    spent = out_dir / f"{command}-{about.folder('').name}.json"  # by it and those that were stopped before
     before = read_json(spent) or 0
     try:
         rows = COMMANDS[command](base, preset, settings, out_dir, console)

@@ -90,6 +90,54 @@ def test_json_lines_gzip_and_parquet_hold_the_same_documents(small, monkeypatch,
     assert split["val"] == chosen
 
 
+def test_long_lines(small, monkeypatch, tmp_path):
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps({"text": f"{i}" + "long line " * 700}) + "\n" for i in range(40)))
+    run(monkeypatch, tmp_path / "long.jsonl", f"--out={tmp_path / 'json'}", "--val_share=0.2")
+    assert sum(len(stored(tmp_path / "json", split)[1]) for split in ("train", "val")) == 40
+    text = "one line alone, of many grüße " * 3000
+    for name, end in (("open", ""), ("closed", "\n")):
+        (tmp_path / f"{name}.txt").write_text(text + end)
+        run(monkeypatch, tmp_path / f"{name}.txt", f"--out={tmp_path / name}")
+        train, val = (stored(tmp_path / name, split)[0][:-1].tolist() for split in ("train", "val"))
+        assert bytes(train + val).decode() == text + end and len(val) == pytest.approx(0.1 * len(text.encode()), rel=0.01)
+        bytes(train).decode()  # no character is cut
+
+
+def test_more_shards_than_a_process_may_open(monkeypatch, tmp_path):
+    (tmp_path / "notes").mkdir()
+    for i in range(150):
+        (tmp_path / "notes" / f"{i}.txt").write_text(words(20, seed=i))
+    run(monkeypatch, tmp_path / "notes", f"--out={tmp_path / 'out'}", "--val_share=0.1")
+    code = f"""if True:
+        import resource
+        resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
+        from nanomem.config import Config
+        from nanomem.data import open_data
+        data = open_data(Config(data={str(tmp_path / "out")!r}))
+        print(sum(len(data.batch("train", i, 8)[0]) for i in range(100)))"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", env=os.environ | {"PYTHONPATH": str(runs.ROOT)})
+    assert ended.stdout == "800\n", ended.stderr
+
+
+def test_files_of_others_are_kept(monkeypatch, tmp_path):
+    (tmp_path / "book.txt").write_text(words(3000))
+    (tmp_path / "train.bin").write_bytes(b"weeks of work")
+    with pytest.raises(prepare.UserError, match="has train.bin, which prepare.py did not write; name another folder"):
+        run(monkeypatch, tmp_path / "book.txt", f"--out={tmp_path}")
+    assert (tmp_path / "train.bin").read_bytes() == b"weeks of work"
+    (tmp_path / "people.txt").write_text(words(3000))
+    with pytest.raises(prepare.UserError, match="people has tokenizer.tiktoken, which prepare.py did not write"):
+        run(monkeypatch, tmp_path / "people.txt")
+
+
+def test_a_parquet_column_of_numbers_is_refused(monkeypatch, tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+    pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "n.parquet")
+    with pytest.raises(prepare.UserError, match=r'expected a column "text" of strings, got text \(int64\)'):
+        run(monkeypatch, tmp_path / "n.parquet", f"--out={tmp_path / 'out'}")
+
+
 def test_a_folder_of_many_files_and_any_number_of_workers(small, monkeypatch, tmp_path):
     for i in range(40):
         (tmp_path / "notes" / str(i % 3)).mkdir(parents=True, exist_ok=True)

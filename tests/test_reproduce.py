@@ -48,7 +48,7 @@ def test_table1_from_nothing_and_again(tiny, monkeypatch, tmp_path):
 
 
 def test_text_has_bits_per_byte_and_the_best_of_the_rates(tiny, monkeypatch, tmp_path):
-    monkeypatch.setitem(reproduce.PRESETS, "laptop", dataclasses.replace(reproduce.PRESETS["laptop"], rates=(1e-9, 8e-3)))
+    monkeypatch.setitem(reproduce.PRESETS, "laptop", dataclasses.replace(reproduce.PRESETS["laptop"], rates=(1e-9, 8e-3, 10.0)))
     (tmp_path / "book.txt").write_text("All work and no play makes Jack a dull boy.\n" * 100)
     run(monkeypatch, "text", "--seeds=2", f"--text={tmp_path / 'book.txt'}", f"--out_dir={tmp_path / 'runs'}", f"--assets={tmp_path}")
     rows = json.loads((tmp_path / "text.json").read_text())
@@ -70,8 +70,8 @@ def test_a_run_that_was_stopped_goes_on(tiny, tmp_path):
 
 
 def test_a_run_that_fails_is_named_with_its_last_line(tiny, tmp_path):
-    run = reproduce.Run("impossible, lr=0.001", Config(data="people", **TINY).replace(data="nowhere.txt"))
-    with pytest.raises(UserError, match="impossible, lr=0.001 failed: .*nowhere.txt"):
+    run = reproduce.Run("impossible, lr=0.001", Config(data="people", **TINY).replace(n_entities=3))
+    with pytest.raises(UserError, match="impossible, lr=0.001 failed: .*n_entities for data=people must be from 4"):
         reproduce.train([run], reproduce.PRESETS["laptop"], tmp_path, reproduce.Console(quiet=True))
 
 
@@ -109,10 +109,46 @@ def test_every_model_of_a_command_can_be_made(command, preset, monkeypatch, tmp_
     assert len(rows) * (3 if command == "scaling" else 1) == len(made) and len(rows) >= 6
     for config in made.values():
         config.check()
+    settings = [dataclasses.replace(config, ffn_hidden=0) for config in made.values()]
+    assert all(config not in settings[:i] for i, config in enumerate(settings))  # what is changed does change something
     if command == "scaling":
         assert [row["slots"] for row in rows] == [0, *(4**n for n in range(5, 11))][:len(rows)]
-    flops = [row["flops_per_token"] for row in rows if row.get("slots", 0) != 2**20]
-    assert rows[0]["params"] == sum(GPT(made[next(iter(made))]).count_parameters()) and min(flops) > 0
+    off = {row["model"]: row["flops_per_token"] / reproduce.flops(base) for row in rows}
+    off = {name: ratio for name, ratio in off.items() if abs(ratio - 1) > 0.02}
+    assert set(off) <= {"1,048,576 slots", "layers 1,2", "layers 0,1,2", "keys of 64"} and all(1 < ratio < 1.5 for ratio in off.values()), off
+
+
+def test_a_sweep_goes_on_until_the_best_is_inside(monkeypatch):
+    tried = []
+
+    def train(runs, *_, diverged=None):
+        tried.extend(run.config.learning_rate for run in runs)
+        return {run.name: diverged if run.config.learning_rate > 0.02 else {"val_loss": abs(run.config.learning_rate - best[run.name.split(",")[0]])}
+                for run in runs}
+    monkeypatch.setattr(reproduce, "train", train)
+    best = {"low": 1e-3, "high": 0.017, "middle": 8e-3}
+    base = Config(data="people", **TINY)
+    chosen = reproduce.choose_rates({name: base for name in best}, reproduce.PRESETS["laptop"], None, None)
+    assert {name: config.learning_rate for name, config in chosen.items()} == {"low": 1e-3, "high": 0.016, "middle": 8e-3}
+    assert {min(tried), max(tried)} == {5e-4, 0.032} and chosen["low"].mem_lr == pytest.approx(base.mem_lr / 8)
+
+
+def test_a_run_that_comes_apart_counts_as_the_worst(tiny, tmp_path):
+    console, preset = reproduce.Console(quiet=True), reproduce.PRESETS["laptop"]
+    run = reproduce.Run("wild", Config(data="people", **TINY).replace(learning_rate=1e30, grad_clip=0.0))
+    assert reproduce.train([run], preset, tmp_path, console, diverged={"val_loss": 9e9})["wild"] == {"val_loss": 9e9}
+    with pytest.raises(UserError, match="wild failed: .*A lower learning_rate"):
+        reproduce.train([run], preset, tmp_path, console)
+
+
+def test_a_text_that_changed_is_trained_on_anew(tmp_path):
+    book = tmp_path / "book.txt"
+    book.write_text("All work and no play makes Jack a dull boy.\n" * 100)
+    folder = reproduce.Run("a", Config(data=str(book))).folder(tmp_path)
+    assert folder == reproduce.Run("a", Config(data=str(book))).folder(tmp_path)
+    book.write_text("All work and no play makes Jill a dull girl.\n" * 100)
+    reproduce.contents.cache_clear()  # as in another process
+    assert folder != reproduce.Run("a", Config(data=str(book))).folder(tmp_path)
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -144,6 +180,9 @@ def test_overlap_of_lookups():
     b = torch.tensor([[2, 9], [4, 3]]), torch.tensor([[0.5, 0.5], [0.9, 0.1]])
     assert reproduce.overlap(a, a) == pytest.approx(1)
     assert reproduce.overlap(a, b) == pytest.approx((0.25 + 0.5 + 0.1) / 2)
+    alike = torch.tensor([[1, 2], [1, 2]]), torch.tensor([[0.5, 0.5], [0.9, 0.1]])  # both heads read the same slots
+    assert reproduce.overlap(alike, alike) == pytest.approx(1)
+    assert reproduce.overlap(a, alike) == pytest.approx((0.75 + 0.25) / 2)
 
 
 def test_slots_wants_facts_and_memory(monkeypatch, tmp_path):

@@ -21,7 +21,8 @@ def test_samples_differ_and_the_seed_decides_them(out_dir):
 
     one = sample(1)
     assert one == sample(1) != sample(2)
-    assert len(set(one.splitlines()[1:])) >= 2
+    two = [line for line in one.split("The city")[1:]]
+    assert len(two) == 2 and two[0] != two[1]
 
 
 def test_one_sample_is_streamed_as_it_would_be_beside_others(out_dir):
@@ -30,6 +31,12 @@ def test_one_sample_is_streamed_as_it_would_be_beside_others(out_dir):
     answer = one.splitlines()[-1]
     assert [line for line in three.splitlines()[1:] if line] == [answer] * 3
     assert "tokens/s" in runs.run(*arguments)[1]
+
+
+def test_a_model_is_not_exported_into_its_run(out_dir):
+    before = (out_dir / "config.json").read_bytes()
+    assert f"{out_dir} has a run already; name another folder" in runs.run("sample.py", f"--out_dir={out_dir}", f"--export={out_dir}", code=2)[1]
+    assert (out_dir / "config.json").read_bytes() == before
 
 
 def test_an_exported_model_answers_alike(out_dir, tmp_path):
