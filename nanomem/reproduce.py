@@ -569,32 +569,35 @@ def markdown(command, rows, about):
 def draw(command, rows, path):
     """The rows as a figure."""
     plt = pyplot()
+    titles = {"recall": "recall of facts never asked about", "recall_taught": "recall in a taught wording", "loss": "validation loss",
+              "bits_per_byte": "bits per byte of text"}
     if command == "scaling":
-        figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
+        figure, axes = plt.subplots(1, 3, figsize=(12, 3.4))
         points = [row for row in rows if row["slots"]]
-        for axis, key, title in ((left, "recall", "recall of facts never asked about"), (right, "loss", "validation loss")):
+        for axis, key in zip(axes, ("recall", "recall_taught", "loss")):
             axis.plot([row["slots"] for row in points], [statistics.mean(row[key]) for row in points], "o-", color="#d9822b")
-            axis.axhline(statistics.mean(rows[0][key]), color="#8a9ba8", linestyle="--", label="no memory, at the FLOPs of the default")
+            axis.axhline(statistics.mean(rows[0][key]), color="#8a9ba8", linestyle="--", label="no memory")
             for row in points:
                 axis.plot([row["slots"]] * len(row[key]), row[key], "k.", markersize=4)
                 axis.annotate(f"{row['flops_per_token'] / 1e6:.2f}", (row["slots"], statistics.mean(row[key])), textcoords="offset points", xytext=(0, 6), fontsize=7)
             axis.set_xscale("log", base=2)
             axis.set_xlabel("slots (at each point: million FLOPs a token)")
-            axis.set_title(title, fontsize=10)
+            axis.set_title(titles[key], fontsize=10)
             axis.legend(fontsize=7)
     else:
-        figure, axis = plt.subplots(figsize=(8, 0.32 * len(rows) + 1))
+        keys = ("recall", "recall_taught") if "recall" in rows[0] else ("bits_per_byte",)
+        figure, axes = plt.subplots(1, len(keys), figsize=(5 + 4 * len(keys), 0.32 * len(rows) + 1), sharey=True, squeeze=False)
         names = [row["model"] for row in rows]
-        colors = ["#d9822b" if "emory" in name or "PEER" in name else "#8a9ba8" for name in names]
-        key, title = ("recall", "recall of facts never asked about") if "recall" in rows[0] else ("bits_per_byte", "bits per byte of text")
-        axis.barh(range(len(rows)), [statistics.mean(row[key]) for row in rows], color=colors)
-        axis.set_yticks(range(len(rows)), names)
-        axis.invert_yaxis()
-        axis.set_xlabel(title)
-        for i, row in enumerate(rows):
-            axis.plot(row[key], [i] * len(row[key]), "k.", markersize=4)
-            if "recall_equal_time" in row:
-                axis.plot(row["recall_equal_time"], i, "wD", markeredgecolor="black", markersize=5)
+        colors = ["#8a9ba8" if name.startswith(("dense", "mixture")) else "#d9822b" for name in names]
+        for axis, key in zip(axes[0], keys):
+            axis.barh(range(len(rows)), [statistics.mean(row[key]) for row in rows], color=colors)
+            axis.set_xlabel(titles[key])
+            for i, row in enumerate(rows):
+                axis.plot(row[key], [i] * len(row[key]), "k.", markersize=4)
+                if key == "recall" and "recall_equal_time" in row:
+                    axis.plot(row["recall_equal_time"], i, "wD", markeredgecolor="black", markersize=5)
+        axes[0][0].set_yticks(range(len(rows)), names)
+        axes[0][0].invert_yaxis()
     figure.tight_layout()
     figure.savefig(path, dpi=150)
 
