@@ -34,12 +34,12 @@ class SampleConfig:
     """The settings of sample.py."""
 
     out_dir: str = setting("auto", "folder of the run; auto: the latest in out/", group="Settings")
-    start: str = setting("", "what to go on from; without it, a prompt where there is a terminal")
+    start: str = setting("", "what to go on from; without it, each line of the input, or a prompt where that is a terminal")
     max_new_tokens: int = setting(100, "tokens to write at most")
     temperature: float = setting(-1.0, "0 takes the likeliest token, higher is bolder; -1: 0 for facts, 0.8 for text")
     top_k: int = setting(200, "choose among the top_k likeliest tokens; 0: among all")
     top_p: float = setting(1.0, "and among the fewest likeliest that have top_p of the probability")
-    num_samples: int = setting(1, "how many continuations, written side by side; one alone is shown as it comes")
+    num_samples: int = setting(1, "how many continuations, written at the same time; one alone is shown as it comes")
     seed: int = setting(1337, "of the choice of tokens")
     device: str = setting("auto", "cpu, cuda, cuda:1, mps; auto: the first of cuda, mps and cpu that is there")
     trace: bool = setting(False, "show the memory slots each token read, and what else reads them")
@@ -191,6 +191,8 @@ with one_line_errors():
         raise UserError("max_new_tokens and num_samples must be 1 or more, and top_k 0 or more")
     if not (0 <= config.temperature < float("inf") or config.temperature == -1):
         raise UserError(f"temperature must be 0 or more and finite, or -1 for the default; got {config.temperature}")
+    if not 0 <= config.seed < 2**63:
+        raise UserError(f"seed must be from 0 to under 2**63, got {config.seed}")
     if not 0 < config.top_p <= 1:
         raise UserError(f"top_p must be above 0 and at most 1, got {config.top_p}")
     model, encoding, run = open_run(config)
@@ -202,8 +204,11 @@ with one_line_errors():
         raise UserError(f"--trace shows memory slots, and this model has no memory layers (ffn={run.ffn})")
     data = open_data(run, Path(run.out_dir) / "tokenizer.tiktoken") if config.trace else None
     generator = torch.Generator(next(model.parameters()).device).manual_seed(config.seed)
-    if config.start or not sys.stdin.isatty():
+    if config.start:
         answer(config.start)
+    elif not sys.stdin.isatty():
+        for line in sys.stdin.read().splitlines() or [""]:
+            answer(line)
     else:
         console.print("Ask it something it was taught, or give it a beginning; Ctrl-D ends.")
         if knows_facts(run):

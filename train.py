@@ -75,6 +75,8 @@ def settings(argv):
             if before and given[name] != before.get(name):
                 raise UserError(f"--{name}={given[name]} can't change on --resume: the run in {out_dir} has {name}={before.get(name)}")
         config = Config.from_saved(before or {}, out_dir).replace(**given)
+        if header and config.max_iters < header["iteration"]:
+            raise UserError(f"--max_iters={config.max_iters}: the run in {out_dir} has done {header['iteration']} iterations already")
     if out_dir.resolve() == Path.cwd():
         raise UserError(f"out_dir must be a folder of its own, such as out/mine; got {out_dir}")
     config.out_dir = str(out_dir)
@@ -82,8 +84,8 @@ def settings(argv):
     return config, folder, header
 
 
-def check_tables_fit(config, device):
-    """Raises UserError for memory tables, or experts, larger than the machine's memory, which would kill the process without a word."""
+def check_it_fits(config, device):
+    """Raises UserError for tables, experts or a batch larger than the machine's memory, which would kill the process without a word."""
     with torch.device("meta"):
         model = GPT(config)
     tables = [m for m in model.modules() if isinstance(m, MemoryTable)]
@@ -96,13 +98,22 @@ def check_tables_fit(config, device):
         raise UserError(f"mem_n_keys={config.mem_n_keys} makes {'experts' if config.ffn == 'moe' else 'tables'} of {needed / 1e9:,.0f} GB, and {device} has "
                         f"{machine_memory(device) / 1e9:,.0f} GB; a smaller mem_n_keys or mem_v_dim fits"
                         + (", or more GPUs" if device.type == "cuda" else ""))
+    logits = 4 * config.batch_size / sharding.size() * config.block_size * config.vocab_size
+    if logits > machine_memory(device):
+        raise UserError(f"batch_size={config.batch_size} sequences of block_size={config.block_size} take {logits / 1e9:,.0f} GB for their logits alone, and "
+                        f"{device} has {machine_memory(device) / 1e9:,.0f} GB; with gradient_accumulation_steps a smaller batch_size trains alike")
 
 
 def make_room(out_dir):
-    """What an earlier run left in out_dir moves to out_dir.1, or the next number that is free: nothing is overwritten."""
+    """What an earlier run left in out_dir moves to out_dir.1, or the next number that is free: nothing is overwritten, and no other file
+    that lies there is touched.
+    """
     if checkpoint.folders(out_dir):
         earlier = next(path for path in (Path(f"{out_dir}.{n}") for n in itertools.count(1)) if not path.exists())
-        out_dir.rename(earlier)
+        earlier.mkdir()
+        for path in [out_dir / name for name in ("config.json", "metrics.jsonl", "tokenizer.tiktoken")] + list(out_dir.glob("checkpoint-*")):
+            if path.exists():
+                path.rename(earlier / path.name)
         console.print(f"moved the earlier run in {out_dir} to {earlier}", soft_wrap=True)
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
@@ -259,7 +270,7 @@ with one_line_errors():
         if data.encoding.name in tiktoken.list_encoding_names():
             config.tokenizer = data.encoding.name  # that of shards: how it cuts words is not in the tokenizer.tiktoken of a run
         batches, rows = sharding.share_of_batch(config.batch_size, config.gradient_accumulation_steps)
-        check_tables_fit(config, device)
+        check_it_fits(config, device)
     sharding.check_same(dataclasses.asdict(config) | {"device": device.type, "data": data.digest(), "the checkpoint": folder})
 
     half = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")

@@ -14,12 +14,14 @@ Turns text into shards of tokens that train.py reads from disk, whatever their s
 - validation: documents are chosen by a hash of their text; a few plain files, one document each, keep their last tenth for it
 """
 
+import contextlib
 import dataclasses
 import gzip
 import hashlib
 import itertools
 import json
 import os
+import shlex
 import shutil
 import sys
 import threading
@@ -42,24 +44,10 @@ from nanomem.data import INDEX, SPLITS, file_digest, token_dtype
 FOLDER = Path(__file__).resolve().parent
 PIECE = 32 * 2**20  # bytes of plain text or of JSON lines in a shard
 SEGMENT = 2**20  # bytes that are encoded at a time
+ENDINGS = {".jsonl": "jsonl", ".jsonl.gz": "gz", ".parquet": "parquet", ".txt": "text", ".md": "text"}  # of files, and how they are read
 FEW = 20  # plain files that each keep their last tenth for validation
 
 console = Console(highlight=False, markup=False, soft_wrap=True)
-
-
-@dataclass
-class PrepareConfig:
-    """The settings of prepare.py."""
-
-    out: str = setting("auto", "folder for the shards; auto: data/NAME, where train.py --data=NAME finds them", group="Settings")
-    tokenizer: str = setting("auto", "bytes, bpe (trained on the text), a .tiktoken file, or an encoding of tiktoken such as gpt2; "
-                                     "auto: gpt2 for wikitext-103, fineweb-edu and tinystories, bytes otherwise")
-    vocab_size: int = setting(8192, "tokens of a bpe")
-    workers: int = setting(0, "threads that encode; 0: one a core")
-    val_share: float = setting(0.01, "share of the documents that are for validation")
-    size: float = setting(1.0, "gigabytes of text to take of fineweb-edu")
-    from_file: str = setting("", "a named set's file that was fetched by hand")
-    keep_download: bool = setting(False, "keep what was downloaded")
 
 
 @dataclass(frozen=True)
@@ -86,6 +74,22 @@ NAMED = {
 }
 
 
+@dataclass
+class PrepareConfig:
+    """The settings of prepare.py."""
+
+    arguments = f"({' | '.join(NAMED)} | FILE or FOLDER ...) "
+    out: str = setting("auto", "folder for the shards; auto: data/NAME, where train.py --data=NAME finds them", group="Settings")
+    tokenizer: str = setting("auto", "bytes, bpe (trained on the text), a .tiktoken file, or an encoding of tiktoken such as gpt2; "
+                                     "auto: gpt2 for wikitext-103, fineweb-edu and tinystories, bytes otherwise")
+    vocab_size: int = setting(8192, "tokens of a bpe")
+    workers: int = setting(0, "threads that encode; 0: one a core")
+    val_share: float = setting(0.01, "share of the documents that are for validation")
+    size: float = setting(1.0, "gigabytes of text to take of fineweb-edu")
+    from_file: str = setting("", "a named set's file that was fetched by hand")
+    keep_download: bool = setting(False, "keep what was downloaded")
+
+
 # ------------------------------------------------------------------------------------------------
 # Getting named sets
 
@@ -101,10 +105,11 @@ def fetch(name, set_, folder, from_file):
             download(set_.url, path)
         except (OSError, ValueError) as error:  # urllib's errors are OSErrors
             raise UserError(f"{name} could not be downloaded ({error}); {by_hand}") from None
+    mend = by_hand if from_file else f"delete it, or {by_hand}"
     if set_.size and path.stat().st_size != set_.size:
-        raise UserError(f"{path} has {path.stat().st_size:,} bytes, {name} has {set_.size:,}; delete it, or {by_hand}")
+        raise UserError(f"{path} is not {name}: it has {path.stat().st_size:,} bytes, {name} has {set_.size:,}; {mend}")
     if set_.sha256 and file_digest(path) != set_.sha256:
-        raise UserError(f"{path} is not {name}: its SHA-256 is not {set_.sha256[:12]}...; delete it, or {by_hand}")
+        raise UserError(f"{path} is not {name}: its SHA-256 is not {set_.sha256[:12]}...; {mend}")
     return unzip(path, set_.member, folder) if path.suffix == ".zip" else path
 
 
@@ -180,8 +185,7 @@ def find_files(inputs):
 
 def kind_of(path):
     """How a file is read; '' for one that a folder may have besides."""
-    endings = {".jsonl": "jsonl", ".jsonl.gz": "gz", ".parquet": "parquet", ".txt": "text", ".md": "text"}
-    return next((kind for ending, kind in endings.items() if path.name.lower().endswith(ending)), "")
+    return next((kind for ending, kind in ENDINGS.items() if path.name.lower().endswith(ending)), "")
 
 
 def pieces_of(files, val_share, separator=""):
@@ -384,8 +388,7 @@ def prepare(pieces, folder, encoding, name, config):
             raise UserError(f"{folder} has shards of other text, or made with other settings; delete it, or name another folder with --out")
         return read_json(folder / INDEX)
     if begun != plan:
-        for stale in (*folder.glob("part-*.json"), *folder.glob("*.bin"), *folder.glob("*.ends.npy")):  # check_folder saw that they are ours
-            stale.unlink()
+        clear(folder)
         write_text(folder / "plan.json", json.dumps(plan))
     bar = Progress(BarColumn(), TextColumn("{task.percentage:>3.0f}%"), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(), console=console)
     stopping, workers = threading.Event(), config.workers or os.cpu_count()
@@ -398,11 +401,16 @@ def prepare(pieces, folder, encoding, name, config):
         except BaseException as error:
             stopping.set()
             pool.shutdown(cancel_futures=True)
+            if isinstance(error, UserError):
+                clear(folder)
             if isinstance(error, KeyboardInterrupt):
                 console.print("stopped; what is done is kept, and the same command goes on from there")
             raise
     index = {split: [record[split] for record in records if split in record] for split in SPLITS}
     if not index["val"] or not index["train"]:
+        clear(folder)
+        if all(piece.split for piece in pieces):
+            raise UserError("the text is too short to keep a tenth of it for validation")
         documents = sum(shard["documents"] for shards in index.values() for shard in shards)
         raise UserError(f"of {documents} documents none is for {'training' if index['val'] else 'validation'}; "
                         f"another --val_share than {config.val_share:g} settles it, such as {min(0.5, 5 / max(documents, 10)):.2g}")
@@ -416,13 +424,20 @@ def prepare(pieces, folder, encoding, name, config):
     return about | index
 
 
+def clear(folder):
+    """Deletes what was begun in a folder, of which check_folder saw that it is ours."""
+    for pattern in ("part-*.json", "*.bin", "*.ends.npy", "plan.json"):
+        for path in folder.glob(pattern):
+            path.unlink()
+
+
 def choose_tokenizer(config, default, pieces):
     """(the tiktoken encoding that --tokenizer names, the name that the index will give it)"""
     name = default if config.tokenizer == "auto" else config.tokenizer
     if name == "bytes":
         return tokenizer.byte_encoding(), "tokenizer.tiktoken"
     if name == "bpe":
-        console.print("training a BPE on the first 32 MB")
+        console.print("training a BPE, on the first 32 MB at most")
         return tokenizer.train_bpe(beginning(pieces), config.vocab_size), "tokenizer.tiktoken"
     if name.endswith(".tiktoken"):
         return tokenizer.load(name), "tokenizer.tiktoken"
@@ -458,7 +473,9 @@ def named_pieces(name, folder, config):
 
 
 def check_folder(folder):
-    """Raises UserError for a folder with tokens of somebody else, or the facts that come with nanomem."""
+    """Raises UserError for a folder with tokens of somebody else, or the facts that come with nanomem, or a file."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out={folder} is a file; it must name a folder, such as --out=data/mine")
     others = [path.name for pattern in ("*.bin", "*.tiktoken") for path in folder.glob(pattern)]
     if others and not (folder / "plan.json").exists():
         raise UserError(f"{folder} has {others[0]}, which prepare.py did not write; name another folder with --out, such as --out=data/mine")
@@ -478,17 +495,22 @@ def main():
         raise UserError(f"{named} goes alone; got {' '.join(inputs[1:])} beside it")
     if config.from_file and not named:
         raise UserError(f"--from-file is for a named set: {', '.join(NAMED)}")
-    folder = Path(config.out) if config.out != "auto" else FOLDER / (named or Path(inputs[0]).resolve().stem)
+    if config.out == "auto" and len(inputs) > 1:
+        raise UserError(f"{len(inputs)} inputs go into one set, which --out must name, such as --out=data/mine")
+    stem = Path(inputs[0]).resolve().name
+    for ending in ENDINGS:
+        stem = stem[:-len(ending)] if stem.lower().endswith(ending) else stem
+    folder = Path(config.out) if config.out != "auto" else FOLDER / (named or stem)
     check_folder(folder)
-    downloaded = []
     if named and (folder / INDEX).exists():
         raise UserError(f"{named} is in {folder} already; delete that folder to prepare it anew, or name another with --out")
-    if named:
-        pieces, downloaded = named_pieces(named, folder, config)
-    else:
-        pieces = pieces_of(find_files(inputs), config.val_share)
-    encoding, name = choose_tokenizer(config, NAMED[named].tokenizer if named else "bytes", pieces)
-    index = prepare(pieces, folder, encoding, name, config)
+    try:
+        pieces, downloaded = named_pieces(named, folder, config) if named else (pieces_of(find_files(inputs), config.val_share), [])
+        encoding, name = choose_tokenizer(config, NAMED[named].tokenizer if named else "bytes", pieces)
+        index = prepare(pieces, folder, encoding, name, config)
+    finally:
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # only if it is empty, which it is after what can't be had or read
     for split in SPLITS:
         tokens, size, documents = (sum(shard[key] for shard in index[split]) for key in ("tokens", "bytes", "documents"))
         console.print(f"{split}: {tokens:,} tokens of {size:,} bytes, {documents:,} documents, in {len(index[split])} shards")
@@ -496,7 +518,7 @@ def main():
         path.unlink(missing_ok=True)
         (folder / Path(NAMED[named].url).name).unlink(missing_ok=True)
     where = folder.name if folder.parent == FOLDER else folder
-    console.print(f"in {folder}; now: python train.py --data={where}")
+    console.print(f"{index['vocab_size']:,} tokens in the vocabulary; in {folder}; now: python train.py --data={shlex.quote(str(where))}")
 
 
 if __name__ == "__main__":

@@ -46,12 +46,12 @@ class GPTConfig:
 
     mem_layers: str = setting("2", "layers, counted from 0, whose feed-forward is a memory layer", group="Memory")
     mem_n_keys: int = setting(512, "keys a half; the memory has mem_n_keys**2 slots")
-    mem_heads: int = setting(2, "lookups a token in each memory layer")
-    mem_knn: int = setting(16, "slots read by each head")
-    mem_k_dim: int = setting(0, "length of a query and of a key, even; 0: n_embd")
+    mem_heads: int = setting(1, "independent searches a token in each memory layer")
+    mem_knn: int = setting(32, "slots read by each head")
+    mem_k_dim: int = setting(64, "length of a query and of a key, even; 0: n_embd")
     mem_v_dim: int = setting(0, "length of a value; 0: n_embd")
     mem_gated: bool = setting(True, "multiply what was read by silu(W_gate x)")
-    mem_qk_norm: bool = setting(True, "normalise queries and keys")
+    mem_qk_norm: bool = setting(True, "normalise both halves of queries and keys")
     mem_share_values: bool = setting(True, "one table of values for all memory layers")
     mem_dtype: str = setting("float32", "of the values; bfloat16 takes half the memory and is rounded stochastically", ("float32", "bfloat16"))
 
@@ -89,6 +89,10 @@ class GPTConfig:
         for name in ("ffn_hidden", "mem_k_dim", "mem_v_dim", "moe_experts", "moe_hidden", "moe_balance", "peer_n_keys"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        for f in dataclasses.fields(self):  # sizes past these overflow torch's own arithmetic
+            most = 2**22 if f.name in ("mem_n_keys", "peer_n_keys") else 2**31
+            if f.type is int and f.name != "seed" and getattr(self, f.name) >= most:
+                raise ValueError(f"{f.name} must be under {most:,}, got {getattr(self, f.name)}")
         if self.n_embd % (2 * self.n_head):
             raise ValueError(f"n_embd must be a multiple of 2 * n_head = {2 * self.n_head}, got {self.n_embd}")
         if not 0 <= self.dropout < 1:
@@ -230,14 +234,16 @@ def parse(cls, argv):
         if name not in settings:
             raise UserError(f"unknown setting --{name}{nearest(name, settings)}; --help lists them all")
         if not equals and settings[name].type is not bool:
-            raise UserError(f"--{name} needs a value: --{name}={default_text(settings[name])}")
+            raise UserError(f"--{name} needs a value after an equals sign: --{name}={default_text(settings[name]) or '...'}")
         given[name] = convert(settings[name], text if equals else "true")
     return given
 
 
 def print_help(cls):
-    """Every setting with its default and meaning, in groups."""
-    print(f"usage: python {sys.argv[0]} [--key=value ...]")
+    """What the program's docstring says, and every setting with its default and meaning, in groups."""
+    program = sys.modules["__main__"]
+    called = f"-m {program.__spec__.name}" if program.__spec__ else sys.argv[0]
+    print(f"usage: python {called} {cls.arguments if hasattr(cls, 'arguments') else ''}[--key=value ...]")
     for f in dataclasses.fields(cls):
         if f.metadata["group"]:
             print(f"\n{f.metadata['group']}")
@@ -304,6 +310,11 @@ def one_line_errors():
     except MISTAKES as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:  # torch has no class for it on a CPU
+        if "can't allocate memory" not in str(error) and not isinstance(error, torch.OutOfMemoryError):
+            raise
+        print(f"{Path(sys.argv[0]).name}: there is not enough memory for these settings ({str(error).splitlines()[0]})", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

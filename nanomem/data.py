@@ -9,6 +9,7 @@ Batches of tokens: `open_data` returns FactData (sentences of facts) or TextData
 
 import functools
 import hashlib
+import shlex
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -178,6 +179,9 @@ class ShardTokens:
 def open_shards(folder, config, tokenizer_path=None):
     """The TextData of a folder of shards. Raises ValueError naming the file that is missing, cut, edited or of another vocabulary."""
     index, when = checkpoint.read_json(folder / INDEX), (folder / INDEX).stat().st_mtime_ns
+    if not isinstance(index, dict) or not all({"file", "tokens", "bytes", "sha256"} <= shard.keys() and isinstance(shard["tokens"], int)
+                                              for split in SPLITS for shard in index.get(split, [{}])):
+        raise ValueError(f"{folder / INDEX} was changed after it was written; delete the folder and prepare it anew")
     if config.tokenizer not in ("auto", index["tokenizer"]):
         raise ValueError(f"{folder} holds tokens already, of the tokenizer {index['tokenizer']}; leave out --tokenizer={config.tokenizer}")
     name = index["tokenizer"]
@@ -191,7 +195,7 @@ def open_shards(folder, config, tokenizer_path=None):
             path = folder / shard["file"]
             size, expected = path.stat().st_size if path.exists() else None, shard["tokens"] * dtype.itemsize
             if size != expected:
-                raise ValueError(f"{path} {'is missing' if size is None else f'has {size:,} bytes, and was written with {expected:,}'}; "
+                raise ValueError(f"{path} {'is missing' if size is None else f'has {size:,} bytes, and {INDEX} says {expected:,}'}; "
                                  "delete the folder and prepare it anew")
             if path.stat().st_mtime_ns > when and file_digest(path) != shard["sha256"]:  # reading them all would take long
                 raise ValueError(f"{path} was changed after it was written; delete the folder and prepare it anew")
@@ -229,6 +233,8 @@ def open_data(config, tokenizer_path=None):
     Raises ValueError, FileNotFoundError or ModuleNotFoundError saying what is wrong with the name, the file or its line.
     """
     path = Path(config.data)
+    if path.suffix in (".parquet", ".gz") or path.is_dir() and not (path / INDEX).exists() and config.data not in ("world", "people"):
+        raise ValueError(f"data={config.data} must be prepared first: python data/prepare.py {shlex.quote(config.data)} --out=data/mine, then --data=mine")
     for folder in (path, facts.DATA / config.data):
         if config.data not in ("world", "people") and (folder / INDEX).is_file():
             return open_shards(folder, config, tokenizer_path)
@@ -260,6 +266,8 @@ def open_tokenizer(config, path, texts):
         return tokenizer.named(name)  # its way of cutting words is not in a .tiktoken file
     if path is not None and path.exists():
         return tokenizer.load(path)
+    if texts is None:
+        raise FileNotFoundError(f"{path} is missing: the run's tokenizer")
     if name == "auto":
         shipped = facts.DATA / config.data / "tokenizer.tiktoken"
         return tokenizer.load(shipped) if config.data in ("world", "people") else tokenizer.byte_encoding()

@@ -10,6 +10,7 @@ A trained model alone, for others to load: a folder with
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -37,6 +38,7 @@ def save(folder, model, encoding, config):
     tokenizer.save(encoding, folder / "tokenizer.tiktoken")
     tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
     checkpoint.write_atomically(folder / FILE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    os.chmod(folder / FILE, os.stat(folder / "config.json").st_mode)  # safetensors makes files for their owner alone
 
 
 def load(folder):

@@ -168,7 +168,8 @@ def from_jsonl(path):
             raise ValueError(f"{where}: expected an object with \"prompt\" and \"answer\", got {type(fact).__name__}")
         for key in ("prompt", "answer"):
             if key not in fact:
-                raise ValueError(f"{where}: the key \"{key}\" is missing")
+                hint = "; lines with a \"text\" are for data/prepare.py" if "text" in fact else ""
+                raise ValueError(f"{where}: the key \"{key}\" is missing{hint}")
         accepted = fact["answer"] if isinstance(fact["answer"], list) else [fact["answer"]]
         if not isinstance(fact["prompt"], str) or not fact["prompt"].strip():
             raise ValueError(f"{where}: \"prompt\" must be a string that is not empty")

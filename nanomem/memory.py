@@ -11,12 +11,12 @@ feed-forward layer and holds far more parameters than one, since a token reads o
     out = W_out (y * silu(W_gate x))         Memory+'s input-dependent gate
 
 Read it in this order:
-    use_kernels         on a GPU the functions below hand over to Triton kernels that compute the same
     gather_sum ...      the arithmetic: reading rows, and what flows back from it
     product_key_topk    finds the best k of N slots in sqrt(N) time, exactly
     memory_read         sums the chosen values; its gradients touch only the rows that were read
     MemoryTable         owns the values, so that several layers can share them
     ProductKeyMemory    the layer; every part of Memory+ can be switched off
+and leave out, at first, use_kernels (on a GPU, Triton kernels compute the same) and what is registered for torch.compile.
 """
 
 import contextlib
@@ -55,12 +55,13 @@ def _has_triton():
 
 
 # ------------------------------------------------------------------------------------------------
-# The lookup's arithmetic is one form, linear in each of its three arguments,
+# The lookup's arithmetic is one form, linear in each of its three arguments. Of n tokens, token t reads the rows rows[t, l] of a
+# table, numbers of slots, with weights[t, l], for l below lookups = heads * knn:
 #
 #     T(table, weights, x) = sum over tokens t and lookups l of  weights[t, l] * <table[rows[t, l]], x[t]>
 #
 # and its three derivatives are the three functions below. Reading values is the derivative by x; what
-# flows back is the other two. The key scores have the same gradients, so the keys use them as well.
+# flows back is the other two. Key scores have the same gradients (_product_key_topk_backward): there the rows are half keys.
 
 
 def gather_sum(table, rows, weights):
@@ -154,7 +155,7 @@ def select(half_scores, knn):
     best, indices = cpu.topk(half_scores, knn)  # (heads, 2, n, knn)
     sums = best[:, 0].index_select(-1, a) + best[:, 1].index_select(-1, b)
     slots = indices[:, 0].index_select(-1, a) * n_keys + indices[:, 1].index_select(-1, b)
-    scores, slots = cpu.topk(sums, knn, slots)  # (heads, n, knn)
+    scores, slots = cpu.topk(sums, knn, slots)  # (heads, n, knn): the best sums, and of each its slot
     return scores.transpose(0, 1), slots.transpose(0, 1)  # views
 
 
@@ -172,7 +173,7 @@ def _chunk_size(keys):
     return max(1, 2**(22 if keys.device.type == "cpu" else 25) // keys[..., 0].numel())
 
 
-@_product_key_topk.register_fake
+@_product_key_topk.register_fake  # for torch.compile: what comes out, without computing it
 def _(queries, keys, knn):
     n, heads = queries.shape[:2]
     scores = queries.new_empty(n, heads, knn, dtype=torch.float64 if queries.dtype == torch.float64 else torch.float32)
@@ -313,7 +314,7 @@ class MemoryTable(nn.Module):
     Train it with `nanomem.optim.build_optimizer`, whose update touches only the rows read, and rounds bfloat16 values
     stochastically (dtype=torch.bfloat16; torch's default dtype otherwise). With
     sparse_grad=False its gradient is dense and any torch optimizer will do, at a cost that grows with n_slots.
-    `columns` (a range) holds only these: sharding.py splits a table over processes.
+    `columns` (a range) holds only these: sharding.py splits a table over processes. A single process has all of them.
     """
 
     group = None  # the processes that hold the other columns

@@ -49,6 +49,7 @@ ROOT = Path(__file__).resolve().parent.parent
 class Settings:
     """The command line."""
 
+    arguments = "(table1 | scaling | ablations | text | slots) "
     preset: str = setting("laptop", "laptop: 2 cores, about an hour a command; gpu: one H100", ("laptop", "gpu"), group="Reproduction")
     data: str = setting("people", "what the facts are about", ("people", "world"))
     text: str = setting("data/wikitext-103", "what text is trained on: shards that data/prepare.py made, or a text file")
@@ -351,10 +352,11 @@ def table1(base, preset, settings, out_dir, console):
     models = {"dense": base.replace(ffn="dense"), "dense, 2x": dense_of(base, 2), "dense, 4x": dense_of(base, 4),
               "mixture of experts": base.replace(ffn="moe"), "PEER": base.replace(ffn="peer"),
               "plain memory": at_flops(plain, target), "Memory+": base}
-    shapes = {name: dataclasses.asdict(config) for name, config in models.items()}
-    seconds = cached(out_dir / f"pace-{short_hash(shapes, program(), machine(), torch.get_num_threads())}.json", lambda: pace(models))
     models = choose_rates(models, preset, out_dir, console)
     results = trained(models, seeds_of(base, settings), preset, out_dir, console)
+
+    shapes = {name: dataclasses.asdict(config) for name, config in models.items()}
+    seconds = cached(out_dir / f"pace-{short_hash(shapes, program(), machine(), torch.get_num_threads())}.json", lambda: pace(models))
     equal_time = {}
     for name, config in models.items():
         iters = max(1, round(config.max_iters * seconds["Memory+"] / seconds[name]))
@@ -396,7 +398,7 @@ def ablations(base, preset, settings, out_dir, console):
             dict(mem_layers=listed, mem_share_values=False, mem_n_keys=round(base.mem_n_keys / len(several) ** 0.5)),
         f"layers {every}": dict(mem_layers=every),
         **{f"heads x knn: {h} x {k}": dict(mem_heads=h, mem_knn=k, mem_k_dim=k_dim * heads // h)  # queries as wide in all
-           for h, k in ((max(1, heads // 2), 2 * knn), (2 * heads, knn // 2), (heads, knn // 4), (heads, 4 * knn))},
+           for h, k in ((2 * heads, knn // 2), (4 * heads, knn // 4), (heads, knn // 4), (heads, 4 * knn))},
         **{f"keys of {dim}": dict(mem_k_dim=dim) for dim in (k_dim // 2, k_dim * 2)},
         **{f"values of {dim}": dict(mem_v_dim=dim) for dim in (v_dim // 2, v_dim * 2)},
         **{f"value learning rate x {factor:g}": dict(mem_lr=base.mem_lr * factor) for factor in (0.1, 0.3, 3, 10)},
@@ -447,7 +449,7 @@ def overlap(one, other):
 
 @torch.no_grad()
 def slots(run, facts_looked_at=100, batches=20):
-    """What a trained model's memory layers read: rows {"layer", "share used", "kl", "sorted", "overlaps"}.
+    """What a trained model's memory layers read: rows {"layer", "share used", "kl", "sorted", "overlaps"}, and after how many updates.
 
     share used and kl (Lample et al. 2019, section 4.4) are over `batches` training batches, sorted their weights a slot from high to low.
     overlaps[position][with] is the mean overlap of a fact's lookups, in a taught wording, with those in another taught wording, in a
@@ -498,7 +500,7 @@ def slots(run, facts_looked_at=100, batches=20):
                 sums[place, compared] += overlap(fact[place], read) / facts_looked_at
     for ((number, position), compared), value in sums.items():
         rows[number]["overlaps"][position][compared] = value
-    return list(rows.values())
+    return list(rows.values()), header["iteration"]
 
 
 def pyplot():
@@ -630,10 +632,10 @@ def main():
     assets = Path(settings.assets)
     assets.mkdir(parents=True, exist_ok=True)
     if command == "slots":
-        rows = slots(settings.run)
+        rows, iteration = slots(settings.run)
         write_text(assets / "slots.json", json.dumps(rows) + "\n")
         text = show_slots(rows, assets / "slots.png")
-        write_text(assets / "slots.md", f"`python -m nanomem.reproduce slots --run={settings.run}`\n\n{text}")
+        write_text(assets / "slots.md", f"`python -m nanomem.reproduce slots --run={settings.run}`, {iteration:,} updates\n\n{text}")
         console.print(text)
         return
     base, out_dir = Config(data=settings.data, **preset.base), Path(settings.out_dir) / settings.preset

@@ -63,8 +63,10 @@ def digest(encoding):
 def train_bpe(texts, vocab_size):
     """Byte-pair encoding trained on an iterable of strings, as a tiktoken encoding of at most vocab_size tokens, 257 or more.
 
-    Raises ModuleNotFoundError, saying what to install, where the `tokenizers` package is missing.
+    Raises ValueError for fewer, and ModuleNotFoundError, saying what to install, where the `tokenizers` package is missing.
     """
+    if vocab_size < 257:
+        raise ValueError(f"vocab_size must be 257 or more for a bpe, 256 bytes and <|endoftext|>, got {vocab_size}")
     try:
         from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
     except ModuleNotFoundError:

@@ -27,11 +27,12 @@ def start(script, *arguments, processes=None, restarts=0, **options):
     return subprocess.Popen([sys.executable, *launcher, str(ROOT / script), *map(str, arguments)], **options)
 
 
-def run(script, *arguments, code=0):
-    """(stdout, stderr) of a script run in this process, which saves importing torch each time, with this exit code."""
+def run(script, *arguments, code=0, input=""):
+    """(stdout, stderr) of a script run in this process, which saves importing torch each time, with this input and exit code."""
     out, err, ended = io.StringIO(), io.StringIO(), 0
     path = ROOT / script
-    with mock.patch.object(sys, "argv", [str(path), *map(str, arguments)]), mock.patch.dict(os.environ, COLUMNS="160"):
+    with mock.patch.object(sys, "argv", [str(path), *map(str, arguments)]), mock.patch.dict(os.environ, COLUMNS="160"), \
+            mock.patch.object(sys, "stdin", io.StringIO(input)):
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
                 runpy.run_path(str(path), run_name="__main__")

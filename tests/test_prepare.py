@@ -184,13 +184,19 @@ def test_damaged_shards_are_refused(shards):
     config, path = Config(data=str(shards), block_size=32), shards / "train-00000.bin"
     whole = path.read_bytes()
     path.write_bytes(whole[:-2])
-    with pytest.raises(ValueError, match=f"train-00000.bin has {len(whole) - 2:,} bytes, and was written with {len(whole):,}"):
+    with pytest.raises(ValueError, match=f"train-00000.bin has {len(whole) - 2:,} bytes, and index.json says {len(whole):,}"):
         open_data(config)
     path.write_bytes(whole[:100] + bytes([whole[100] ^ 1]) + whole[101:])
     with pytest.raises(ValueError, match="train-00000.bin was changed after it was written"):
         open_data(config)
     path.write_bytes(whole)  # touched, and what it was
     open_data(config)
+    index = (shards / "index.json").read_text()
+    for edited in ("{}", index.replace(f'"tokens": {len(whole) // 2}', '"tokens": null')):
+        (shards / "index.json").write_text(edited)
+        with pytest.raises(ValueError, match="index.json was changed after it was written"):
+            open_data(config)
+    (shards / "index.json").write_text(index)
     tokenizer.save(tokenizer.from_ranks({bytes([255 - i]): i for i in range(256)}), shards / "tokenizer.tiktoken")
     with pytest.raises(ValueError, match="made with another tokenizer than .*tokenizer.tiktoken"):
         open_data(config)
@@ -263,7 +269,7 @@ def test_a_named_set_is_downloaded_checked_and_prepared(server, monkeypatch, tmp
     assert not list((tmp_path / "out").glob("*.zip")) and not list((tmp_path / "out").glob("*.txt"))
 
     (tmp_path / "fetched.zip").write_bytes((web / "set.zip").read_bytes()[:-1])
-    with pytest.raises(prepare.UserError, match=f"fetched.zip has {size - 1:,} bytes, tinystories has {size:,}"):
+    with pytest.raises(prepare.UserError, match=f"fetched.zip is not tinystories: it has {size - 1:,} bytes, tinystories has {size:,}; fetch"):
         run(monkeypatch, "tinystories", f"--out={tmp_path / 'two'}", f"--from-file={tmp_path / 'fetched.zip'}")
     (tmp_path / "fetched.zip").write_bytes((web / "set.zip").read_bytes())
     run(monkeypatch, "tinystories", f"--out={tmp_path / 'two'}", f"--from-file={tmp_path / 'fetched.zip'}", "--val_share=0.1")
@@ -277,6 +283,8 @@ def test_a_named_set_is_downloaded_checked_and_prepared(server, monkeypatch, tmp
     (["empty.txt"], "empty.txt: the file is empty"),
     (["bad.txt"], "bad.txt: byte 3 is not UTF-8"),
     (["bad.jsonl"], 'bad.jsonl, line 2: expected {"text": "..."}'),
+    (["short.txt"], "the text is too short to keep a tenth"),
+    (["bad.txt", "empty.txt"], "empty.txt: the file is empty"),
     (["short.jsonl"], "of 2 documents none is for validation; another --val_share than 0.01"),
     (["cut.jsonl.gz"], "cut.jsonl.gz is no whole gzip file"),
     (["bad.txt", "--val_share=2"], "val_share must be between 0 and 1"),
@@ -288,8 +296,21 @@ def test_wrong_input_is_named(arguments, message, monkeypatch, tmp_path):
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "bad.txt").write_bytes(b"ab\xff" * 100)
     (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"txt": 1}\n')
+    (tmp_path / "short.txt").write_text("a")
     (tmp_path / "short.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 1000)[:40])
     with pytest.raises((prepare.UserError, ValueError), match=message):
         run(monkeypatch, *arguments, f"--out={tmp_path / 'out'}")
-    assert not (tmp_path / "out" / "index.json").exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_where_it_goes(monkeypatch, tmp_path):
+    monkeypatch.setattr(prepare, "FOLDER", tmp_path / "data")
+    (tmp_path / "My notes v1.2.jsonl.gz").write_bytes(gzip.compress("".join(json.dumps({"text": words(3, i)}) + "\n" for i in range(99)).encode()))
+    run(monkeypatch, tmp_path / "My notes v1.2.jsonl.gz", "--val_share=0.2")
+    assert (tmp_path / "data" / "My notes v1.2" / "index.json").exists()
+    (tmp_path / "book.txt").write_text(words(300))
+    with pytest.raises(prepare.UserError, match="2 inputs go into one set, which --out must name"):
+        run(monkeypatch, tmp_path / "book.txt", tmp_path / "book.txt")
+    with pytest.raises(prepare.UserError, match="book.txt is a file; it must name a folder"):
+        run(monkeypatch, tmp_path / "book.txt", f"--out={tmp_path / 'book.txt'}")

@@ -25,6 +25,12 @@ def test_samples_differ_and_the_seed_decides_them(out_dir):
     assert len(two) == 2 and two[0] != two[1]
 
 
+def test_each_line_of_the_input_is_answered(out_dir):
+    asked = "The city of Lagos is in\nIn which country is Tokyo?\n"
+    said = runs.run("sample.py", f"--out_dir={out_dir}", "--max_new_tokens=4", input=asked)[0]
+    assert [line[:len(prompt)] for line, prompt in zip(said.splitlines()[1:], asked.splitlines())] == asked.splitlines()
+
+
 def test_one_sample_is_streamed_as_it_would_be_beside_others(out_dir):
     arguments = ["sample.py", f"--out_dir={out_dir}", "--start=The city", "--temperature=0", "--max_new_tokens=9"]
     one, three = runs.run(*arguments)[0], runs.run(*arguments, "--num_samples=3")[0]

@@ -62,8 +62,9 @@ def test_killed_and_resumed_twenty_times(tmp_path):
 def test_a_new_run_keeps_the_one_before(finished, tmp_path):
     runs.train(tmp_path / "run", "--max_iters=2", "--seed=1")
     first = runs.checkpoint(tmp_path / "run")
+    (tmp_path / "run" / "notes.txt").write_text("mine")
     out, _ = runs.train(tmp_path / "run", "--max_iters=2", "--seed=2")
-    assert "moved the earlier run" in out
+    assert "moved the earlier run" in out and (tmp_path / "run" / "notes.txt").read_text() == "mine"
     moved = runs.checkpoint(tmp_path / "run.1")
     assert all(moved[name].equal(tensor) for name, tensor in first.items())
 
@@ -111,6 +112,9 @@ def test_dense_and_memory_take_equal_flops(finished, tmp_path):
     (["--out_dir="], "out_dir must be a folder of its own"),
     (["--device=cpu:x"], "--device=cpu:x is not on this machine"),
     (["--seed=99999999999999999999999"], "seed must be under"),
+    (["--mem_n_keys=99999999999"], "mem_n_keys must be under 4,194,304"), (["--batch_size=100000000"], "GB for their logits alone"),
+    (["--data=."], "must be prepared first: python data/prepare.py . --out=data/mine"),
+    (["--data=nothing.parquet"], "must be prepared first"),
     (["--device=tpu"], "--device=tpu is not on this machine"),
     (["--n_entities=10000000"], "n_entities for data=people must be from 4 to"),
 ])
