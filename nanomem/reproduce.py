@@ -633,7 +633,8 @@ def main():
     assets.mkdir(parents=True, exist_ok=True)
     if command == "slots":
         rows, iteration = slots(settings.run)
-        write_text(assets / "slots.json", json.dumps(rows) + "\n")
+        shown = [{key: value for key, value in row.items() if key != "sorted"} for row in rows]  # a number a slot: for the figure alone
+        write_text(assets / "slots.json", json.dumps(shown, indent=1) + "\n")
         text = show_slots(rows, assets / "slots.png")
         write_text(assets / "slots.md", f"`python -m nanomem.reproduce slots --run={settings.run}`, {iteration:,} updates\n\n{text}")
         console.print(text)
