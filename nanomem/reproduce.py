@@ -294,6 +294,7 @@ def choose_rates(models, preset, out_dir, console):
                 configs.append(at_rate(config, config.learning_rate * 2))
             else:
                 best[name] = config
+    best = {name: best[name] for name in models}  # in their order
     balances = {name: [config.replace(moe_balance=config.moe_balance * factor) for factor in preset.balances]
                 for name, config in best.items() if config.ffn == "moe"}
     return best | best_of(balances, preset, out_dir, console)
