@@ -240,7 +240,7 @@ def parse(cls, argv):
 
 
 def print_help(cls):
-    """What the program's docstring says, and every setting with its default and meaning, in groups."""
+    """How the program is called, and every setting with its default and meaning, in groups."""
     program = sys.modules["__main__"]
     called = f"-m {program.__spec__.name}" if program.__spec__ else sys.argv[0]
     print(f"usage: python {called} {cls.arguments if hasattr(cls, 'arguments') else ''}[--key=value ...]")
