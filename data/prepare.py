@@ -434,14 +434,11 @@ def clear(folder):
 def choose_tokenizer(config, default, pieces):
     """(the tiktoken encoding that --tokenizer names, the name that the index will give it)"""
     name = default if config.tokenizer == "auto" else config.tokenizer
-    if name == "bytes":
-        return tokenizer.byte_encoding(), "tokenizer.tiktoken"
     if name == "bpe":
         console.print("training a BPE, on the first 32 MB at most")
         return tokenizer.train_bpe(beginning(pieces), config.vocab_size), "tokenizer.tiktoken"
-    if name.endswith(".tiktoken"):
-        return tokenizer.load(name), "tokenizer.tiktoken"
-    return tokenizer.named(name), name
+    encoding = tokenizer.by_name(name)
+    return encoding, "tokenizer.tiktoken" if name == "bytes" or name.endswith(".tiktoken") else name
 
 
 def beginning(pieces, n_bytes=2**25):

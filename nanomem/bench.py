@@ -395,7 +395,7 @@ def time_prepare(console, config, sample=2**25):
     import resource  # which Windows doesn't have
 
     name = config.tokenizer
-    encoding = tokenizer.byte_encoding() if name == "bytes" else tokenizer.load(name) if name.endswith(".tiktoken") else tokenizer.named(name)
+    encoding = tokenizer.by_name(name)
     with open(config.prepare, "rb") as file:
         texts = file.read(sample).decode(errors="ignore").splitlines(keepends=True)
     texts = ["".join(texts[i:i + 10_000]) for i in range(0, len(texts), 10_000)]

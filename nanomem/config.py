@@ -243,7 +243,7 @@ def print_help(cls):
     """How the program is called, and every setting with its default and meaning, in groups."""
     program = sys.modules["__main__"]
     called = f"-m {program.__spec__.name}" if program.__spec__ else sys.argv[0]
-    print(f"usage: python {called} {cls.arguments if hasattr(cls, 'arguments') else ''}[--key=value ...]")
+    print(f"usage: python {called} {getattr(cls, 'arguments', '')}[--key=value ...]")
     for f in dataclasses.fields(cls):
         if f.metadata["group"]:
             print(f"\n{f.metadata['group']}")

@@ -185,10 +185,11 @@ def open_shards(folder, config, tokenizer_path=None):
     if config.tokenizer not in ("auto", index["tokenizer"]):
         raise ValueError(f"{folder} holds tokens already, of the tokenizer {index['tokenizer']}; leave out --tokenizer={config.tokenizer}")
     name = index["tokenizer"]
-    path = tokenizer_path if tokenizer_path is not None and tokenizer_path.exists() else folder / name
-    encoding = tokenizer.load(path) if name.endswith(".tiktoken") else tokenizer.named(name)
+    if name.endswith(".tiktoken"):
+        name = tokenizer_path if tokenizer_path is not None and tokenizer_path.exists() else folder / name
+    encoding = tokenizer.by_name(name)
     if tokenizer.digest(encoding) != index["vocabulary"]:
-        raise ValueError(f"the shards in {folder} were made with another tokenizer than {path if name.endswith('.tiktoken') else name}")
+        raise ValueError(f"the shards in {folder} were made with another tokenizer than {name}")
     tokens, dtype = {}, np.dtype(index["dtype"])
     for split in SPLITS:
         for shard in index[split]:
@@ -263,7 +264,7 @@ def open_tokenizer(config, path, texts):
     """The tiktoken encoding that config.tokenizer names; `texts` is what a new BPE is trained on."""
     name = config.tokenizer
     if name not in ("auto", "bytes", "bpe") and not name.endswith(".tiktoken"):
-        return tokenizer.named(name)  # its way of cutting words is not in a .tiktoken file
+        return tokenizer.by_name(name)  # its way of cutting words is not in a .tiktoken file
     if path is not None and path.exists():
         return tokenizer.load(path)
     if texts is None:
@@ -271,8 +272,6 @@ def open_tokenizer(config, path, texts):
     if name == "auto":
         shipped = facts.DATA / config.data / "tokenizer.tiktoken"
         return tokenizer.load(shipped) if config.data in ("world", "people") else tokenizer.byte_encoding()
-    if name == "bytes":
-        return tokenizer.byte_encoding()
     if name == "bpe":
         return tokenizer.train_bpe(texts, config.vocab_size)
-    return tokenizer.load(name)
+    return tokenizer.by_name(name)

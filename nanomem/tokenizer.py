@@ -93,8 +93,15 @@ def byte_of_printable():
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
-def named(name):
-    """One of tiktoken's own encodings. Raises ValueError for an unknown name, and OSError if its download fails."""
+def by_name(name):
+    """The encoding "bytes", that of a .tiktoken file, or one of tiktoken's own.
+
+    Raises ValueError for an unknown name, and OSError for a file that can't be read or a download that fails.
+    """
+    if name == "bytes":
+        return byte_encoding()
+    if str(name).endswith(".tiktoken"):
+        return load(name)
     names = tiktoken.list_encoding_names()
     if name not in names:
         raise ValueError(f"tokenizer must be auto, bytes, bpe, a .tiktoken file, or one of {', '.join(names)}; got {name!r}")
