@@ -68,7 +68,7 @@ class Preset:
     threads: int  # CPU threads of each; 0 for torch's own number
     rates: tuple  # learning rates that are tried
     text: dict  # settings of the runs of text, where they differ
-    balances: tuple = (0.1, 1, 10)  # and weights of the mixture's balance loss, times the default
+    balances: tuple = (0.1, 10)  # and weights of the mixture's balance loss beside the default, in multiples of it
 
 
 PRESETS = {
@@ -192,7 +192,8 @@ def train(runs, preset, out_dir, console, diverged=None):
     """
     folders = {run: run.folder(out_dir) for run in runs}
     results = {run: rows[-1] for run in runs if (rows := rows_of(folders[run])) and rows[-1]["iter"] == run.config.max_iters}
-    waiting, running, sizes = [run for run in runs if run not in results], {}, {run: run.size() for run in runs}
+    running, sizes = {}, {run: run.size() for run in runs}
+    waiting = sorted((run for run in runs if run not in results), key=sizes.get, reverse=True)  # the longest first: less time with one worker left
     bar = Progress(BarColumn(bar_width=20), TextColumn("{task.percentage:>3.0f}%"), TimeRemainingColumn(), TextColumn("{task.description}"),
                    console=console, disable=not console.is_terminal, speed_estimate_period=600)
     task = bar.add_task("", total=sum(sizes.values()), completed=sum(sizes[run] for run in results))
@@ -283,21 +284,23 @@ def choose_rates(models, preset, out_dir, console):
     isn't. Then the weight of the mixture's balance loss. Runs are of full length: after a quarter of it no model answers anything yet, and
     the rate that is best there is not the best in the end.
     """
-    tries = {name: [at_rate(config, rate) for rate in sorted(preset.rates)] for name, config in models.items()}
-    best = {}
-    while best.keys() != models.keys():
-        for name, config in best_of(tries, preset, out_dir, console).items():
-            configs = tries[name]
-            if len(configs) > 1 and config == configs[0]:
-                configs.insert(0, at_rate(config, config.learning_rate / 2))
-            elif len(configs) > 1 and config == configs[-1]:
-                configs.append(at_rate(config, config.learning_rate * 2))
-            else:
-                best[name] = config
-    best = {name: best[name] for name in models}  # in their order
-    balances = {name: [config.replace(moe_balance=config.moe_balance * factor) for factor in preset.balances]
-                for name, config in best.items() if config.ffn == "moe"}
-    return best | best_of(balances, preset, out_dir, console)
+    tries = {name: [at_rate(config, rate) for rate in preset.rates] for name, config in models.items()}
+    while True:
+        best = best_of(tries, preset, out_dir, console)
+        more = {name: further(best[name], tries[name], preset) for name in models}
+        if not any(more.values()):
+            return best
+        tries = {name: tries[name] + more[name] for name in models}
+
+
+def further(best, tried, preset):
+    """Configs to try after these, of which one was the best; [] where it is settled."""
+    rates = {config.learning_rate for config in tried}
+    if len(rates) > 1 and best.learning_rate in (min(rates), max(rates)):
+        return [at_rate(best, best.learning_rate * (2 if best.learning_rate == max(rates) else 0.5))]
+    if best.ffn == "moe" and len({config.moe_balance for config in tried}) == 1:
+        return [best.replace(moe_balance=best.moe_balance * factor) for factor in preset.balances]
+    return []
 
 
 def best_of(tries, preset, out_dir, console):

@@ -16,7 +16,7 @@ TINY = dict(n_entities=40, n_layer=3, n_embd=32, n_head=2, block_size=64, batch_
 @pytest.fixture
 def tiny(monkeypatch):
     """A preset whose runs take a moment."""
-    monkeypatch.setitem(reproduce.PRESETS, "laptop", reproduce.Preset(TINY, workers=2, threads=1, rates=(8e-3,), text=dict(mem_layers="1"), balances=(1,)))
+    monkeypatch.setitem(reproduce.PRESETS, "laptop", reproduce.Preset(TINY, workers=2, threads=1, rates=(8e-3,), text=dict(mem_layers="1"), balances=()))
 
 
 def run(monkeypatch, *arguments):
@@ -122,15 +122,19 @@ def test_a_sweep_goes_on_until_the_best_is_inside(monkeypatch):
     tried = []
 
     def train(runs, *_, diverged=None):
-        tried.extend(run.config.learning_rate for run in runs)
-        return {run.name: diverged if run.config.learning_rate > 0.02 else {"val_loss": abs(run.config.learning_rate - best[run.name.split(",")[0]])}
-                for run in runs}
+        tried.extend(run.config for run in runs)
+        return {run.name: diverged if run.config.learning_rate > 0.02 else
+                {"val_loss": abs(run.config.learning_rate - best[run.name.split(",")[0]]) + 1e-6 * run.config.moe_balance} for run in runs}
     monkeypatch.setattr(reproduce, "train", train)
-    best = {"low": 1e-3, "high": 0.017, "middle": 8e-3}
+    best = {"low": 1e-3, "high": 0.017, "middle": 8e-3, "mixture": 1e-3}
     base = Config(data="people", **TINY)
-    chosen = reproduce.choose_rates({name: base for name in best}, reproduce.PRESETS["laptop"], None, None)
-    assert {name: config.learning_rate for name, config in chosen.items()} == {"low": 1e-3, "high": 0.016, "middle": 8e-3}
-    assert {min(tried), max(tried)} == {5e-4, 0.032} and chosen["low"].mem_lr == pytest.approx(base.mem_lr / 8)
+    models = {name: base.replace(ffn="moe" if name == "mixture" else "memory") for name in best}
+    chosen = reproduce.choose_rates(models, reproduce.PRESETS["laptop"], None, None)
+    assert {name: config.learning_rate for name, config in chosen.items()} == {"low": 1e-3, "high": 0.016, "middle": 8e-3, "mixture": 1e-3}
+    rates = {config.learning_rate for config in tried}
+    assert {min(rates), max(rates)} == {5e-4, 0.032} and chosen["low"].mem_lr == pytest.approx(base.mem_lr / 8)
+    balances = sorted({config.moe_balance for config in tried if config.ffn == "moe" and config.learning_rate == 1e-3})
+    assert balances == pytest.approx([base.moe_balance * factor for factor in (0.1, 1, 10)]) and chosen["mixture"].moe_balance == balances[0]
 
 
 def test_a_run_that_comes_apart_counts_as_the_worst(tiny, tmp_path):
