@@ -55,6 +55,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -389,35 +390,39 @@ def time_generation(console, device, rounds, tokens=256):
 
 
 def time_prepare(console, config, sample=2**25):
-    """Says how fast data/prepare.py turns a text file into shards and the memory it takes, and how fast tiktoken alone is in one process,
-    on the first `sample` bytes, before and after.
+    """Says how fast data/prepare.py turns a text file into shards and the memory it takes, and how fast tiktoken alone is in one thread
+    and in as many threads as there are workers, each on the first `sample` bytes, before and after: cores may share what is in them.
     """
     import resource  # which Windows doesn't have
 
-    name = config.tokenizer
-    encoding = tokenizer.by_name(name)
+    encoding, workers = tokenizer.by_name(config.tokenizer), os.cpu_count()
     with open(config.prepare, "rb") as file:
-        texts = file.read(sample).decode(errors="ignore").splitlines(keepends=True)
-    texts = ["".join(texts[i:i + 10_000]) for i in range(0, len(texts), 10_000)]
+        text = file.read(sample).decode(errors="ignore")
+    segments = [text[i:i + 2**20] for i in range(0, len(text), 2**20)]
 
-    def alone():
+    def alone(threads):
+        """MB/s of them all."""
         started = time.perf_counter()
-        for text in texts:
-            encoding.encode_ordinary(text)
-        return sum(len(text.encode()) for text in texts) / (time.perf_counter() - started)
+        with ThreadPoolExecutor(threads) as pool:
+            for done in [pool.submit(lambda: [encoding.encode_to_numpy(segment, disallowed_special=()) for segment in segments]) for _ in range(threads)]:
+                done.result()
+        return threads * len(text.encode()) / (time.perf_counter() - started) / 1e6
 
-    workers, speeds = os.cpu_count(), [alone()]
+    one, many = [alone(1)], [alone(workers)]
     with tempfile.TemporaryDirectory(dir=Path(config.prepare).resolve().parent) as folder:
         started = time.perf_counter()
         ended = subprocess.run([sys.executable, str(ROOT / "data" / "prepare.py"), config.prepare, f"--out={folder}/shards", f"--workers={workers}",
-                                f"--tokenizer={name}"], capture_output=True, encoding="utf-8")
+                                f"--tokenizer={config.tokenizer}"], capture_output=True, encoding="utf-8")
         if ended.returncode:
             raise UserError(f"data/prepare.py failed: {ended.stderr.strip()}")
-        speed = Path(config.prepare).stat().st_size / (time.perf_counter() - started)
-    speeds.append(alone())
+        speed = Path(config.prepare).stat().st_size / (time.perf_counter() - started) / 1e6
+    one.append(alone(1))
+    many.append(alone(workers))
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    console.print(f"data/prepare.py with {workers} workers: {speed / 1e6:.1f} MB/s from start to end, peak memory {peak / 1e6:.0f} MB; tiktoken alone, one "
-                  f"process: {' and '.join(f'{s / 1e6:.1f}' for s in speeds)} MB/s; so {speed / workers / statistics.mean(speeds):.0%} of as many tiktokens")
+    console.print(f"data/prepare.py with {workers} workers: {speed:.1f} MB/s from start to end, peak memory {peak / 1e6:.0f} MB")
+    for threads, speeds in ((1, one), (workers, many)):
+        console.print(f"tiktoken alone, {threads} thread{'s' * (threads > 1)}: {' and '.join(f'{s:.1f}' for s in speeds)} MB/s, so that is "
+                      f"{speed * threads / workers / statistics.mean(speeds):.0%} of {f'{workers} times as much' if threads == 1 else 'it'}")
 
 
 def main():

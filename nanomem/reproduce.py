@@ -278,19 +278,20 @@ def at_rate(config, rate):
     return config.replace(**{key: getattr(config, key) * rate / config.learning_rate for key in ("learning_rate", "min_lr", "mem_lr")})
 
 
-def choose_rates(models, preset, out_dir, console):
+def choose_rates(models, seeds, preset, out_dir, console):
     """{name: Config} with the best learning rate of each model, by the loss on questions that are neither taught nor reported; the tables'
     rate keeps its proportion to it. Where the highest or lowest rate is the best, one twice as high or half as low is tried too, until it
     isn't. Then the weight of the mixture's balance loss. Runs are of full length: after a quarter of it no model answers anything yet, and
-    the rate that is best there is not the best in the end.
+    the rate that is best there is not the best in the end. Runs of the other seeds begin where a model is settled, so that no worker waits.
     """
-    tries = {name: [at_rate(config, rate) for rate in preset.rates] for name, config in models.items()}
+    tries, settled = {name: [at_rate(config, rate) for rate in preset.rates] for name, config in models.items()}, []
     while True:
-        best = best_of(tries, preset, out_dir, console)
+        best = best_of(tries, settled, preset, out_dir, console)
         more = {name: further(best[name], tries[name], preset) for name in models}
         if not any(more.values()):
             return best
         tries = {name: tries[name] + more[name] for name in models}
+        settled = [named(name, best[name].replace(seed=seed)) for name in models if not more[name] for seed in seeds]
 
 
 def further(best, tried, preset):
@@ -303,10 +304,11 @@ def further(best, tried, preset):
     return []
 
 
-def best_of(tries, preset, out_dir, console):
-    """{name: the config of its list with the lowest validation loss}"""
+def best_of(tries, others, preset, out_dir, console):
+    """{name: the config of its list with the lowest validation loss}; the other runs are trained beside."""
     tried = {name: [named(name, config) for config in configs] for name, configs in tries.items() if len(configs) > 1}
-    results = train(sum(tried.values(), []), preset, out_dir, console, diverged={"val_loss": math.inf})
+    runs = {run.name: run for run in sum(tried.values(), others)}  # each once
+    results = train(list(runs.values()), preset, out_dir, console, diverged={"val_loss": math.inf})
     best = {name: min(runs, key=lambda run: results[run.name]["val_loss"]).config for name, runs in tried.items()}
     return {name: best.get(name, configs[0]) for name, configs in tries.items()}
 
@@ -356,7 +358,7 @@ def table1(base, preset, settings, out_dir, console):
     models = {"dense": base.replace(ffn="dense"), "dense, 2x": dense_of(base, 2), "dense, 4x": dense_of(base, 4),
               "mixture of experts": base.replace(ffn="moe"), "PEER": base.replace(ffn="peer"),
               "plain memory": at_flops(plain, target), "Memory+": base}
-    models = choose_rates(models, preset, out_dir, console)
+    models = choose_rates(models, seeds_of(base, settings), preset, out_dir, console)
     results = trained(models, seeds_of(base, settings), preset, out_dir, console)
 
     shapes = {name: dataclasses.asdict(config) for name, config in models.items()}
@@ -420,7 +422,7 @@ def text(base, preset, settings, out_dir, console):
     base = base.replace(data=settings.text, **preset.text)
     base.vocab_size = open_data(base).encoding.n_vocab
     models = {"dense": base.replace(ffn="dense"), "mixture of experts": base.replace(ffn="moe"), "Memory+": base}
-    models = choose_rates(models, preset, out_dir, console)
+    models = choose_rates(models, seeds_of(base, settings), preset, out_dir, console)
     results = trained(models, seeds_of(base, settings), preset, out_dir, console)
     return [described(name, config) | {"loss": [r["val_loss"] for r in results[name]], "bits_per_byte": [r["bits_per_byte"] for r in results[name]]}
             for name, config in models.items()]

@@ -129,8 +129,10 @@ def test_a_sweep_goes_on_until_the_best_is_inside(monkeypatch):
     best = {"low": 1e-3, "high": 0.017, "middle": 8e-3, "mixture": 1e-3}
     base = Config(data="people", **TINY)
     models = {name: base.replace(ffn="moe" if name == "mixture" else "memory") for name in best}
-    chosen = reproduce.choose_rates(models, reproduce.PRESETS["laptop"], None, None)
+    chosen = reproduce.choose_rates(models, (base.seed, 7), reproduce.PRESETS["laptop"], None, None)
     assert {name: config.learning_rate for name, config in chosen.items()} == {"low": 1e-3, "high": 0.016, "middle": 8e-3, "mixture": 1e-3}
+    assert {config.learning_rate for config in tried if config.seed == 7} == {1e-3, 8e-3, 0.016}  # begun with the last tries of others
+    assert not any(config.seed == 7 and config.ffn == "moe" for config in tried)  # settled by the last
     rates = {config.learning_rate for config in tried}
     assert {min(rates), max(rates)} == {5e-4, 0.032} and chosen["low"].mem_lr == pytest.approx(base.mem_lr / 8)
     balances = sorted({config.moe_balance for config in tried if config.ffn == "moe" and config.learning_rate == 1e-3})
