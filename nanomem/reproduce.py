@@ -598,7 +598,12 @@ def draw(command, rows, path):
         names = [row["model"] for row in rows]
         colors = ["#8a9ba8" if name.startswith(("dense", "mixture")) else "#d9822b" for name in names]
         for axis, key in zip(axes[0], keys):
-            axis.barh(range(len(rows)), [statistics.mean(row[key]) for row in rows], color=colors)
+            middle = [statistics.mean(row[key]) for row in rows]
+            if key == "bits_per_byte":  # hundredths apart: marks on an axis that needn't begin at 0, as that of bars must
+                axis.scatter(middle, range(len(rows)), 400, colors, marker="|", linewidths=4)
+                axis.margins(y=0.3)
+            else:
+                axis.barh(range(len(rows)), middle, color=colors)
             axis.set_xlabel(titles[key])
             for i, row in enumerate(rows):
                 axis.plot(row[key], [i] * len(row[key]), "k.", markersize=4)
