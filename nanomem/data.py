@@ -234,11 +234,11 @@ def open_data(config, tokenizer_path=None):
     Raises ValueError, FileNotFoundError or ModuleNotFoundError saying what is wrong with the name, the file or its line.
     """
     path = Path(config.data)
-    if path.suffix in (".parquet", ".gz") or path.is_dir() and not (path / INDEX).exists() and config.data not in ("world", "people"):
-        raise ValueError(f"data={config.data} must be prepared first: python data/prepare.py {shlex.quote(config.data)} --out=data/mine, then --data=mine")
     for folder in (path, facts.DATA / config.data):
         if config.data not in ("world", "people") and (folder / INDEX).is_file():
             return open_shards(folder, config, tokenizer_path)
+    if path.suffix in (".parquet", ".gz") or path.is_dir() and config.data not in ("world", "people"):
+        raise ValueError(f"data={config.data} must be prepared first: python data/prepare.py {shlex.quote(config.data)} --out=data/mine, then --data=mine")
     if config.data == "world":
         fact_set, text = facts.world(config.n_entities, config.zipf), None
     elif config.data == "people":
