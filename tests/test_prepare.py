@@ -215,6 +215,15 @@ def test_shards_of_other_text_are_kept(shards, monkeypatch, tmp_path):
     assert (shards / "index.json").read_bytes() == before
 
 
+def test_a_folder_and_its_shards_of_the_same_name(small, monkeypatch, tmp_path):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "book.txt").write_text(words(3000))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("nanomem.facts.DATA", tmp_path / "data")
+    run(monkeypatch, "notes", "--out=data/notes")
+    assert open_data(Config(data="notes")).encoding.n_vocab == 257
+
+
 def test_train_and_sample_from_shards(shards, tmp_path):
     out, _ = runs.train(tmp_path / "run", f"--data={shards}", "--max_iters=3", "--log_interval=1")
     row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
