@@ -116,14 +116,16 @@ def fetch(name, set_, folder, from_file):
 def download(url, path):
     """Downloads url to path, with progress; a part that an earlier try left is gone on with. Raises OSError."""
     part = path.with_name(path.name + ".part")
-    have = part.stat().st_size if part.exists() else 0
+    have = max(0, part.stat().st_size - 1) if part.exists() else 0  # its last byte again: past the end of a whole file a server answers with an error
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     bar = Progress(TextColumn(path.name), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(), console=console)
     with urllib.request.urlopen(request, timeout=60) as response, bar:
         have = have if response.status == 206 else 0
         total = have + int(response.headers["Content-Length"]) if "Content-Length" in response.headers else None
         task = bar.add_task("", total=total, completed=have)
-        with open(part, "ab" if have else "wb") as file:
+        with open(part, "r+b" if have else "wb") as file:
+            file.truncate(have)
+            file.seek(have)
             while block := response.read(2**18):
                 file.write(block)
                 bar.advance(task, len(block))

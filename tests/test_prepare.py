@@ -260,6 +260,30 @@ def server(tmp_path):
         httpd.shutdown()
 
 
+@pytest.mark.parametrize("left", [0, 1, 700, 1000])
+def test_a_download_goes_on_where_it_ended(left, tmp_path):
+    content, asked = random.Random(0).randbytes(1000), []
+
+    class Ranges(http.server.BaseHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+        def do_GET(self):
+            asked.append(self.headers["Range"])
+            start = int((asked[-1] or "bytes=0-")[len("bytes="):-1])
+            self.send_response(416 if start >= len(content) else 206 if asked[-1] else 200)
+            self.send_header("Content-Length", len(content[start:]))
+            self.end_headers()
+            self.wfile.write(content[start:])
+
+    (tmp_path / "set.part").write_bytes(content[:left])
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Ranges) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        prepare.download(f"http://127.0.0.1:{httpd.server_port}/set", tmp_path / "set")
+        httpd.shutdown()
+    assert (tmp_path / "set").read_bytes() == content and asked == [f"bytes={left - 1}-" if left > 1 else None]
+
+
 def test_a_named_set_is_downloaded_checked_and_prepared(server, monkeypatch, tmp_path):
     web, url = server
     text = "".join(f"{words(3, seed)}<|endoftext|>\n" for seed in range(400))
