@@ -40,11 +40,11 @@ def topk(scores, k, labels=None):
         scores = scores.gather(-1, labels)
     packed = scores.double()
     packed.view(torch.int64).bitwise_or_(torch.arange(n) if labels is None else labels)
-    bits = largest(packed.flatten(0, -2), k).view(*scores.shape[:-1], k).view(torch.int64)
-    best = (bits & -(2**LABEL_BITS)).view(torch.float64).float()
-    if not best.isfinite().all():  # an infinity with a label is a NaN, which sorts above all: so none goes unseen
+    best = largest(packed.flatten(0, -2), k).view(*scores.shape[:-1], k)
+    if best.isnan().any():  # an infinity with a label is a NaN, which sorts above all: so none goes unseen
         return _torch_topk(scores, k, labels)
-    return best, bits & (2**LABEL_BITS - 1)
+    bits = best.view(torch.int64)
+    return (bits & -(2**LABEL_BITS)).view(torch.float64).float(), bits & (2**LABEL_BITS - 1)
 
 
 def _torch_topk(scores, k, labels):

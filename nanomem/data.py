@@ -233,11 +233,11 @@ def open_data(config, tokenizer_path=None):
     tokenizer_path: a tokenizer that an earlier run saved, to use in place of training one anew.
     Raises ValueError, FileNotFoundError or ModuleNotFoundError saying what is wrong with the name, the file or its line.
     """
-    path = Path(config.data)
+    path, generated = Path(config.data), config.data in ("world", "people")
     for folder in (path, facts.DATA / config.data):
-        if config.data not in ("world", "people") and (folder / INDEX).is_file():
+        if (folder / INDEX).is_file() and not generated:
             return open_shards(folder, config, tokenizer_path)
-    if path.suffix in (".parquet", ".gz") or path.is_dir() and config.data not in ("world", "people"):
+    if path.suffix in (".parquet", ".gz") or path.is_dir() and not generated:
         raise ValueError(f"data={config.data} must be prepared first: python data/prepare.py {shlex.quote(config.data)} --out=data/mine, then --data=mine")
     if config.data == "world":
         fact_set, text = facts.world(config.n_entities, config.zipf), None
