@@ -398,14 +398,15 @@ def _row_adam_kernel(values, rows, grads, second_moment, reads, mean_square, lr,
     else:
         mean = tl.load(mean_square + tl.program_id(0))
     moment = tl.load(second_moment + row)
-    moment += (1.0 - beta2) * (mean - moment)
-    count = tl.load(reads + row) + 1
-    factor = lr / (tl.sqrt(moment / (1.0 - tl.exp2(count.to(tl.float32) * log2_beta2))) + eps)
+    has_gradient = tl.where(mean != 0.0, 1, 0)  # a row without one stays as it is
+    moment += has_gradient * (1.0 - beta2) * (mean - moment)
+    count = tl.load(reads + row) + has_gradient
+    factor = lr / (tl.sqrt(moment / (1.0 - tl.exp2(tl.maximum(count, 1).to(tl.float32) * log2_beta2))) + eps)
     tl.store(second_moment + row, moment)
     tl.store(reads + row, count)
     row_seed = _mix(_mix(_mix(count.to(tl.uint32) ^ seed) ^ row.to(tl.uint32)) ^ (row >> 32).to(tl.uint32))
     for c in range(0, dim, BLOCK_DIM):
-        mask = c + column < dim
+        mask = c + column < has_gradient * dim
         g = tl.load(grad_row + c + column, mask, other=0.0).to(tl.float32)  # from L1 the second time
         place = values + row * dim + c + column
         new = tl.load(place, mask, other=0.0).to(tl.float32) - factor * g

@@ -25,15 +25,19 @@ def squared_norms(grads, group=None):
     return squares
 
 
-def row_gradient(values):
+def row_gradient(values, group=None):
     """The gradient of a table as (rows, gradients): rows (u,) int64 ascending, each once, gradients (u, v_dim).
 
+    Of a dense gradient these are the rows that are not zero, in any column if a group of processes has the columns split.
     Rows that a sparse gradient has several times are summed in values.grad itself, so the work is done once, and what is
     done to `gradients` in place is done to values.grad.
     """
     grad = values.grad
     if not grad.is_sparse:
-        rows = grad.any(dim=1).nonzero().squeeze(1)
+        touched = grad.any(dim=1).int()
+        if group is not None:
+            dist.all_reduce(touched, dist.ReduceOp.MAX, group=group)
+        rows = touched.nonzero().squeeze(1)
         return rows, grad[rows]
     rows, grads = grad._indices()[0], grad._values()
     if not (rows[1:] > rows[:-1]).all():  # slots that several layers or accumulated batches read (torch's flag gets lost)
@@ -48,10 +52,11 @@ class RowAdam(torch.optim.Optimizer):
         v_r     <- beta2 * v_r + (1 - beta2) * mean(g_r ** 2)        for each row r with a gradient
         V_r     <- V_r - lr * g_r / (sqrt(v_r / (1 - beta2 ** n_r)) + eps)
 
-    n_r counts the steps that read row r, so a row lives on a clock of its own: one that was not read keeps its
-    value and moment as they are, with no decay, and the bias correction makes its first step as large as any
-    row's first, root mean square lr, however late it comes. (On Adam's own clock a row first read at step 10,000
-    would move 1 / sqrt(1 - beta2) times as far, 10 times here.) No weight decay. The state takes 8 bytes a row.
+    n_r counts the steps in which row r had a gradient, so every row has a clock of its own. A row without a gradient,
+    or with one that is zero, keeps its value, moment and count; nothing decays. A row's first step has a root mean
+    square of lr, however late it comes. (On Adam's own clock, a row first read at step 10,000 would move
+    1 / sqrt(1 - beta2) times as far, 10 times here.) Later steps are not held to lr: where a gradient is larger than the
+    row's earlier ones, step n_r can be sqrt(n_r) * lr, up to lr / sqrt(1 - beta2). The state takes 8 bytes a row.
 
     bfloat16 tables are rounded stochastically: up or down by chance, so that the expectation is right and steps smaller than
     bfloat16's spacing are not all lost. The noise is a function of seed, row, n_r and column.
@@ -86,7 +91,7 @@ class RowAdam(torch.optim.Optimizer):
         if not state:
             state["second_moment"] = torch.zeros(len(values), device=values.device)
             state["reads"] = torch.zeros(len(values), dtype=torch.int32, device=values.device)
-        rows, grads = row_gradient(values)
+        rows, grads = row_gradient(values, self.group)
         mean_square, first_column = None, 0
         if self.group is not None:
             mean_square = squared_norms(grads, self.group) / (grads.shape[1] * dist.get_world_size(self.group))
@@ -96,6 +101,9 @@ class RowAdam(torch.optim.Optimizer):
             return
         if mean_square is None:
             mean_square = squared_norms(grads) / grads.shape[1]
+        has_gradient = mean_square != 0  # a NaN has one too, and must show
+        if not has_gradient.all():
+            rows, grads, mean_square = rows[has_gradient], grads[has_gradient], mean_square[has_gradient]
         moment = state["second_moment"][rows]
         reads = state["reads"][rows] + 1
         moment.lerp_(mean_square.float(), 1 - beta2)
@@ -103,12 +111,12 @@ class RowAdam(torch.optim.Optimizer):
         state["reads"][rows] = reads
         factor = lr / ((moment / (1 - beta2**reads)).sqrt() + eps)
         size = max(1, self.CHUNK // values.shape[1])
+        wide = torch.promote_types(values.dtype, torch.float32)  # lr / sqrt(v) is more than float16 holds
         for r, g, f, n in zip(*(t.split(size) for t in (rows, grads, factor, reads))):
+            new = values.index_select(0, r).to(wide).addcmul_(g.to(wide), f[:, None].to(wide), value=-1)
             if values.dtype == torch.bfloat16:
-                new = values.index_select(0, r).float().addcmul_(g.float(), f[:, None], value=-1)
-                values.index_copy_(0, r, stochastic_round(new, seed, r, n, first_column))
-            else:
-                values.index_copy_(0, r, values.index_select(0, r).addcmul_(g, f[:, None].to(g.dtype), value=-1))
+                new = stochastic_round(new, seed, r, n, first_column)
+            values.index_copy_(0, r, new.to(values.dtype))
 
 
 def stochastic_round(new, seed, rows, reads, first_column=0):

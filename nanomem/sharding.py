@@ -130,10 +130,16 @@ def tables(model):
 
 @torch.no_grad()
 def add_replicas(model):
-    """Adds up the gradients of the tables over the replicas, which exchange the rows that any of them touched."""
+    """Adds up the gradients of the tables over the replicas, which exchange the rows that any of them touched.
+
+    All processes call it; one whose table has no gradient takes part with an empty one.
+    """
     for table in tables(model):
-        if dist.get_world_size(table.replica_group) > 1 and table.values.grad is not None:
-            rows, grads = row_gradient(table.values)
+        if dist.get_world_size(table.replica_group) > 1 and table.values.requires_grad:
+            if table.values.grad is None:
+                rows, grads = torch.arange(0, device=table.values.device), table.values.new_empty(0, table.values.shape[1])
+            else:
+                rows, grads = row_gradient(table.values, table.group)
             touched = _union(rows, table.n_slots, table.replica_group)
             sums = grads.new_zeros(len(touched), grads.shape[1])
             sums.index_copy_(0, torch.searchsorted(touched, rows), grads)

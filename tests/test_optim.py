@@ -39,6 +39,59 @@ def test_a_row_first_read_late_moves_by_lr_like_any_other():
     torch.testing.assert_close(values[1].square().mean().sqrt().item(), 0.01, rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_a_row_with_a_zero_gradient_is_left_alone_and_sparse_equals_dense(kernels, monkeypatch):
+    monkeypatch.setenv("NANOMEM_KERNELS", kernels)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    begin = torch.randn(3, 4, device=device)
+    tables = {name: torch.nn.Parameter(begin.clone()) for name in ("sparse", "dense", "once")}
+    optimizers = {name: RowAdam([values], lr=0.01) for name, values in tables.items()}
+    last = torch.tensor([[0.5, -1.0, 2.0, 0.1]], device=device)
+    for step in range(100):
+        grad = last if step == 99 else torch.zeros(1, 4, device=device)
+        tables["sparse"].grad = torch.sparse_coo_tensor(torch.tensor([[1]], device=device), grad, (3, 4))
+        tables["dense"].grad = tables["sparse"].grad.to_dense()
+        optimizers["sparse"].step()
+        optimizers["dense"].step()
+    tables["once"].grad = tables["dense"].grad
+    optimizers["once"].step()
+    for name in ("sparse", "dense"):
+        assert torch.equal(tables[name], tables["once"]), name
+        for key, state in optimizers[name].state[tables[name]].items():
+            assert torch.equal(state, optimizers["once"].state[tables["once"]][key]), (name, key)
+    moved = (tables["sparse"] - begin).square().mean(1).sqrt()
+    torch.testing.assert_close(moved.tolist(), [0.0, 0.01, 0.0], rtol=1e-4, atol=0)
+
+
+def test_a_nan_in_a_gradient_reaches_the_table():
+    values = torch.nn.Parameter(torch.zeros(2, 2))
+    values.grad = sparse([1], torch.tensor([[float("nan"), 1.0]]), 2)
+    RowAdam([values]).step()
+    assert values[1].isnan().any() and not values[0].isnan().any()
+
+
+@pytest.mark.parametrize("steps, bound", [(4, 2.0), (2000, 10.0)])
+def test_a_later_step_is_at_most_lr_times_the_root_of_n_or_of_1_over_1_minus_beta2(steps, bound):
+    values = torch.nn.Parameter(torch.zeros(1, 4))
+    optimizer = RowAdam([values], lr=0.01, beta2=0.99)
+    for _ in range(steps - 1):
+        values.grad = sparse([0], torch.full((1, 4), 1e-8), 1)
+        optimizer.step()
+    before = values.detach().clone()
+    values.grad = sparse([0], torch.ones(1, 4), 1)  # far larger than all before: the longest step there is
+    optimizer.step()
+    assert (values - before).abs().max().item() == pytest.approx(bound * 0.01, rel=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_tiny_gradients_move_a_table_of_any_dtype_by_lr(dtype):
+    values = torch.nn.Parameter(torch.zeros(2, 4, dtype=dtype))
+    values.grad = torch.full((2, 4), 1e-7, dtype=dtype)
+    RowAdam([values], lr=0.01).step()
+    torch.testing.assert_close(values.double(), torch.full((2, 4), -0.01, dtype=torch.float64), rtol=2e-2, atol=0)
+
+
 def test_mem_beta2_is_the_second_moments():
     table = MemoryTable(4, 2)
     before = table.values.detach().clone()

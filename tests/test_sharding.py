@@ -124,6 +124,19 @@ def test_a_step_sends_what_the_formula_says_and_parts_of_tables_shrink():
         assert result["sent"] == pytest.approx(result["tokens"] * token + P * rows + P * (P - 1) / P * 8 * result["core"])
 
 
+def test_a_replica_without_a_gradient_takes_part_with_an_empty_one():
+    sparse, dense, none = torchrun(2, "replicas_without_a_gradient", {})
+    assert sparse == [[0, 0], [3, 4], [0, 0], [0, 0], [6, 8], [0, 0]]
+    assert dense == torch.eye(6)[:, 1:3].tolist()
+    assert none == [[0, 0]] * 6
+
+
+def test_a_dense_gradient_of_split_columns_moves_the_rows_that_any_process_has():
+    moved = torch.tensor(torchrun(2, "dense_gradients_of_columns", {})).T
+    expected = -0.1 * torch.tensor([[0.0, 0.0], [2**0.5, 0.0], [0.0, 2**0.5], [1.0, 1.0]])
+    torch.testing.assert_close(moved, expected, rtol=1e-4, atol=1e-6)
+
+
 def test_processes_that_differ_are_told_so(tmp_path):
     told = torchrun(2, "disagree", str(tmp_path))
     expected = {"settings": "learning_rate is 0.1 in process 0 and 0.2 in process 1", "data": "data is", "file": "process 1: data must be",

@@ -72,6 +72,35 @@ def _step_bytes(mem_parallel):
             "table": values.untyped_storage().nbytes()}
 
 
+def replicas_without_a_gradient(settings):
+    """What two replicas' tables are, one of them without a gradient: sparse and dense gradients, then none at all."""
+    torch.manual_seed(0)
+    table = sharding.ShardedTable(6, 2, sharding.make_mesh(torch.device("cpu"), 1))
+    optimizer = optim.RowAdam([table.values], lr=0.1)
+    results = []
+    for grad in (torch.sparse_coo_tensor([[4, 1, 4]], torch.tensor([[1.0, 2], [3, 4], [5, 6]]), (6, 2)), torch.eye(6)[:, 1:3].clone(), None):
+        table.values.grad = grad if sharding.rank() == 1 else None
+        sharding.add_replicas(table)
+        results.append(table.values.grad.to_dense().tolist())
+        optimizer.step()
+        optimizer.zero_grad()
+    everyones = sharding.gather((results, table.values.tolist()))
+    assert everyones[0] == everyones[1]
+    return results
+
+
+def dense_gradients_of_columns(settings):
+    """Two processes with a column each of a table: after a dense gradient, the same rows of both have moved."""
+    torch.manual_seed(0)
+    table = sharding.ShardedTable(4, 2, sharding.make_mesh(torch.device("cpu"), 2))
+    before = table.values.detach().clone()
+    whole = torch.tensor([[0.0, 0.0], [3.0, 0.0], [0.0, 4.0], [1.0, 1.0]])
+    table.values.grad = whole[:, sharding.rank():sharding.rank() + 1].clone()
+    optim.RowAdam([table.values], lr=0.1, group=table.group).step()
+    moved = (table.values.detach() - before).flatten().tolist()
+    return sharding.gather(moved)
+
+
 def _model(config, mem_parallel):
     mesh = sharding.make_mesh(torch.device("cpu"), mem_parallel)
     torch.manual_seed(0)
