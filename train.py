@@ -20,6 +20,7 @@ import itertools
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import time
@@ -33,12 +34,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from nanomem import checkpoint, facts, optim, sharding, tokenizer
-from nanomem.config import Config, UserError, keep_freed_memory, machine_memory, one_line_errors, parse, pick_device
-from nanomem.data import ahead, open_data
+from nanomem import checkpoint, export, facts, optim, sharding, tokenizer
+from nanomem.config import Config, UserError, keep_freed_memory, machine_memory, nearest, one_line_errors, parse, pick_device, safe_streams
+from nanomem.data import DROPOUT, ahead, open_data, random_stream
 from nanomem.memory import MemoryTable, SlotUsage, observe_lookups, use_kernels
 from nanomem.model import GPT
 
+safe_streams()
 keep_freed_memory()
 sharding.start()
 first = sharding.rank() == 0  # of several processes, the one that prints
@@ -50,7 +52,7 @@ console = Console(highlight=False, markup=False, emoji=False, quiet=not first)  
 
 
 def settings(argv):
-    """The run's settings, and the folder and header of the checkpoint to go on from (None if there is none).
+    """(the run's settings, the names of those given, the folder and the header of the checkpoint to go on from, None without).
 
     With --resume the settings are those of the run in out_dir, changed by the command line's. When torchrun starts the processes
     again, since one has died, they go on from what they have saved.
@@ -61,6 +63,12 @@ def settings(argv):
     folder, header, refused = None, None, {}
     if config.resume:
         folder, header, refused = checkpoint.newest(out_dir)
+        if header is None and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+            runs = sorted({str(path.parent) for path in out_dir.parent.glob("*/checkpoint-*")})
+            raise UserError(f"--resume: there is no checkpoint in {out_dir}{nearest(str(out_dir), runs)}; without --resume a new run starts there")
+        if header and header.get("format", 1) != checkpoint.FORMAT:
+            raise UserError(f"--resume: the run in {out_dir} is from an earlier version of nanomem, which drew other batches; "
+                            "sample.py can read it, but train.py can't go on with it: start a new run")
     elif sharding.launch():
         with contextlib.suppress(UserError):
             found = checkpoint.newest(out_dir)
@@ -81,7 +89,7 @@ def settings(argv):
         raise UserError(f"out_dir must be a folder of its own, such as out/mine; got {out_dir}")
     config.out_dir = str(out_dir)
     config.check()
-    return config, folder, header
+    return config, given.keys(), folder, header
 
 
 def check_it_fits(config, device):
@@ -105,20 +113,33 @@ def check_it_fits(config, device):
 
 
 def make_room(out_dir):
-    """What an earlier run left in out_dir moves to out_dir.1, or the next number that is free: nothing is overwritten, and no other file
-    that lies there is touched.
+    """What an earlier run or export left in out_dir moves to out_dir.1, or the next number that is free: nothing is overwritten, and
+    no other file that lies there is touched.
     """
-    if checkpoint.folders(out_dir):
-        earlier = next(path for path in (Path(f"{out_dir}.{n}") for n in itertools.count(1)) if not path.exists())
-        earlier.mkdir()
-        for path in [out_dir / name for name in ("config.json", "metrics.jsonl", "tokenizer.tiktoken")] + list(out_dir.glob("checkpoint-*")):
-            if path.exists():
-                path.rename(earlier / path.name)
-        console.print(f"moved the earlier run in {out_dir} to {earlier}", soft_wrap=True)
+    names = ("config.json", "metrics.jsonl", "tokenizer.tiktoken", export.FILE)
+    files = [path for path in (out_dir / name for name in names) if path.exists()]
+    checkpoints = checkpoint.folders(out_dir)
+    if not files or not checkpoints and files == [out_dir / name for name in names[:3]]:  # those of a run that saved nothing
+        return
+    folder = out_dir.resolve()  # a link's target: beside that is the same disk
     try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"out_dir={out_dir} can't be made ({error.strerror})") from None
+        earlier = move(files + checkpoints, folder)
+    except OSError:  # out_dir is a disk of its own, or its parent takes no folder
+        earlier = move(files + checkpoints, folder / "earlier")
+    console.print(f"moved the earlier run in {out_dir} to {earlier}", soft_wrap=True)
+
+
+def move(paths, name):
+    """Moves files to the first folder of name.1, name.2, ... that is free, which it returns. Raises OSError before anything is moved."""
+    folder = next(path for path in (Path(f"{name}.{n}") for n in itertools.count(1)) if not path.exists())
+    folder.mkdir()
+    try:
+        for path in paths:
+            path.rename(folder / path.name)
+    except OSError:
+        folder.rmdir()
+        raise
+    return folder
 
 
 # ------------------------------------------------------------------------------------------------
@@ -130,7 +151,7 @@ class Metrics:
 
     def __init__(self, path, step):
         kept = []
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
             with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that a kill cut short
                 kept += [line + "\n"] if json.loads(line)["iter"] <= step else []
         checkpoint.write_text(path, "".join(kept))
@@ -188,12 +209,14 @@ def stop_unless_finite(number, what, iteration):
         good = checkpoint.folders(out_dir)
         message = (f"{what} is {number} at iteration {iteration}; " + (f"the last good checkpoint is {good[0]}" if good else "there is no checkpoint yet")
                    + ". A lower learning_rate or mem_lr may help.")
-        sys.exit(message if first else 1)
+        if first:
+            print(message, file=sys.stderr)
+        sharding.stop(1)
 
 
-def share_of_targets(y):
-    """How many of a batch's targets y (batch_size, block_size) this process's rows have, as a share: what their mean loss counts for."""
-    return (y[rows] >= 0).sum().item() / (y >= 0).sum().item()
+def count_targets(y):
+    """How many targets this process's rows of a batch have: what their mean loss counts for in the loss of all. y (batch_size, block_size)"""
+    return (y[rows] >= 0).sum().item()
 
 
 @torch.no_grad()
@@ -202,16 +225,17 @@ def evaluate(most):
     its share of a batch; recall, which is quick, all compute alike, since they read their tables together.
     """
     model.eval()
-    usage, losses = SlotUsage(), []
+    usage, losses, targets = SlotUsage(), 0.0, 0
     with autocast:
         with observe_lookups(model, usage):
             for i in range(config.eval_iters):
-                x, y = data.batch("val", i, config.batch_size)
-                losses.append(model(x[rows].to(device), y[rows].to(device))[1].item() * share_of_targets(y))
+                x, y = data.batch("val", i * config.batch_size, config.batch_size)
+                losses += model(x[rows].to(device), y[rows].to(device))[1].item() * count_targets(y)
+                targets += count_targets(y)
         recalled = facts.measure(model, data.sentences, most) if data.facts else {}
     model.train()
-    copies = config.gradient_accumulation_steps / len(batches)  # as many processes have the same rows as train on batches at once
-    row = {"val_loss": sharding.total(sum(losses))[0] / len(losses) / copies}
+    losses, targets = sharding.total(losses, targets)
+    row = {"val_loss": losses / max(1, targets)}
     if not data.facts:
         row["bits_per_byte"] = row["val_loss"] / math.log(2) / data.bytes_per_token
     else:
@@ -243,13 +267,14 @@ def tell_what_it_knows(recalled):
     answers = Table(title="Questions it was never asked" if "report" in recalled else "What it was taught")
     for title in ("prompt", "its answer", "truth"):
         answers.add_column(title, overflow="fold")
+    longest, _ = data.sentences.longest()  # no answer takes more
     pairs = np.argwhere(data.facts.role == (facts.REPORT if "report" in recalled else facts.ASKED))
     for e, a in pairs[:: max(1, len(pairs) // 8)][:8]:
         attribute = data.facts.attributes[a]
         wording = (attribute.questions or attribute.statements)[0]
         prompt = torch.tensor([[data.sentences.end] + data.sentences.prompt(e, wording)], device=device)[:, -config.block_size:]
         stop = None if mesh else data.sentences.end  # processes that read a table together take as many steps each
-        tokens = torch.cat(list(model.generate(prompt, 32, temperature=0, stop=stop)), dim=1)[0].tolist()
+        tokens = torch.cat(list(model.generate(prompt, longest, temperature=0, stop=stop)), dim=1)[0].tolist()
         answer = data.encoding.decode(list(itertools.takewhile(lambda t: t != data.sentences.end, tokens))).strip()
         right = answer in data.facts.answers(e, a)
         answers.add_row(wording.replace("{}", data.facts.entities[e]), Text(answer, style="green" if right else "red"),
@@ -260,13 +285,17 @@ def tell_what_it_knows(recalled):
 # ------------------------------------------------------------------------------------------------
 # Setting up: whatever is wrong with the settings or the data ends here, with one line
 
-with one_line_errors():
+with one_line_errors(sharding.stop):
     with sharding.together():
-        config, folder, header = settings(sys.argv[1:])
+        config, given, folder, header = settings(sys.argv[1:])
         device = pick_device(config.device)
         out_dir = Path(config.out_dir)
-        data = open_data(config, out_dir / "tokenizer.tiktoken" if header else None)
+        data = open_data(config, out_dir / "tokenizer.tiktoken" if header else None, fit="block_size" not in given)
+        if header and header["data"] != data.digest():
+            raise UserError(f"--resume: {config.data} has changed since the run in {out_dir} was saved; put it back as it was, or start a "
+                            "new run with another --out_dir")
         config.vocab_size = data.encoding.n_vocab
+        config.block_size = getattr(data, "block_size", config.block_size)
         if data.encoding.name in tiktoken.list_encoding_names():
             config.tokenizer = data.encoding.name  # that of shards: how it cuts words is not in the tokenizer.tiktoken of a run
         batches, rows = sharding.share_of_batch(config.batch_size, config.gradient_accumulation_steps)
@@ -289,9 +318,15 @@ with one_line_errors():
         optimizers = optim.build_optimizer(model, config.learning_rate, config.mem_lr, config.weight_decay, mem_beta2=config.mem_beta2)
         if header:
             checkpoint.load(folder, model, optimizers)
-    step, elapsed = (header["iteration"], header["elapsed_s"]) if header else (0, 0.0)
+    # position: of the training data's sequences, how many have been used
+    step, position, elapsed = (header[key] for key in ("iteration", "position", "elapsed_s")) if header else (0, 0, 0.0)
     with sharding.together():
         if first:
+            try:
+                out_dir.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"out_dir={out_dir} can't be made ({error.strerror})") from None
+            lock = checkpoint.lock(out_dir)  # held until this process ends
             if not header:
                 make_room(out_dir)
                 tokenizer.save(data.encoding, out_dir / "tokenizer.tiktoken")
@@ -343,24 +378,31 @@ def interrupt(signum, frame):
 
 signal.signal(signal.SIGINT, interrupt)
 signal.signal(signal.SIGTERM, interrupt)
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # the terminal was closed; nohup has it ignored
+    signal.signal(signal.SIGHUP, interrupt)
 
-tokens_an_update = config.batch_size * config.gradient_accumulation_steps * config.block_size
+sequences_an_update = config.batch_size * config.gradient_accumulation_steps
 floor = min(1.0, config.min_lr / config.learning_rate) if config.learning_rate else 0.0
-started, window, recalled = time.perf_counter() - elapsed, (step, time.perf_counter()), {}
+started, window, recalled = time.perf_counter() - elapsed, (position, time.perf_counter()), {}
 saved_step, stopping = step if header else None, False
 
 
 def save():
     """A checkpoint of this moment."""
     global saved_step
-    header = {"config": dataclasses.asdict(config), "iteration": step, "elapsed_s": time.perf_counter() - started, "launch": sharding.launch()}
+    header = {"config": dataclasses.asdict(config), "iteration": step, "position": position, "data": data.digest(),
+              "elapsed_s": time.perf_counter() - started, "launch": sharding.launch()}
     checkpoint.save(out_dir, model, optimizers, header)
     saved_step = step
 
 
+def batches_at(position):
+    """This process's batches of the update whose sequences begin at this position of the training data."""
+    return [data.batch("train", position + i * config.batch_size, config.batch_size) for i in batches]
+
+
 display, waited = Display(config, step), 0.0
-numbers = (s * config.gradient_accumulation_steps + i for s in itertools.count(step) for i in batches)
-stream = ahead(data, "train", numbers, config.batch_size)
+updates = ahead(batches_at, itertools.count(position, sequences_an_update))
 with display.bar:
     while step < config.max_iters and not stopping:
         ratio = optim.schedule(step, config.warmup_iters, config.max_iters, floor)
@@ -368,16 +410,17 @@ with display.bar:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * ratio
         if config.dropout:  # masks that depend on nothing but these numbers, so that a resumed run draws the same
-            torch.manual_seed(int(np.random.SeedSequence([config.seed, step, sharding.rank()]).generate_state(1, np.uint64)[0]))
+            torch.manual_seed(int(random_stream(config.seed, DROPOUT, step, sharding.rank()).integers(2**63)))
 
+        asked = time.perf_counter()
+        passes = next(updates)
+        waited += time.perf_counter() - asked
+        targets, = sharding.total(sum(count_targets(y) for _, y in passes))  # of the whole update, in all processes
         train_loss = 0.0
-        for i in batches:
-            asked = time.perf_counter()
-            x, y = next(stream)
-            waited += time.perf_counter() - asked
-            with parallel.no_sync() if parallel and i != batches[-1] else contextlib.nullcontext():
+        for i, (x, y) in enumerate(passes):
+            with parallel.no_sync() if parallel and i + 1 < len(passes) else contextlib.nullcontext():
                 with autocast:
-                    loss = forward(x[rows].to(device), y[rows].to(device))[1] * share_of_targets(y) / config.gradient_accumulation_steps
+                    loss = forward(x[rows].to(device), y[rows].to(device))[1] * (count_targets(y) / max(1, targets))
                 loss.backward()
             train_loss += loss.item()
         train_loss, stopping = sharding.total(train_loss, interrupted)
@@ -389,12 +432,13 @@ with display.bar:
             optimizer.step()
             optimizer.zero_grad()
         step += 1
+        position += sequences_an_update
 
         evaluates = step % config.eval_interval == 0 or step == config.max_iters
         if step % config.log_interval == 0 or evaluates:
             now = time.perf_counter()
-            row = {"iter": step, "tokens": step * tokens_an_update, "elapsed_s": now - started,
-                   "tokens_per_sec": (step - window[0]) * tokens_an_update / (now - window[1]), "train_loss": train_loss,
+            row = {"iter": step, "tokens": position * config.block_size, "elapsed_s": now - started,
+                   "tokens_per_sec": (position - window[0]) * config.block_size / (now - window[1]), "train_loss": train_loss,
                    "data_wait": waited / (now - window[1])}
             if evaluates:
                 # All facts at the end, 400 of each kind on the way: a second instead of ten.
@@ -405,14 +449,14 @@ with display.bar:
             display.update(row)
             if first:
                 metrics.write(row)
-            window, waited = (step, time.perf_counter()), 0.0
+            window, waited = (position, time.perf_counter()), 0.0
         if evaluates and step < config.max_iters:
             try:
                 save()
             except UserError as error:  # a full disk: there may be room the next time
                 console.print(f"{error}; training goes on", soft_wrap=True)
 if saved_step != step:
-    with one_line_errors():
+    with one_line_errors(sharding.stop):
         save()
 
 # ------------------------------------------------------------------------------------------------
@@ -420,9 +464,9 @@ if saved_step != step:
 
 if stopping and step < config.max_iters:
     command = f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', sharding.size())}" if mesh else "python"
-    console.print(f"stopped at iteration {step}, all saved. To go on: {command} train.py --resume --out_dir={out_dir}", soft_wrap=True)
+    console.print(f"stopped at iteration {step}, all saved. To go on: {command} train.py --resume --out_dir={shlex.quote(str(out_dir))}", soft_wrap=True)
     sharding.stop(130)
 if data.facts:
     tell_what_it_knows(recalled or evaluate(most=20_000)[1])
-console.print(f"Talk to it: python sample.py --out_dir={out_dir}", soft_wrap=True)
+console.print(f"Talk to it: python sample.py --out_dir={shlex.quote(str(out_dir))}", soft_wrap=True)
 sharding.stop()

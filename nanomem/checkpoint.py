@@ -12,9 +12,11 @@ shares the tables, and a JSON file with the settings, where the run stands, and 
   used where a file of the newest is missing or cut
 """
 
+import contextlib
 import json
 import os
 import shutil
+import socket
 import warnings
 from pathlib import Path
 
@@ -25,7 +27,13 @@ from safetensors.torch import save_file
 from nanomem import sharding
 from nanomem.config import UserError
 
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows, where two runs in one folder are not told of each other
+    fcntl = None
+
 HEADER = "checkpoint.json"
+FORMAT = 2  # raised when a run saved before can't go on as it would have; without one the format is 1
 KEPT = 2
 
 
@@ -76,6 +84,29 @@ def read_json(path):
         raise UserError(f"{path} is not JSON ({error})") from None
 
 
+def lock(out_dir):
+    """Takes a folder for this process, until it ends in whatever way: an open file, to be kept. Raises UserError naming the process
+    that has the folder already.
+    """
+    try:
+        file = open(Path(out_dir) / ".lock", "a+", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"out_dir={out_dir} can't be written to ({error.strerror})") from None
+    try:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise UserError(f"{file.read() or 'another process'} is training in {out_dir}; wait until it ends, or name another folder with --out_dir") from None
+    except OSError:
+        pass  # some network file systems have no locks
+    with contextlib.suppress(OSError):  # a full disk
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+    return file
+
+
 # ------------------------------------------------------------------------------------------------
 # Which checkpoint
 
@@ -93,8 +124,11 @@ def read_header(folder):
     try:
         sizes = header["files"].items()
         header["config"], header["iteration"]
+        newer = header.get("format", 1) > FORMAT
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{folder / HEADER} is {'missing' if header is None else 'not the header of a nanomem checkpoint'}") from None
+    if newer:
+        raise UserError(f"{folder} has format {header['format']}, of a newer nanomem; this one reads formats up to {FORMAT}")
     for name, size in sizes:
         path = folder / name
         if not path.exists():
@@ -181,7 +215,7 @@ def save(out_dir, model, optimizers, header):
                 sync(files[number])
         with sharding.together():
             if first:
-                write_text(temporary / HEADER, json.dumps(header | {"files": {f.name: f.stat().st_size for f in files}}, indent=2) + "\n")
+                write_text(temporary / HEADER, json.dumps(header | {"format": FORMAT, "files": {f.name: f.stat().st_size for f in files}}, indent=2) + "\n")
                 shutil.rmtree(folder, ignore_errors=True)  # of the same iteration there can only be one that `newest` has refused
                 os.replace(temporary, folder)
                 sync_folder(folder.parent)

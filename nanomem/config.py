@@ -18,9 +18,9 @@ import torch
 from safetensors import SafetensorError
 
 
-def setting(default, help, choices=None, group=None):
-    """A dataclass field with a line of help; `group` begins a group of --help."""
-    return field(default=default, metadata={"help": help, "choices": choices, "group": group})
+def setting(default, help, choices=None, group=None, path=False):
+    """A dataclass field with a line of help; `group` begins a group of --help, and `path` says that a ~ is the home folder."""
+    return field(default=default, metadata={"help": help, "choices": choices, "group": group, "path": path})
 
 
 class UserError(Exception):
@@ -38,7 +38,7 @@ class GPTConfig:
     n_layer: int = setting(3, "layers")
     n_head: int = setting(2, "attention heads")
     n_embd: int = setting(32, "width of the model")
-    block_size: int = setting(64, "tokens the model sees at once")
+    block_size: int = setting(64, "tokens the model sees at once; unless you set it, enough for the longest of your own facts")
     dropout: float = setting(0.0, "share of activations dropped while training")
     ffn: str = setting("memory", "what stands in mem_layers: memory layers, ordinary (dense) feed-forward layers as everywhere else, "
                                  "mixtures of experts (moe) or PEER layers", ("memory", "dense", "moe", "peer"))
@@ -130,11 +130,11 @@ class Config(GPTConfig):
         return cls(**saved)
 
     data: str = setting("people", "people (invented), world (cities), the path of a .jsonl file of facts or of a text file, or what "
-                                  "data/prepare.py made", group="Data")
+                                  "data/prepare.py made", group="Data", path=True)
     n_entities: int = setting(3000, "people or cities to learn about")
     zipf: float = setting(0.6, "the entity of rank r is mentioned in proportion to r ** -zipf")
     tokenizer: str = setting("auto", "bytes, bpe (trained on the data), a .tiktoken file, or an encoding of tiktoken such as gpt2; "
-                                     "auto: the one beside world and people, bytes for your own files")
+                                     "auto: the one beside world and people, bytes for your own files", path=True)
 
     seed: int = setting(1337, "of the weights, the batches and data=people")
 
@@ -150,7 +150,7 @@ class Config(GPTConfig):
     mem_parallel: int = setting(0, "processes that a table's columns are split over, under torchrun; 0: all of them (those of ffn=peer aren't)")
     grad_clip: float = setting(1.0, "largest norm of the gradient, of tables and others apart; 0: no limit")
 
-    out_dir: str = setting("auto", "folder for checkpoint, config and metrics; auto: out/DATA-FFN", group="Run")
+    out_dir: str = setting("auto", "folder for checkpoint, config and metrics; auto: out/DATA-FFN", group="Run", path=True)
     resume: bool = setting(False, "go on from the checkpoint in out_dir, with its settings")
     device: str = setting("auto", "cpu, cuda, cuda:1, mps; auto: the first of cuda, mps and cpu that is there")
     dtype: str = setting("auto", "of the matrix products; auto: bfloat16 on cuda, else float32; float64: everything, for checking",
@@ -191,6 +191,8 @@ class Config(GPTConfig):
 def convert(setting, text):
     """The value of a setting from the command line's text. Raises UserError naming the setting and what it takes."""
     choices = setting.metadata["choices"]
+    if setting.metadata["path"]:
+        return expand(text)
     if setting.type is bool and text.lower() in ("true", "false"):
         return text.lower() == "true"
     if choices and text not in choices:
@@ -202,6 +204,14 @@ def convert(setting, text):
         pass
     kind = {int: "a whole number", float: "a number", bool: "true or false"}[setting.type]
     raise UserError(f"--{setting.name} must be {kind}, such as {default_text(setting)}; got {text!r}")
+
+
+def expand(path):
+    """A path with ~ or ~user replaced by that home folder. Raises UserError where there is no such user."""
+    expanded = os.path.expanduser(path)
+    if expanded == path and path.startswith("~"):
+        raise UserError(f"{path}: there is no user {path.partition('/')[0][1:]!r}; a file of that name here is ./{path}")
+    return expanded
 
 
 def default_text(setting):
@@ -226,7 +236,8 @@ def parse(cls, argv):
         name, equals, text = argument.removeprefix("--").partition("=")
         name = name.replace("-", "_")
         if argument in ("-h", "--help"):
-            print_help(cls)
+            if os.environ.get("RANK", "0") == "0":  # of torchrun's processes, the first
+                print_help(cls)
             sys.exit(0)
         if not argument.startswith("--"):
             hint = f" (did you mean --{argument.lstrip('-')}?)" if argument.lstrip("-").partition("=")[0] in settings else ""
@@ -300,21 +311,78 @@ def keep_freed_memory():
         mallopt(-2, 64 * 2**20)  # M_TOP_PAD: grow it by 64 MB at a time
 
 
+class SafeStream:
+    """A text stream that fails no write: once the disk is full or the reader has left, what is written goes nowhere.
+
+    `error` is what went wrong first, None before. Characters that the stream's encoding lacks are written as \\u escapes.
+    """
+
+    def __init__(self, stream):
+        self.stream, self.error = stream, None
+        with contextlib.suppress(AttributeError):  # a StringIO takes every character
+            stream.reconfigure(errors="backslashreplace")
+
+    def write(self, text):
+        """Writes text, if that is still possible."""
+        self._attempt(self.stream.write, text)
+        return len(text)
+
+    def flush(self):
+        """Hands what is buffered to the system, if that is still possible."""
+        self._attempt(self.stream.flush)
+
+    def _attempt(self, call, *arguments):
+        try:
+            call(*arguments)
+        except (OSError, ValueError) as error:  # ValueError: the stream was closed
+            self.error = self.error or error
+            with contextlib.suppress(OSError, ValueError):  # the interpreter flushes the rest when it ends, and must not fail
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self.stream.fileno())
+                os.close(nowhere)
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def safe_streams():
+    """Makes stdout and stderr SafeStreams, and gives a process that was started without a stream an empty one.
+
+    Call it before any file is opened: a file would get the number of a closed stream, and with it what libraries print there.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
+    sys.stdout, sys.stderr = (stream if isinstance(stream, SafeStream) else SafeStream(stream) for stream in (sys.stdout, sys.stderr))
+
+
+def mistake(error):
+    """The line that tells a user what to mend; None for an error that is not the user's."""
+    line = str(error).split("\n")[0]
+    # torch has no class of its own for a CPU's memory
+    if isinstance(error, torch.OutOfMemoryError) or isinstance(error, RuntimeError) and "can't allocate memory" in line:
+        return f"there is not enough memory for these settings ({line})"
+    if isinstance(error, MISTAKES):
+        return " ".join(str(error).split("\n")) or repr(error)
+    return None
+
+
 @contextlib.contextmanager
-def one_line_errors():
+def one_line_errors(leave=sys.exit):
     """A user's mistake ends the program with one line on stderr and exit code 2, without a traceback; Ctrl-C with none, and 130.
-    Of the processes that torchrun started on a machine, the first one prints the line.
+
+    leave(code) ends it. Of the processes that torchrun started on a machine, the first one prints the line.
     """
     try:
         yield
-    except MISTAKES as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        sys.exit(2)
-    except RuntimeError as error:  # torch has no class for it on a CPU
-        if "can't allocate memory" not in str(error) and not isinstance(error, torch.OutOfMemoryError):
-            raise
-        print(f"{Path(sys.argv[0]).name}: there is not enough memory for these settings ({str(error).splitlines()[0]})", file=sys.stderr)
-        sys.exit(2)
+    except SystemExit as end:
+        leave(end.code or 0)
     except KeyboardInterrupt:
-        sys.exit(130)
+        leave(130)
+    except Exception as error:
+        line = mistake(error)
+        if line is None:
+            raise
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+        leave(2)

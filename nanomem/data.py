@@ -1,8 +1,8 @@
 """
 Batches of tokens: `open_data` returns FactData (sentences of facts) or TextData (a text file, or shards that data/prepare.py made).
 
-- batch number `step` of a split depends on nothing but the seed and that number, so a resumed run, and any number of processes, see
-  the same stream with no state to save
+- a split is an endless stream of sequences, each of which depends on nothing but the seed and its number: a resumed run, another
+  batch size and any number of processes see the same stream, and a run's place in it is one number
 - shards stay on disk, mapped into memory, and are checked before training: length, vocabulary, and content if they were touched
 - `ahead` makes the next batch while one is in use
 """
@@ -20,7 +20,17 @@ from nanomem import checkpoint, facts, tokenizer
 from nanomem.config import nearest
 
 SPLITS = ("train", "val")
+DROPOUT = len(SPLITS)  # what `random_stream` is for, beside the splits
 IGNORE = -1  # target of a position that has none: no loss there
+
+
+def random_stream(seed, purpose, *numbers):
+    """A NumPy Generator of its own for a purpose (a split's place in SPLITS, or DROPOUT) and numbers such as a step.
+
+    The numbers are SeedSequence's spawn key: in a list after the seed, zeros would count for nothing, and
+    default_rng([seed, 0, 0]) is the stream default_rng(seed) that `facts.people` draws from.
+    """
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(purpose, *numbers)))
 
 
 class FactData:
@@ -28,17 +38,24 @@ class FactData:
 
     split 'train' has statements of all pairs, or biographies, and questions of the ASKED ones, 'val' the questions of the SELECT
     ones, never asked (or, for facts without questions, the same as 'train').
+
+    Raises ValueError for a fact longer than a block. With `fit`, blocks grow to hold the longest, up to LONGEST_FIT tokens.
     """
+
+    LONGEST_FIT = 1024  # a longer block takes a laptop's whole memory: the user's decision
 
     question_share = 0.5  # of the sentences about an ASKED pair
 
-    def __init__(self, fact_set, encoding, block_size, seed=0):
-        self.facts, self.encoding, self.block_size, self.seed = fact_set, encoding, block_size, seed
+    def __init__(self, fact_set, encoding, block_size, seed=0, fit=False):
+        self.facts, self.encoding, self.seed = fact_set, encoding, seed
         self.sentences = facts.Sentences(fact_set, encoding)
         length, entity = self.sentences.longest()
+        if fit and length <= self.LONGEST_FIT:
+            block_size = max(block_size, length)
+        self.block_size = block_size
         if length > block_size:
             raise ValueError(f"a fact about {fact_set.entities[entity][:60]!r} takes {length} tokens, more than "
-                             f"block_size={block_size}: raise block_size")
+                             f"block_size={block_size}: shorten it, or set --block_size={length}")
         self.cumulative = np.cumsum(fact_set.frequency)
         self.roles = fact_set.role.tolist()  # a list's elements are read several times faster than an array's, one by one
         self.has_questions = bool((fact_set.role != facts.ASKED).any())
@@ -48,11 +65,14 @@ class FactData:
         sentences = self.sentences
         return digest(repr((self.facts.entities, sentences.pieces, sentences.names, sentences.values)).encode(), self.facts.codes)
 
-    def batch(self, split, step, batch_size):
-        """inputs and targets, (batch_size, block_size) int64 each; a target of -1 has no loss."""
-        rng = np.random.default_rng([self.seed, SPLITS.index(split), step])
+    def batch(self, split, start, batch_size):
+        """Sequences number start, start + 1, ... of a split: inputs and targets, (batch_size, block_size) int64 each; a target of
+        -1 has no loss.
+        """
         never_asked = split == "val" and self.has_questions
-        tokens = [token for _ in range(batch_size) for token in self._block(rng, never_asked)]
+        tokens = []
+        for number in range(start, start + batch_size):
+            tokens += self._block(random_stream(self.seed, SPLITS.index(split), number), never_asked)
         blocks = torch.from_numpy(np.array(tokens)).view(batch_size, -1)  # several times faster than torch.tensor of lists
         inputs = blocks[:, :-1].clone()
         inputs[inputs == IGNORE] = self.sentences.end
@@ -105,7 +125,7 @@ class TextData:
     @classmethod
     def from_text(cls, text, encoding, block_size, seed=0):
         """Of a text in memory, whose last tenth is the val split."""
-        tokens = encoding.encode_to_numpy(text, disallowed_special=())
+        tokens = tokenizer.encode(encoding, text)
         cut = len(tokens) - len(tokens) // 10
         val_bytes = len(encoding.decode_bytes(tokens[cut:].tolist()))
         return cls({"train": [tokens[:cut]], "val": [tokens[cut:]]}, val_bytes, encoding, block_size, seed, digest(tokens))
@@ -114,16 +134,16 @@ class TextData:
         """A hash of the text's tokens, for telling whether two processes have the same."""
         return self.name
 
-    def batch(self, split, step, batch_size):
-        """inputs and targets, (batch_size, block_size) int64 each."""
-        blocks = torch.from_numpy(np.stack([self._block(split, step * batch_size + i) for i in range(batch_size)]))
+    def batch(self, split, start, batch_size):
+        """Sequences number start, start + 1, ... of a split: inputs and targets, (batch_size, block_size) int64 each."""
+        blocks = torch.from_numpy(np.stack([self._block(split, number) for number in range(start, start + batch_size)]))
         return blocks[:, :-1].contiguous(), blocks[:, 1:].contiguous()
 
-    def _block(self, split, position):
-        """Block number `position` of the stream of all epochs, and the token after it."""
-        epoch, i = divmod(position, self.blocks[split])
+    def _block(self, split, number):
+        """Block `number` of the stream of all epochs, and the token after it."""
+        epoch, i = divmod(number, self.blocks[split])
         if self.orders.get(split, (None,))[0] != epoch:
-            rng = np.random.default_rng([self.seed, SPLITS.index(split), epoch])
+            rng = random_stream(self.seed, SPLITS.index(split), epoch)
             shift = rng.integers(self.block_size)  # so that another epoch has other blocks
             self.orders[split] = epoch, shift, rng.permutation(self.blocks[split])
         _, shift, order = self.orders[split]
@@ -206,12 +226,12 @@ def open_shards(folder, config, tokenizer_path=None):
     return TextData(tokens, val_bytes, encoding, config.block_size, config.seed, name)
 
 
-def ahead(data, split, numbers, batch_size):
-    """Yields data.batch(split, number, batch_size) for each of numbers, made by a thread while the one before is in use."""
+def ahead(make, numbers):
+    """Yields make(number) for each of numbers, made by a thread while the one before is in use."""
     # Not in a `with`: an abandoned generator is closed by the garbage collector, anywhere, and waiting for a thread there can lock up.
     pool, made = ThreadPoolExecutor(1), None
     for number in numbers:
-        following = pool.submit(data.batch, split, number, batch_size)
+        following = pool.submit(make, number)
         if made:
             yield made.result()
         made = following
@@ -227,17 +247,20 @@ def digest(*contents):
     return total.hexdigest()[:16]
 
 
-def open_data(config, tokenizer_path=None):
+def open_data(config, tokenizer_path=None, fit=False):
     """The data that config.data names, with the tokenizer that config.tokenizer names.
 
     tokenizer_path: a tokenizer that an earlier run saved, to use in place of training one anew.
+    fit: blocks may be longer than config.block_size, to hold the longest fact; the data's block_size says how long.
     Raises ValueError, FileNotFoundError or ModuleNotFoundError saying what is wrong with the name, the file or its line.
     """
     path, generated = Path(config.data), config.data in ("world", "people")
     for folder in (path, facts.DATA / config.data):
         if (folder / INDEX).is_file() and not generated:
             return open_shards(folder, config, tokenizer_path)
-    if path.suffix in (".parquet", ".gz") or path.is_dir() and not generated:
+    if path.is_file():
+        facts.refuse_compressed(path)
+    if path.suffix.lower() in (".parquet", ".gz") or path.is_dir() and not generated:
         raise ValueError(f"data={config.data} must be prepared first: python data/prepare.py {shlex.quote(config.data)} --out=data/mine, then --data=mine")
     if config.data == "world":
         fact_set, text = facts.world(config.n_entities, config.zipf), None
@@ -248,15 +271,16 @@ def open_data(config, tokenizer_path=None):
         raise FileNotFoundError(f"data must be {', '.join(['world', 'people', *prepared])}, a folder of shards, or the path of a .jsonl or text file; "
                                 f"{config.data!r} is none{nearest(config.data, ('world', 'people', *prepared))}. Others are made by "
                                 "python data/prepare.py NAME, such as shakespeare")
-    elif path.suffix == ".jsonl":
+    elif facts.teaches_facts(config.data):
         fact_set, text = facts.from_jsonl(path), None
     else:
-        fact_set, text = None, "\n".join(facts.read_lines(path))
+        fact_set, text = None, facts.read_text(path)
+        facts.refuse_json(path, text)
         if not text.strip():
             raise ValueError(f"{path}: the file is empty")
     encoding = open_tokenizer(config, tokenizer_path, facts.all_sentences(fact_set) if fact_set else [text])
     if fact_set:
-        return FactData(fact_set, encoding, config.block_size, config.seed)
+        return FactData(fact_set, encoding, config.block_size, config.seed, fit)
     return TextData.from_text(text, encoding, config.block_size, config.seed)
 
 

@@ -33,7 +33,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from nanomem.baselines import MixtureOfExperts
-from nanomem.config import MISTAKES, UserError
+from nanomem.config import UserError, mistake
 from nanomem.memory import MemoryTable, ProductKeyMemory, memory_read
 from nanomem.optim import row_gradient
 
@@ -317,8 +317,10 @@ def together():
     problem = None
     try:
         yield
-    except MISTAKES as error:
-        problem = str(error) or repr(error)
+    except Exception as error:
+        problem = mistake(error)
+        if problem is None:
+            raise
     problems = gather(problem)
     if any(problems):
         first = next(i for i, problem in enumerate(problems) if problem)

@@ -17,6 +17,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import runs
 
+from nanomem import checkpoint
+
 LONG = ["--max_iters=80", "--eval_interval=2"]  # a checkpoint every other iteration: many kills fall into writing one
 
 
@@ -28,7 +30,7 @@ def kill_and_resume(folder, kills, seed=0):
     runs.start("train.py", *runs.TINY, *LONG, f"--out_dir={alone}").communicate()
     whole = time.perf_counter() - begin
     for number in range(kills):
-        process = runs.start("train.py", *runs.TINY, *LONG, f"--out_dir={killed}", "--resume")
+        process = runs.start("train.py", *runs.TINY, *LONG, f"--out_dir={killed}", *resume(killed))
         time.sleep(rng.uniform(0.1, whole))
         process.kill()
         out, err = process.communicate()
@@ -37,8 +39,13 @@ def kill_and_resume(folder, kills, seed=0):
         if process.returncode == 0:  # it came to its end before the kill: begin anew
             check(alone, killed)
             shutil.rmtree(killed)
-    runs.train(killed, *LONG, "--resume")
+    runs.train(killed, *LONG, *resume(killed))
     check(alone, killed)
+
+
+def resume(out_dir):
+    """--resume, once there is a checkpoint."""
+    return ["--resume"] if checkpoint.folders(out_dir) else []
 
 
 def kill_ranks(folder, kills, processes, seed=0):

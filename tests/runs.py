@@ -13,6 +13,8 @@ from unittest import mock
 import torch
 from safetensors.torch import load_file
 
+from nanomem import checkpoint as checkpoint_files
+
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--device=cpu", "--data=world", "--n_entities=20", "--n_layer=2", "--n_embd=16", "--n_head=2", "--block_size=32", "--batch_size=4",
         "--mem_layers=1", "--mem_n_keys=8", "--mem_knn=2", "--mem_heads=2", "--eval_iters=2", "--eval_interval=5",
@@ -30,9 +32,10 @@ def start(script, *arguments, processes=None, restarts=0, **options):
 def run(script, *arguments, code=0, input=""):
     """(stdout, stderr) of a script run in this process, which saves importing torch each time, with this input and exit code."""
     out, err, ended = io.StringIO(), io.StringIO(), 0
-    path = ROOT / script
-    with mock.patch.object(sys, "argv", [str(path), *map(str, arguments)]), mock.patch.dict(os.environ, COLUMNS="160"), \
-            mock.patch.object(sys, "stdin", io.StringIO(input)):
+    path, lock = ROOT / script, checkpoint_files.lock
+    with contextlib.ExitStack() as locks, mock.patch.object(sys, "argv", [str(path), *map(str, arguments)]), \
+            mock.patch.dict(os.environ, COLUMNS="160"), mock.patch.object(sys, "stdin", io.StringIO(input)), \
+            mock.patch.object(checkpoint_files, "lock", lambda folder: locks.enter_context(lock(folder))):  # it ends with the script
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
                 runpy.run_path(str(path), run_name="__main__")

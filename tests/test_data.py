@@ -6,7 +6,7 @@ import torch
 
 from nanomem import facts, tokenizer
 from nanomem.config import Config
-from nanomem.data import FactData, TextData, ahead, open_data
+from nanomem.data import DROPOUT, FactData, TextData, ahead, open_data, random_stream
 
 SHIPPED = facts.DATA / "world" / "tokenizer.tiktoken"
 
@@ -27,7 +27,29 @@ def test_targets_are_the_inputs_one_later(data):
     assert torch.equal(x[:, 1:], y[:, :-1])
 
 
-def test_a_batch_depends_on_seed_split_and_step_alone(data):
+@pytest.mark.parametrize("kind", ["facts", "text"])
+def test_the_stream_of_sequences_does_not_depend_on_how_it_is_cut_into_batches(kind, data):
+    if kind == "text":
+        tokens = np.arange(2000)
+        data = TextData({"train": [tokens[:1800]], "val": [tokens[1800:]]}, 100, tokenizer.byte_encoding(), 20, seed=0)
+    whole = data.batch("train", 5, 12)
+    parts = [data.batch("train", 5 + start, 4) for start in (0, 4, 8)]
+    for i in range(2):
+        assert torch.equal(whole[i], torch.cat([part[i] for part in parts]))
+
+
+def draws(generator):
+    return tuple(generator.integers(2**32, size=4).tolist())
+
+
+def test_no_two_streams_of_a_seed_are_the_same_and_none_is_that_of_the_people():
+    for seed in (0, 1, 1337, 2**32 + 1, 2**63 - 1):
+        streams = {draws(random_stream(seed, purpose, number)) for purpose in range(3) for number in (0, 1, 2, 2**32, 10**9)}
+        streams |= {draws(random_stream(seed, DROPOUT, 3, 1)), draws(np.random.default_rng(seed)), draws(np.random.default_rng([seed, 0, 0]))}
+        assert len(streams) == 3 * 5 + 1 + 1
+
+
+def test_a_batch_depends_on_seed_split_and_place_alone(data):
     same = FactData(data.facts, data.encoding, 128, seed=3)
     other = FactData(data.facts, data.encoding, 128, seed=4)
     x = data.batch("train", 7, 4)[0]
@@ -48,7 +70,7 @@ def test_no_block_names_an_entity_twice_and_no_question_is_asked_that_should_not
     asked = 0
     for split in ("train", "val"):
         for step in range(20):
-            for row in data.batch(split, step, 8)[0]:
+            for row in data.batch(split, step * 8, 8)[0]:
                 found = documents(data, row)
                 entities = [sentence_entity[text] for text in found]
                 assert len(entities) == len(set(entities))
@@ -62,7 +84,7 @@ def test_no_block_names_an_entity_twice_and_no_question_is_asked_that_should_not
 def test_entities_are_mentioned_as_often_as_their_frequency_says(data):
     counts = collections.Counter()
     for step in range(150):
-        for row in data.batch("train", step, 8)[0]:
+        for row in data.batch("train", step * 8, 8)[0]:
             counts.update(documents(data, row))
     total = sum(counts.values())
     top = data.facts.entities[:20]
@@ -76,7 +98,7 @@ def test_people_are_told_in_biographies_and_asked_about():
                  for e, name in enumerate(data.facts.entities) for a, attribute in enumerate(data.facts.attributes) for question in attribute.questions}
     biographies, asked, orders = 0, 0, set()
     for step in range(20):
-        for row in data.batch("train", step, 8)[0]:
+        for row in data.batch("train", step * 8, 8)[0]:
             for text in documents(data, row):
                 if text in questions:
                     asked += 1
@@ -106,7 +128,7 @@ def test_an_epoch_of_text_reads_each_block_once():
     assert data.blocks == {"train": 44, "val": 4} and data.bytes_per_token == 1
     starts = {}
     for epoch in range(2):
-        rows = [row for step in range(11) for row in data.batch("train", epoch * 11 + step, 4)[0]]
+        rows = [row for start in range(0, 44, 4) for row in data.batch("train", epoch * 44 + start, 4)[0]]
         for row in rows:
             assert torch.equal(row, torch.arange(row[0], row[0] + 20))  # across shards too
         starts[epoch] = [row[0].item() for row in rows]
@@ -125,8 +147,11 @@ def test_a_text_keeps_its_last_tenth():
 
 
 def test_ahead_gives_the_same_batches(data):
-    for number, (x, y) in zip((3, 9, 4), ahead(data, "train", (3, 9, 4), 2)):
-        assert torch.equal(x, data.batch("train", number, 2)[0]) and torch.equal(y, data.batch("train", number, 2)[1])
+    def make(number):
+        return data.batch("train", number, 2)
+
+    for number, (x, y) in zip((3, 9, 4), ahead(make, (3, 9, 4))):
+        assert torch.equal(x, make(number)[0]) and torch.equal(y, make(number)[1])
 
 
 def config_for(path, **changes):

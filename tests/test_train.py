@@ -2,11 +2,16 @@ import json
 import shutil
 import signal
 import time
+from unittest import mock
 
 import pytest
 import torch
 import runs
 from kill_and_resume import check, kill_and_resume
+
+from nanomem import tokenizer
+from nanomem.config import Config
+from nanomem.data import FactData, TextData, open_data
 
 
 @pytest.fixture(scope="module")
@@ -144,14 +149,134 @@ def test_a_table_larger_than_the_machine_is_refused(tmp_path):
     assert "mem_n_keys=3000000 makes tables of" in err and err.count("\n") == 1
 
 
-def test_accumulated_batches_train_like_one_large_batch(tmp_path):
+UNEVEN = ["--data=world", "--n_entities=4", "--block_size=64"]  # sentences of different lengths about too few cities to fill a block
+
+
+def test_accumulated_batches_train_as_one_large_batch_though_sequences_have_different_numbers_of_targets(tmp_path):
+    for passes in (1, 2, 4):
+        runs.train(tmp_path / str(passes), *UNEVEN, "--dtype=float64", "--max_iters=6", "--log_interval=1", "--grad_clip=0.1",
+                   f"--batch_size={4 // passes}", f"--gradient_accumulation_steps={passes}")
+    counts = {(open_data(Config(data="world", n_entities=4)).batch("train", i, 1)[1] >= 0).sum().item() for i in range(4)}
+    assert len(counts) > 1
+    one = runs.metrics(tmp_path / "1")
+    for passes in (2, 4):
+        for a, b in zip(one, runs.metrics(tmp_path / str(passes))):
+            assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-9) and a["tokens"] == b["tokens"]
+            assert a.get("val_loss", 0) == pytest.approx(b.get("val_loss", 0), rel=0.5)  # its batches are smaller
+
+
+def test_a_batch_without_targets_trains_nothing_and_divides_by_nothing(tmp_path):
+    def batch(self, split, start, batch_size):
+        x = torch.full((batch_size, self.block_size), self.sentences.end)
+        return x, torch.full_like(x, -1)
+
+    with mock.patch.object(FactData, "batch", batch):
+        runs.train(tmp_path / "run", *UNEVEN, "--max_iters=4", "--log_interval=1")
+    assert [row["train_loss"] for row in runs.metrics(tmp_path / "run")] == [0.0] * 4
+
+
+def test_another_batch_size_on_resume_goes_on_where_the_data_was_left(tmp_path):
     path = tmp_path / "book.txt"
-    path.write_text("abcdefgh" * 100)
-    for name, steps in (("one", 1), ("four", 4)):
-        runs.train(tmp_path / name, f"--data={path}", "--max_iters=2", "--learning_rate=0", "--min_lr=0", "--mem_lr=0", "--log_interval=1",
-                   f"--gradient_accumulation_steps={steps}")
-    losses = [runs.metrics(tmp_path / name)[0]["train_loss"] for name in ("one", "four")]
-    assert losses[0] == pytest.approx(losses[1], rel=0.05)  # a mean over the passes, not their sum
+    path.write_text("".join(chr(97 + i % 26) * (1 + i % 7) for i in range(2000)))
+    read = []
+    whole = TextData.batch
+
+    def batch(self, split, start, batch_size):
+        if split == "train":
+            read.append((start, start + batch_size))
+        return whole(self, split, start, batch_size)
+
+    settings = [f"--data={path}", "--eval_interval=10", "--log_interval=1"]
+    with mock.patch.object(TextData, "batch", batch):
+        runs.train(tmp_path / "run", *settings, "--max_iters=10")
+        runs.train(tmp_path / "run", *settings, "--max_iters=20", "--resume", "--batch_size=8")
+        runs.train(tmp_path / "run", *settings, "--max_iters=22", "--resume", "--batch_size=2", "--gradient_accumulation_steps=3")
+    rows = runs.metrics(tmp_path / "run")
+    assert [rows[i - 1]["tokens"] for i in (10, 20, 22)] == [10 * 4 * 32, 10 * 12 * 32, (10 * 12 + 2 * 6) * 32]
+    used = sorted({span for span in read if span[1] <= 132})  # what is made ahead at a run's end is made again by the next
+    used = [span for span in used if span not in ((40, 44), (120, 128), (132, 134))]
+    assert [start for start, _ in used] == [0] + [stop for _, stop in used][:-1] and used[-1][1] == 132
+
+
+@pytest.mark.parametrize("change", ["edited", "replaced"])
+def test_resume_refuses_data_that_has_changed(change, tmp_path):
+    path = tmp_path / ("mine.jsonl" if change == "edited" else "book.txt")
+    text = '{"prompt": "Who?", "answer": "Ada"}\n' if change == "edited" else "All work and no play makes Jack a dull boy.\n" * 50
+    path.write_text(text)
+    runs.train(tmp_path / "run", f"--data={path}", "--max_iters=2")
+    path.write_text(text.replace("Ada", "Bob") if change == "edited" else text.swapcase())
+    _, err = runs.train(tmp_path / "run", f"--data={path}", "--max_iters=4", "--resume", code=2)
+    assert f"{path} has changed since the run in {tmp_path / 'run'} was saved" in err and err.count("\n") == 1
+    path.write_text(text)
+    runs.train(tmp_path / "run", f"--data={path}", "--max_iters=4", "--resume")
+
+
+def test_a_run_of_an_older_format_can_be_asked_but_not_gone_on_with(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    for path in (tmp_path / "run").glob("checkpoint-*/checkpoint.json"):
+        header = json.loads(path.read_text())
+        for key in ("format", "position", "data"):
+            del header[key]
+        path.write_text(json.dumps(header))
+    out, _ = runs.run("sample.py", f"--out_dir={tmp_path / 'run'}", "--start=Clocks in Lagos follow", "--max_new_tokens=2")
+    assert "Clocks in Lagos follow" in out
+    _, err = runs.run("train.py", "--resume", f"--out_dir={tmp_path / 'run'}", "--max_iters=30", code=2)
+    assert "earlier version of nanomem" in err and err.count("\n") == 1
+
+
+def test_resume_without_a_checkpoint_is_a_mistake_that_names_the_folder(finished, tmp_path, monkeypatch):
+    wrong = finished[0].with_name("whloe")
+    _, err = runs.train(wrong, "--resume", code=2)
+    assert f"there is no checkpoint in {wrong} (did you mean {finished[0]}?)" in err and err.count("\n") == 1 and not wrong.exists()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # torchrun starts again what died before its first checkpoint
+    runs.train(tmp_path / "run", "--resume", "--max_iters=2")
+
+
+def test_blocks_grow_to_the_longest_of_the_users_own_facts_unless_a_size_is_given(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    question = "Which of the " + "very " * 30 + "long questions is this, number {}?"
+    path.write_text("".join(json.dumps({"prompt": question.format(i), "answer": f"the answer is {i * i} " + "or so " * 10}) + "\n" for i in range(3)))
+    tiny = [argument for argument in runs.TINY if not argument.startswith("--block_size")]
+    longest = len((question.format(2) + " the answer is 4 " + "or so " * 10).strip()) + 1
+    out, _ = runs.run("train.py", *tiny, f"--data={path}", "--max_iters=60", "--learning_rate=2e-2", f"--out_dir={tmp_path / 'run'}")
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["block_size"] == longest > 64
+    runs.run("train.py", "--resume", "--max_iters=61", f"--out_dir={tmp_path / 'run'}")
+    _, err = runs.run("train.py", *tiny, f"--data={path}", "--block_size=64", f"--out_dir={tmp_path / 'other'}", code=2)
+    assert f"takes {longest} tokens, more than block_size=64: shorten it, or set --block_size={longest}" in err
+    path.write_text(json.dumps({"prompt": "x" * 2000, "answer": "y"}))
+    _, err = runs.run("train.py", *tiny, f"--data={path}", f"--out_dir={tmp_path / 'other'}", code=2)
+    assert "set --block_size=2003" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("data", ["people", "world"])
+def test_blocks_of_the_sets_that_ship_have_64_tokens(data):
+    assert open_data(Config(data=data, n_entities=1000), fit=True).block_size == 64
+
+
+def test_a_second_run_in_a_folder_is_refused_and_the_first_goes_on(tmp_path):
+    first = runs.start("train.py", *runs.TINY, "--max_iters=400", f"--out_dir={tmp_path / 'two'}")
+    while not (tmp_path / "two" / "checkpoint-10").exists():
+        time.sleep(0.02)
+    for arguments in (["--seed=2"], ["--resume"]):
+        _, err = runs.train(tmp_path / "two", *arguments, code=2)
+        assert f"process {first.pid} on " in err and f"is training in {tmp_path / 'two'}" in err and err.count("\n") == 1
+    assert first.poll() is None and not (tmp_path / "two.1").exists()
+    first.kill()
+    first.communicate()
+    runs.train(tmp_path / "two", "--max_iters=2")  # the lock died with its process
+    assert list((tmp_path / "two.1").glob("checkpoint-*")) and runs.metrics(tmp_path / "two")[-1]["iter"] == 2
+
+
+def test_files_of_others_and_exports_in_out_dir_are_moved_and_not_overwritten(tmp_path):
+    runs.train(tmp_path / "run", "--max_iters=2")
+    runs.run("sample.py", f"--out_dir={tmp_path / 'run'}", f"--export={tmp_path / 'model'}")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    runs.train(tmp_path / "model", "--max_iters=2", "--n_embd=8")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "model.1").iterdir()} == before
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "config.json").write_text("mine")
+    runs.train(tmp_path / "project", "--max_iters=2")
+    assert (tmp_path / "project.1" / "config.json").read_text() == "mine"
 
 
 def test_bfloat16_trains(tmp_path):
@@ -167,8 +292,10 @@ def test_a_trained_tokenizer_comes_back_on_resume_and_in_sample(tmp_path):
     path.write_text("the cat sat on the mat, the dog sat on the log\n" * 100)
     bpe = [f"--data={path}", "--tokenizer=bpe", "--vocab_size=2048"]
     runs.train(tmp_path / "run", *bpe, "--max_iters=5")
-    path.write_text("other words in the file since, of the same length or so\n" * 100)
-    runs.train(tmp_path / "run", *bpe, "--max_iters=10", "--resume")
+    trained = (tmp_path / "run" / "tokenizer.tiktoken").read_bytes()
+    with mock.patch.object(tokenizer, "train_bpe", side_effect=AssertionError("trained anew")):
+        runs.train(tmp_path / "run", *bpe, "--max_iters=10", "--resume")
+    assert (tmp_path / "run" / "tokenizer.tiktoken").read_bytes() == trained
     path.unlink()  # asking the model needs no data
     out, _ = runs.run("sample.py", f"--out_dir={tmp_path / 'run'}", "--start=the cat", "--max_new_tokens=3")
     assert "the cat" in out
