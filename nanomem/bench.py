@@ -67,7 +67,7 @@ from rich.progress import track
 from rich.table import Table
 
 from nanomem import optim, tokenizer
-from nanomem.config import GPTConfig, UserError, keep_freed_memory, machine_memory, one_line_errors, parse, pick_device, setting
+from nanomem.config import GPTConfig, UserError, keep_freed_memory, machine_memory, one_line_errors, parse, pick_device, safe_streams, setting
 from nanomem.memory import MemoryTable, ProductKeyMemory, memory_read, product_key_topk, select
 from nanomem.model import GPT
 
@@ -92,10 +92,10 @@ class BenchConfig:
     rounds: int = setting(3, "processes for each measurement, in turn")
     device: str = setting("auto", "cpu, cuda, cuda:1, mps; auto: the first of cuda, mps and cpu that is there")
     dtype: str = setting("auto", "of parameters and activations; auto: bfloat16 on cuda, else float32", ("auto", "float32", "bfloat16"))
-    peer: str = setting("", "a checkout of facebookresearch/memory, the paper's code, to measure beside")
+    peer: str = setting("", "a checkout of facebookresearch/memory, the paper's code, to measure beside", path=True)
     generation: bool = setting(False, "time whole models that write 256 tokens in place of layers")
-    prepare: str = setting("", "time data/prepare.py on this text file in place of layers")
-    tokenizer: str = setting("bytes", "the tokenizer for --prepare")
+    prepare: str = setting("", "time data/prepare.py on this text file in place of layers", path=True)
+    tokenizer: str = setting("bytes", "the tokenizer for --prepare", path=True)
     keep_freed: bool = setting(False, "with --only: call keep_freed_memory first, as train.py does")
     only: str = setting("", "measure this in this process and print JSON: what the benchmark calls itself with", ("", *KINDS, "kernels"))
 
@@ -471,5 +471,6 @@ def main():
 
 
 if __name__ == "__main__":
+    safe_streams()
     with one_line_errors():
         main()

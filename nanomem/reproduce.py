@@ -37,7 +37,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from nanomem import checkpoint, optim
 from nanomem.checkpoint import read_json, write_text
-from nanomem.config import Config, UserError, keep_freed_memory, one_line_errors, parse, pick_device, setting
+from nanomem.config import Config, UserError, keep_freed_memory, one_line_errors, parse, pick_device, safe_streams, setting
 from nanomem.data import open_data
 from nanomem.memory import SlotUsage, observe_lookups
 from nanomem.model import GPT
@@ -52,11 +52,11 @@ class Settings:
     arguments = "(table1 | scaling | ablations | text | slots) "
     preset: str = setting("laptop", "laptop: 2 cores, about an hour a command; gpu: one H100", ("laptop", "gpu"), group="Reproduction")
     data: str = setting("people", "what the facts are about", ("people", "world"))
-    text: str = setting("data/wikitext-103", "what text is trained on: shards that data/prepare.py made, or a text file")
+    text: str = setting("data/wikitext-103", "what text is trained on: shards that data/prepare.py made, or a text file", path=True)
     seeds: int = setting(3, "runs of each model of table1, scaling and text")
-    run: str = setting("out/people-memory", "folder of the trained model that slots looks into")
-    out_dir: str = setting("out/reproduce", "folder for the runs")
-    assets: str = setting("assets", "folder for tables and figures")
+    run: str = setting("out/people-memory", "folder of the trained model that slots looks into", path=True)
+    out_dir: str = setting("out/reproduce", "folder for the runs", path=True)
+    assets: str = setting("assets", "folder for tables and figures", path=True)
 
 
 @dataclass(frozen=True)
@@ -477,7 +477,7 @@ def slots(run, facts_looked_at=100, batches=20):
     usages = {number: SlotUsage() for number in numbers.values()}
     with observe_lookups(model, lambda layer, *read: usages[numbers[layer]](layer, *read)):
         for i in range(batches):
-            model(data.batch("train", i, config.batch_size)[0])
+            model(data.batch("train", i * config.batch_size, config.batch_size)[0])
     rows = {number: {"layer": number, "share used": usage.usage(), "kl": usage.kl(), "overlaps": {"name": {}, "answer": {}},
                      "sorted": sorted(next(iter(usage.weight.values())).tolist(), reverse=True)} for number, usage in usages.items()}
 
@@ -672,5 +672,6 @@ def main():
 
 
 if __name__ == "__main__":
+    safe_streams()
     with one_line_errors():
         main()

@@ -148,6 +148,13 @@ def test_processes_that_differ_are_told_so(tmp_path):
     assert not list(tmp_path.glob("*/out"))
 
 
+def test_a_wrong_setting_of_three_processes_is_one_line_and_exit_code_2(tmp_path):
+    process = runs.start("train.py", "--learning_rat=1", f"--out_dir={tmp_path / 'run'}", processes=3)
+    _, err = process.communicate(timeout=120)
+    assert err.count("did you mean learning_rate?") == 1 and "Signal" not in err
+    assert err.count("(pid: ") - err.count("of binary") == err.count("exitcode  : 2 ")
+
+
 def test_a_full_disk_of_one_process_keeps_the_checkpoint_before(tmp_path):
     told = torchrun(2, "full_disk", str(tmp_path))
     assert "process 1: " in told and "checkpoint-1 is kept" in told

@@ -1,7 +1,13 @@
 import json
+import os
+import shlex
 import shutil
 import signal
+import subprocess
+import sys
+import tempfile
 import time
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -9,7 +15,7 @@ import torch
 import runs
 from kill_and_resume import check, kill_and_resume
 
-from nanomem import tokenizer
+from nanomem import checkpoint, tokenizer
 from nanomem.config import Config
 from nanomem.data import FactData, TextData, open_data
 
@@ -53,6 +59,86 @@ def test_ctrl_c_saves_and_the_resumed_run_equals_an_uninterrupted_one(tmp_path):
     out, _ = runs.run("train.py", "--resume", f"--out_dir={tmp_path / 'cut'}")  # its settings come from the checkpoint
     assert "going on from iteration" in out
     check(tmp_path / "alone", tmp_path / "cut")
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="this system has no terminals to close")
+def test_a_closed_terminal_saves_and_nohup_goes_on(tmp_path):
+    settings = [*runs.TINY, "--max_iters=100000", "--eval_interval=20"]
+
+    def ignore():
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    plain = runs.start("train.py", *settings, f"--out_dir={tmp_path / 'plain'}")
+    nohup = runs.start("train.py", *settings, f"--out_dir={tmp_path / 'nohup'}", preexec_fn=ignore)
+    for process, name in ((plain, "plain"), (nohup, "nohup")):
+        while not list((tmp_path / name).glob("checkpoint-*")):
+            time.sleep(0.02)
+        process.send_signal(signal.SIGHUP)
+    assert plain.wait(timeout=60) == 130
+    assert checkpoint.newest(tmp_path / "plain")[1]["iteration"] >= runs.metrics(tmp_path / "plain")[-1]["iter"] >= 20
+    at = runs.metrics(tmp_path / "nohup")[-1]["iter"]
+    while runs.metrics(tmp_path / "nohup")[-1]["iter"] < at + 20:
+        time.sleep(0.02)
+    nohup.terminate()
+    assert nohup.wait(timeout=60) == 130
+    for process in (plain, nohup):
+        process.communicate()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_training_survives_output_that_goes_nowhere(tmp_path):
+    full = open("/dev/full", "w")
+    process = runs.start("train.py", *runs.TINY, "--max_iters=10", f"--out_dir={tmp_path / 'full'}", stdout=full, stderr=full)
+    reader = runs.start("train.py", *runs.TINY, "--max_iters=10", f"--out_dir={tmp_path / 'pipe'}")
+    reader.stdout.close()
+    reader.stderr.close()
+    for process, name in ((process, "full"), (reader, "pipe")):
+        assert process.wait(timeout=60) == 0
+        assert checkpoint.newest(tmp_path / name)[1]["iteration"] == 10
+
+
+def test_a_link_to_another_disk_keeps_the_run_before(tmp_path):
+    shm = Path("/dev/shm")
+    if not shm.is_dir() or shm.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("needs a second disk")
+    with tempfile.TemporaryDirectory(dir=shm) as folder:
+        (Path(folder) / "there").mkdir()
+        (tmp_path / "run").symlink_to(Path(folder) / "there")
+        for seed in (1, 2):
+            runs.train(tmp_path / "run", "--max_iters=2", f"--seed={seed}")
+        moved, = Path(folder).glob("there.1/checkpoint-2/checkpoint.json")
+        assert json.loads(moved.read_text())["config"]["seed"] == 1 and runs.metrics(tmp_path / "run")
+
+
+def test_a_mount_keeps_the_run_before(tmp_path):
+    if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
+        pytest.skip("needs to mount a disk")
+    (tmp_path / "run").mkdir()
+    program = (f"import sys; sys.path.insert(0, {str(Path(runs.__file__).parent)!r}); import runs, json\n"
+               f"from pathlib import Path\n"
+               f"out_dir = Path({str(tmp_path / 'run')!r})\n"
+               "for seed in (1, 2): runs.train(out_dir, '--max_iters=2', f'--seed={seed}')\n"
+               "header, = out_dir.glob('earlier.1/checkpoint-2/checkpoint.json')\n"
+               "assert json.loads(header.read_text())['config']['seed'] == 1 and runs.metrics(out_dir)\n"
+               "assert not Path(f'{out_dir}.1').exists()")
+    mount = 'mount -t tmpfs tmpfs "$0" && exec "$1" -c "$2"'
+    done = subprocess.run(["unshare", "-rm", "sh", "-c", mount, tmp_path / "run", sys.executable, program], capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(runs.ROOT)})
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_paths_with_spaces_and_a_tilde_work_and_are_quoted_in_hints(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "my book.txt").write_text("All work and no play makes Jack a dull boy.\n" * 50)
+    (tmp_path / "a link.txt").symlink_to(tmp_path / "my book.txt")
+    arguments = [argument for argument in runs.TINY if not argument.startswith("--data")]
+    out, _ = runs.run("train.py", *arguments, "--max_iters=2", "--data=~/a link.txt", "--out_dir=~/my run")
+    hint = out.rstrip().split("\n")[-1].partition("python sample.py ")[2]
+    assert shlex.split(hint) == [f"--out_dir={tmp_path / 'my run'}"]
+    assert (tmp_path / "my run" / "config.json").exists() and not Path("~").exists()
+    out, _ = runs.run("sample.py", *shlex.split(hint), "--export=~/my model")
+    assert f"--out_dir={tmp_path / 'my model'}" in shlex.split(out.rstrip().split("\n")[-1])
+    runs.run("sample.py", "--out_dir=~/my model", "--start=All", "--max_new_tokens=2")
 
 
 def test_killed_and_resumed(tmp_path):
