@@ -10,6 +10,7 @@ Talk to a model that train.py made.
 
 import codecs
 import contextlib
+import shlex
 import sys
 import time
 from collections import Counter, defaultdict
@@ -20,12 +21,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from nanomem import checkpoint, export
-from nanomem.config import Config, UserError, one_line_errors, parse, pick_device, setting
+from nanomem import checkpoint, export, tokenizer
+from nanomem.config import Config, UserError, one_line_errors, parse, pick_device, safe_streams, setting
 from nanomem.data import open_data, open_tokenizer
+from nanomem.facts import lines_of, teaches_facts
 from nanomem.memory import observe_lookups
 from nanomem.model import GPT
 
+safe_streams()
 console = Console(highlight=False, markup=False, emoji=False)  # users' data is shown as it is
 
 
@@ -33,7 +36,7 @@ console = Console(highlight=False, markup=False, emoji=False)  # users' data is 
 class SampleConfig:
     """The settings of sample.py."""
 
-    out_dir: str = setting("auto", "folder of the run; auto: the latest in out/", group="Settings")
+    out_dir: str = setting("auto", "folder of the run; auto: the latest in out/", group="Settings", path=True)
     start: str = setting("", "what to go on from; without it, each line of the input, or a prompt where that is a terminal")
     max_new_tokens: int = setting(100, "tokens to write at most")
     temperature: float = setting(-1.0, "0 takes the likeliest token, higher is bolder; -1: 0 for facts, 0.8 for text")
@@ -43,7 +46,7 @@ class SampleConfig:
     seed: int = setting(1337, "of the choice of tokens")
     device: str = setting("auto", "cpu, cuda, cuda:1, mps; auto: the first of cuda, mps and cpu that is there")
     trace: bool = setting(False, "show the memory slots each token read, and what else reads them")
-    export: str = setting("", "write the model to this folder, without the optimizers' state")
+    export: str = setting("", "write the model to this folder, without the optimizers' state", path=True)
 
 
 def latest_run():
@@ -63,7 +66,7 @@ def open_run(config):
         return model.to(pick_device(config.device)).eval(), open_tokenizer(run, out_dir / "tokenizer.tiktoken", None), run.replace(out_dir=str(out_dir))
     folder, header, refused = checkpoint.newest(out_dir)
     if header is None:
-        raise UserError(f"no checkpoint in {out_dir}; --out_dir must name the folder of a run of train.py")
+        raise UserError(f"{checkpoint.none_in(out_dir)}; --out_dir must name the folder of a run of train.py")
     for problem in refused.values():
         console.print(f"{problem}: using {folder}", soft_wrap=True)
     device = pick_device(config.device)
@@ -75,18 +78,23 @@ def open_run(config):
     return model.to(device).eval(), encoding, run.replace(out_dir=str(out_dir))
 
 
-def knows_facts(run):
-    """Whether the run learned facts, and not a text."""
-    return run.data in ("world", "people") or run.data.endswith(".jsonl")
+def check_output():
+    """Ends the program once nobody reads on. Raises UserError if its output is lost: a full disk, say."""
+    error = sys.stdout.error
+    if isinstance(error, BrokenPipeError):
+        sys.exit()
+    if error:
+        raise UserError(f"the output could not be written ({error.strerror or error})")
 
 
 def write(model, encoding, text, config, facts, generator):
     """Writes num_samples continuations of text to the screen, one alone as it comes; returns all tokens of the last one, (1, time)."""
-    end, prompt, device = encoding.eot_token, encoding.encode_ordinary(text), next(model.parameters()).device
+    end, device = encoding.eot_token, next(model.parameters()).device
+    prompt = tokenizer.encode(encoding, text).tolist()
     prompt = [end] + prompt if facts or not prompt else prompt  # facts begin as documents do, after <|endoftext|>, and end with it
     temperature = config.temperature if config.temperature >= 0 else (0.0 if facts else 0.8)
     stream = model.generate(torch.tensor([prompt] * config.num_samples, device=device), config.max_new_tokens, temperature, config.top_k or None,
-                            end if facts else None, generator, config.top_p)
+                            end if facts else None, generator, config.top_p, tokenizer.unassigned(encoding))
     rows, alone, started = [[] for _ in range(config.num_samples)], config.num_samples == 1, time.perf_counter()
     characters = codecs.getincrementaldecoder("utf-8")("replace")  # a character may span several tokens
     if alone:
@@ -94,6 +102,7 @@ def write(model, encoding, text, config, facts, generator):
     for column in stream:
         for row, token in zip(rows, column.flatten().tolist()):
             row.append(token)
+        check_output()
         if alone and not (facts and token == end):
             console.out(characters.decode(encoding.decode_single_token_bytes(token)), end="", highlight=False)
     seconds = time.perf_counter() - started
@@ -132,7 +141,7 @@ def readers(model, data, slots, batches=20, batch_size=16):
     found = defaultdict(Counter)
     wanted = {layer: torch.tensor(sorted(s for other, s in slots if other == layer)) for layer in {layer for layer, _ in slots}}
     for i in range(batches):
-        x, _ = data.batch("train", 10**9 + i, batch_size)  # far from the batches it was trained on: fresh blocks
+        x, _ = data.batch("train", 10**9 + i * batch_size, batch_size)  # far from the batches it was trained on: fresh blocks
         for layer, (indices, weights) in lookups_of(model, x.to(next(model.parameters()).device)).items():
             for position, lookup in torch.isin(indices, wanted[layer]).nonzero().tolist():
                 row, column = divmod(position, x.shape[1])
@@ -180,9 +189,10 @@ def trace(model, data, tokens, shown=3):
 
 def answer(text):
     """Writes continuations of text, and traces the last of them if asked to."""
-    tokens = write(model, encoding, text, config, knows_facts(run), generator)
+    tokens = write(model, encoding, text, config, teaches_facts(run.data), generator)
     if config.trace:
         trace(model, data, tokens)
+    check_output()
 
 
 with one_line_errors():
@@ -198,7 +208,7 @@ with one_line_errors():
     model, encoding, run = open_run(config)
     if config.export:
         export.save(config.export, model, encoding, run)
-        console.print(f"exported to {config.export}; python sample.py --out_dir={config.export} reads it", soft_wrap=True)
+        console.print(f"exported to {config.export}; python sample.py --out_dir={shlex.quote(config.export)} reads it", soft_wrap=True)
         sys.exit()
     if config.trace and not model.memory_layers():
         raise UserError(f"--trace shows memory slots, and this model has no memory layers (ffn={run.ffn})")
@@ -207,11 +217,11 @@ with one_line_errors():
     if config.start:
         answer(config.start)
     elif not sys.stdin.isatty():
-        for line in sys.stdin.read().splitlines() or [""]:
+        for line in lines_of(sys.stdin.read().removesuffix("\n")):
             answer(line)
     else:
         console.print("Ask it something it was taught, or give it a beginning; Ctrl-D ends.")
-        if knows_facts(run):
+        if teaches_facts(run.data):
             with contextlib.suppress(OSError, ValueError):  # a file of facts that is not there any more
                 about = open_data(run, Path(run.out_dir) / "tokenizer.tiktoken").facts
                 attribute = about.attributes[-1]

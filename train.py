@@ -35,7 +35,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nanomem import checkpoint, export, facts, optim, sharding, tokenizer
-from nanomem.config import Config, UserError, keep_freed_memory, machine_memory, nearest, one_line_errors, parse, pick_device, safe_streams
+from nanomem.config import Config, UserError, keep_freed_memory, machine_memory, one_line_errors, parse, pick_device, safe_streams
 from nanomem.data import DROPOUT, ahead, open_data, random_stream
 from nanomem.memory import MemoryTable, SlotUsage, observe_lookups, use_kernels
 from nanomem.model import GPT
@@ -51,21 +51,27 @@ console = Console(highlight=False, markup=False, emoji=False, quiet=not first)  
 # Settings
 
 
-def settings(argv):
-    """(the run's settings, the names of those given, the folder and the header of the checkpoint to go on from, None without).
+def folder_of(given):
+    """The out_dir of a run with the settings given."""
+    config = Config(**given)
+    out_dir = Path(config.out_dir if config.out_dir != "auto" else f"out/{Path(config.data).stem}-{config.ffn}")
+    if out_dir.resolve() == Path.cwd():
+        raise UserError(f"out_dir must be a folder of its own, such as out/mine; got {out_dir}")
+    return out_dir
+
+
+def settings(given, out_dir):
+    """The run's settings, and the folder and header of the checkpoint to go on from (None if there is none).
 
     With --resume the settings are those of the run in out_dir, changed by the command line's. When torchrun starts the processes
     again, since one has died, they go on from what they have saved.
     """
-    given = parse(Config, argv)
     config = Config(**given)
-    out_dir = Path(config.out_dir if config.out_dir != "auto" else f"out/{Path(config.data).stem}-{config.ffn}")
     folder, header, refused = None, None, {}
     if config.resume:
         folder, header, refused = checkpoint.newest(out_dir)
         if header is None and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-            runs = sorted({str(path.parent) for path in out_dir.parent.glob("*/checkpoint-*")})
-            raise UserError(f"--resume: there is no checkpoint in {out_dir}{nearest(str(out_dir), runs)}; without --resume a new run starts there")
+            raise UserError(f"--resume: {checkpoint.none_in(out_dir)}; without --resume a new run starts there")
         if header and header.get("format", 1) != checkpoint.FORMAT:
             raise UserError(f"--resume: the run in {out_dir} is from an earlier version of nanomem, which drew other batches; "
                             "sample.py can read it, but train.py can't go on with it: start a new run")
@@ -85,11 +91,9 @@ def settings(argv):
         config = Config.from_saved(before or {}, out_dir).replace(**given)
         if header and config.max_iters < header["iteration"]:
             raise UserError(f"--max_iters={config.max_iters}: the run in {out_dir} has done {header['iteration']} iterations already")
-    if out_dir.resolve() == Path.cwd():
-        raise UserError(f"out_dir must be a folder of its own, such as out/mine; got {out_dir}")
     config.out_dir = str(out_dir)
     config.check()
-    return config, given.keys(), folder, header
+    return config, folder, header
 
 
 def check_it_fits(config, device):
@@ -274,7 +278,7 @@ def tell_what_it_knows(recalled):
         wording = (attribute.questions or attribute.statements)[0]
         prompt = torch.tensor([[data.sentences.end] + data.sentences.prompt(e, wording)], device=device)[:, -config.block_size:]
         stop = None if mesh else data.sentences.end  # processes that read a table together take as many steps each
-        tokens = torch.cat(list(model.generate(prompt, longest, temperature=0, stop=stop)), dim=1)[0].tolist()
+        tokens = torch.cat(list(model.generate(prompt, longest, temperature=0, stop=stop, never=tokenizer.unassigned(data.encoding))), dim=1)[0].tolist()
         answer = data.encoding.decode(list(itertools.takewhile(lambda t: t != data.sentences.end, tokens))).strip()
         right = answer in data.facts.answers(e, a)
         answers.add_row(wording.replace("{}", data.facts.entities[e]), Text(answer, style="green" if right else "red"),
@@ -287,11 +291,14 @@ def tell_what_it_knows(recalled):
 
 with one_line_errors(sharding.stop):
     with sharding.together():
-        config, given, folder, header = settings(sys.argv[1:])
+        given = parse(Config, sys.argv[1:])
+        out_dir = folder_of(given)
+        lock = checkpoint.lock(out_dir) if first and out_dir.is_dir() else None  # held until this process ends
+        config, folder, header = settings(given, out_dir)
         device = pick_device(config.device)
-        out_dir = Path(config.out_dir)
         data = open_data(config, out_dir / "tokenizer.tiktoken" if header else None, fit="block_size" not in given)
-        if header and header["data"] != data.digest():
+        data_digest = data.digest()
+        if header and header["data"] != data_digest:
             raise UserError(f"--resume: {config.data} has changed since the run in {out_dir} was saved; put it back as it was, or start a "
                             "new run with another --out_dir")
         config.vocab_size = data.encoding.n_vocab
@@ -300,7 +307,7 @@ with one_line_errors(sharding.stop):
             config.tokenizer = data.encoding.name  # that of shards: how it cuts words is not in the tokenizer.tiktoken of a run
         batches, rows = sharding.share_of_batch(config.batch_size, config.gradient_accumulation_steps)
         check_it_fits(config, device)
-    sharding.check_same(dataclasses.asdict(config) | {"device": device.type, "data": data.digest(), "the checkpoint": folder})
+    sharding.check_same(dataclasses.asdict(config) | {"device": device.type, "data": data_digest, "the checkpoint": folder})
 
     half = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=half)
@@ -326,7 +333,7 @@ with one_line_errors(sharding.stop):
                 out_dir.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise UserError(f"out_dir={out_dir} can't be made ({error.strerror})") from None
-            lock = checkpoint.lock(out_dir)  # held until this process ends
+            lock = lock or checkpoint.lock(out_dir)
             if not header:
                 make_room(out_dir)
                 tokenizer.save(data.encoding, out_dir / "tokenizer.tiktoken")
@@ -390,7 +397,7 @@ saved_step, stopping = step if header else None, False
 def save():
     """A checkpoint of this moment."""
     global saved_step
-    header = {"config": dataclasses.asdict(config), "iteration": step, "position": position, "data": data.digest(),
+    header = {"config": dataclasses.asdict(config), "iteration": step, "position": position, "data": data_digest,
               "elapsed_s": time.perf_counter() - started, "launch": sharding.launch()}
     checkpoint.save(out_dir, model, optimizers, header)
     saved_step = step

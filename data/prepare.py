@@ -3,7 +3,8 @@ Turns text into shards of tokens that train.py reads from disk, whatever their s
 
     python data/prepare.py shakespeare                      a named set, downloaded: shakespeare, enwik8, wikitext-103,
                                                             fineweb-edu, tinystories
-    python data/prepare.py book.txt notes/ --out=data/mine  your own .txt, .jsonl(.gz) with a "text", .parquet; folders of them
+    python data/prepare.py book.txt notes/ --out=data/mine  your own .txt, .md, .jsonl with a "text" (or .ndjson, .json),
+                                                            these as .gz, .parquet; folders of them
     python data/prepare.py enwik8 --from-file=enwik8.zip    a named set fetched by hand
     python train.py --data=mine
 
@@ -12,6 +13,8 @@ Turns text into shards of tokens that train.py reads from disk, whatever their s
 - memory stays small whatever the input's size: a worker holds one megabyte of text at a time
 - workers are threads: tiktoken encodes without Python's lock, in a Rust of its own
 - validation: documents are chosen by a hash of their text; a few plain files, one document each, keep their last tenth for it
+- a .gz gives the same training and validation text as the file unpacked. It can only be read from its beginning,
+  so it is not cut into pieces: JSON lines become one shard, plain text one for each split
 """
 
 import contextlib
@@ -36,15 +39,16 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from nanomem import tokenizer
+from nanomem import facts, tokenizer
 from nanomem.checkpoint import read_json, write_text
-from nanomem.config import UserError, nearest, one_line_errors, parse, setting
+from nanomem.config import UserError, expand, nearest, one_line_errors, parse, safe_streams, setting
 from nanomem.data import INDEX, SPLITS, file_digest, token_dtype
 
 FOLDER = Path(__file__).resolve().parent
 PIECE = 32 * 2**20  # bytes of plain text or of JSON lines in a shard
 SEGMENT = 2**20  # bytes that are encoded at a time
-ENDINGS = {".jsonl": "jsonl", ".jsonl.gz": "gz", ".parquet": "parquet", ".txt": "text", ".md": "text"}  # of files, and how they are read
+# A file's ending, before a .gz, and how it is read
+ENDINGS = {".txt": "text", ".md": "text", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
 FEW = 20  # plain files that each keep their last tenth for validation
 
 console = Console(highlight=False, markup=False, soft_wrap=True)
@@ -79,14 +83,14 @@ class PrepareConfig:
     """The settings of prepare.py."""
 
     arguments = f"({' | '.join(NAMED)} | FILE or FOLDER ...) "
-    out: str = setting("auto", "folder for the shards; auto: data/NAME, where train.py --data=NAME finds them", group="Settings")
+    out: str = setting("auto", "folder for the shards; auto: data/NAME, where train.py --data=NAME finds them", group="Settings", path=True)
     tokenizer: str = setting("auto", "bytes, bpe (trained on the text), a .tiktoken file, or an encoding of tiktoken such as gpt2; "
-                                     "auto: gpt2 for wikitext-103, fineweb-edu and tinystories, bytes otherwise")
+                                     "auto: gpt2 for wikitext-103, fineweb-edu and tinystories, bytes otherwise", path=True)
     vocab_size: int = setting(8192, "tokens of a bpe")
     workers: int = setting(0, "threads that encode; 0: one a core")
     val_share: float = setting(0.01, "share of the documents that are for validation")
     size: float = setting(1.0, "gigabytes of text to take of fineweb-edu")
-    from_file: str = setting("", "a named set's file that was fetched by hand")
+    from_file: str = setting("", "a named set's file that was fetched by hand", path=True)
     keep_download: bool = setting(False, "keep what was downloaded")
 
 
@@ -171,23 +175,67 @@ def find_files(inputs):
     for name in inputs:
         path = Path(name)
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.is_file() and kind_of(p))
+            # A .json in a folder often describes the other files: one with documents must be named itself.
+            readable = [p for p in path.rglob("*") if p.is_file() and kind_of(p)]
+            inside = sorted(p for p in readable if p.suffix.lower() != ".json")
             if not inside:
-                raise UserError(f"{name}: no .txt, .md, .jsonl, .jsonl.gz or .parquet file in this folder")
+                raise UserError(f"{name}: no .txt, .md, .jsonl, .ndjson, a .gz of these or .parquet in this folder")
             files += inside
         elif path.is_file():
             files.append(path)
         else:
             raise UserError(f"expected one of {', '.join(NAMED)}, a file or a folder; got {name!r}{nearest(name, NAMED)}")
-    empty = [path for path in files if not path.stat().st_size]
-    if empty:
-        raise UserError(f"{empty[0]}: the file is empty")
+    for path in files:
+        check_file(path)
     return files
+
+
+def check_file(path):
+    """Raises UserError or ValueError for a file that is empty, of an unknown compression, or JSON named as text."""
+    facts.refuse_compressed(path)
+    with opened(path) as file:
+        beginning = file.read(SEGMENT)
+    if not beginning:
+        raise UserError(f"{path}: the file is empty")
+    if kind_of(path) in ("text", ""):
+        facts.refuse_json(path, beginning.decode(errors="ignore"))
+
+
+def is_gzip(path):
+    """Whether a file is read through gzip."""
+    return str(path).lower().endswith(".gz")
 
 
 def kind_of(path):
     """How a file is read; '' for one that a folder may have besides."""
-    return next((kind for ending, kind in ENDINGS.items() if path.name.lower().endswith(ending)), "")
+    unpacked = Path(path.name[:-len(".gz")] if is_gzip(path) else path.name)
+    kind = ENDINGS.get(unpacked.suffix.lower(), "")
+    return "gz" if kind == "jsonl" and is_gzip(path) else kind
+
+
+@contextlib.contextmanager
+def opened(path):
+    """A file's bytes, unpacked if it is a .gz, where going back in it means reading it anew.
+
+    Raises UserError for a .gz that is cut, damaged or something else.
+    """
+    try:
+        with gzip.open(path) if is_gzip(path) else open(path, "rb") as file:
+            yield file
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise UserError(f"{path} is not a complete gzip file ({error})") from None
+
+
+def unpacked_size(path):
+    """A file's bytes, of a .gz those it unpacks to, which takes reading it."""
+    with opened(path) as file:
+        return file.seek(0, os.SEEK_END)
+
+
+def unpacked_digest(path):
+    """The SHA-256 of a file's bytes, of a .gz those it unpacks to, in hexadecimal."""
+    with opened(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def pieces_of(files, val_share, separator=""):
@@ -196,7 +244,7 @@ def pieces_of(files, val_share, separator=""):
     few = sum(kind == "text" for kind in kinds.values()) <= FEW
     found = []
     for path, kind in kinds.items():
-        size = path.stat().st_size
+        size = path.stat().st_size if kind == "gz" else unpacked_size(path)
         if kind == "parquet":
             groups = open_parquet(path).metadata
             sizes = [groups.row_group(i).total_byte_size for i in range(groups.num_row_groups)]
@@ -205,7 +253,9 @@ def pieces_of(files, val_share, separator=""):
             found.append(Piece(str(path), 0, size, kind, weight=size))
         elif kind == "text":
             tenth = find_cut(path, size - size // 10, size, inside=True)
-            halves = [(0, tenth, "train"), (tenth, size, "val")] if few else [(0, size, "val" if in_val(file_digest(path), val_share) else "train")]
+            halves = [(0, tenth, "train"), (tenth, size, "val")]
+            if not few:
+                halves = [(0, size, SPLITS[in_val(unpacked_digest(path), val_share)])]
             found += [piece for start, stop, split in halves for piece in cut_up(path, start, stop, kind, split=split)]
         else:
             found += cut_up(path, 0, size, kind, end=separator or "\n", separator=separator)
@@ -213,26 +263,43 @@ def pieces_of(files, val_share, separator=""):
 
 
 def cut_up(path, start, stop, kind, end="\n", **about):
-    """Pieces of some PIECE bytes, each up to an `end`."""
+    """Pieces of some PIECE bytes, each up to an `end`; one piece of a .gz."""
     while start < stop:
-        after = stop if stop - start <= 1.5 * PIECE else find_cut(path, start + PIECE, stop, end, inside=kind == "text")
+        one = is_gzip(path) or stop - start <= 1.5 * PIECE
+        after = stop if one else find_cut(path, start + PIECE, stop, end, inside=kind == "text")
         yield Piece(str(path), start, after, kind, ends=after == stop, weight=after - start, **about)
         start = after
 
 
 def find_cut(path, at, stop, end="\n", inside=False):
-    """The first place in a file from `at` on that follows an `end`, however far it is; with `inside`, where none follows within a
-    SEGMENT, the first place that begins a character.
-    """
-    end, found = end.encode(), bytearray()
-    with open(path, "rb") as file:
+    """The first place in a file from `at` on that follows an `end`, as read_to_cut finds it."""
+    with opened(path) as file:
         file.seek(at)
-        while at + len(found) < stop and not (inside and len(found) >= SEGMENT) and (block := file.read(2**16)):
-            searched = max(0, len(found) - len(end) + 1)
-            found += block
-            if (i := found.find(end, searched)) >= 0 and at + i + len(end) < stop:
-                return at + i + len(end)
-    return at + next((i for i, byte in enumerate(found) if byte & 0xC0 != 0x80), 0) if inside else stop
+        return at + read_to_cut(file, bytearray(), 0, stop - at, end.encode(), inside)
+
+
+def read_to_cut(file, held, least, left, end, inside):
+    """How many bytes to take next. `left` are to come, of which `held` has the first; reads more of them into it.
+
+    The cut follows the first `end` at `least` or later, however far that is. With `inside`, where none follows
+    within a SEGMENT, it is at the first character that begins at `least` or later.
+    """
+    searched, last = least, min(left - 1, least + SEGMENT) if inside else left - 1
+    while True:
+        found = held.find(end, searched, last)
+        if found >= 0:
+            return found + len(end)
+        if len(held) >= last:
+            break
+        block = file.read(min(2**16, left - len(held)))
+        if not block:
+            break
+        searched = max(least, len(held) - len(end) + 1)
+        held += block
+    if not inside:
+        return left
+    beginnings = (i for i, byte in enumerate(held[least:least + 4]) if byte & 0xC0 != 0x80)
+    return least + next(beginnings, 0)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -255,36 +322,38 @@ def texts_of(piece):
 
 def plain_texts(piece):
     """Of text, a segment at a time; separated documents whole."""
-    end, at = piece.separator or "\n", piece.start
-    with open(piece.path, "rb") as file:
+    end, at, held = (piece.separator or "\n").encode(), piece.start, bytearray()
+    with opened(piece.path) as file:
+        file.seek(at)
         while at < piece.stop:
-            after = piece.stop if piece.stop - at <= 1.5 * SEGMENT else find_cut(piece.path, at + SEGMENT, piece.stop, end, inside=piece.kind == "text")
-            file.seek(at)
+            size = piece.stop - at
+            if size > 1.5 * SEGMENT:
+                size = read_to_cut(file, held, SEGMENT, size, end, piece.kind == "text")
+            held += file.read(max(0, size - len(held)))
             try:
-                text = file.read(after - at).decode("utf-8-sig" if at == 0 else "utf-8")  # some editors begin a file with a mark
+                # Some editors begin a file with a mark.
+                text = held[:size].decode("utf-8-sig" if at == 0 else "utf-8")
             except UnicodeDecodeError as error:
                 raise UserError(f"{piece.path}: byte {at + error.start + 1} is not UTF-8") from None
             if piece.kind == "separated":
                 documents = [document.strip() for document in text.split(piece.separator) if document.strip()]
-                yield from ((document, True, (after - at) // len(documents)) for document in documents)
+                yield from ((document, True, size // len(documents)) for document in documents)
             else:
-                yield text, piece.ends and after == piece.stop, after - at
-            at = after
+                yield text, piece.ends and at + size == piece.stop, size
+            del held[:size]
+            at += size
 
 
 def json_texts(piece):
     """The "text" of each line of a JSON lines file."""
-    with open(piece.path, "rb") as raw:
-        raw.seek(piece.start)
-        lines, done = gzip.open(raw) if piece.kind == "gz" else raw, 0
+    with opened(piece.path) as lines:
+        lines.seek(piece.start)
+        done = 0
         for number in itertools.count(1):
-            try:
-                line = lines.readline()
-            except (gzip.BadGzipFile, zlib.error, EOFError) as error:
-                raise UserError(f"{piece.path} is no whole gzip file ({error})") from None
+            line = lines.readline()
             if not line or piece.start + done >= piece.stop and piece.kind == "jsonl":
                 break
-            before, done = done, raw.tell() if piece.kind == "gz" else done + len(line)
+            before, done = done, lines.fileobj.tell() if piece.kind == "gz" else done + len(line)
             if not line.strip():
                 continue
             try:
@@ -292,7 +361,9 @@ def json_texts(piece):
                 text.encode()  # a half of a surrogate pair is no text
             except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
                 where = f"line {number}" + (f" after byte {piece.start}" if piece.start else "")
-                raise UserError(f'{piece.path}, {where}: expected {{"text": "..."}}, got {line[:60]!r}') from None
+                hint = "; teach facts with python train.py --data=FILE.jsonl" if b'"prompt"' in line else ""
+                wrong = f'expected {{"text": "..."}} on each line, got {line[:60]!r}{hint}'
+                raise UserError(f"{piece.path}, {where}: {wrong}") from None
             if text.strip():
                 yield text, True, done - before
 
@@ -337,7 +408,7 @@ def write_shards(number, piece, folder, encoding, val_share, stopping, progress)
         if stopping.is_set():
             return None
         split = piece.split or SPLITS[in_val(hashlib.sha256(text.encode()).hexdigest(), val_share)]
-        shards[split].add(encoding.encode_to_numpy(text, disallowed_special=()), len(text.encode()))
+        shards[split].add(tokenizer.encode(encoding, text), len(text.encode()))
         if ends:
             shards[split].add(end, 0, ends=True)
         progress(weight)
@@ -483,7 +554,7 @@ def check_folder(folder):
 def main():
     """One command."""
     options = [argument for argument in sys.argv[1:] if argument.startswith("-")]
-    inputs = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
+    inputs = [expand(argument) for argument in sys.argv[1:] if not argument.startswith("-")]
     config = PrepareConfig(**parse(PrepareConfig, options))
     if not inputs:
         raise UserError(f"expected what to prepare: one of {', '.join(NAMED)}, or files and folders")
@@ -497,7 +568,7 @@ def main():
     if config.out == "auto" and len(inputs) > 1:
         raise UserError(f"{len(inputs)} inputs go into one set, which --out must name, such as --out=data/mine")
     stem = Path(inputs[0]).resolve().name
-    for ending in ENDINGS:
+    for ending in (".gz", *ENDINGS):
         stem = stem[:-len(ending)] if stem.lower().endswith(ending) else stem
     folder = Path(config.out) if config.out != "auto" else FOLDER / (named or stem)
     check_folder(folder)
@@ -521,5 +592,6 @@ def main():
 
 
 if __name__ == "__main__":
+    safe_streams()
     with one_line_errors():
         main()

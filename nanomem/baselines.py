@@ -9,12 +9,15 @@ A token's choice depends on that token alone, so both are causal as they stand, 
 for parameters that no token used: experts are modules of their own, and PEER's two tables are MemoryTables.
 """
 
+import functools
+
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from nanomem.memory import ProductKeyMemory, gather_dot, gather_sum, gradient_of_rows, scatter_sum
+from nanomem.memory import (FirstDerivative, Linear, ProductKeyMemory, check_lookups, gather_dot, gather_sum,
+                            scatter_sum, table_gradient)
 
 
 class MixtureOfExperts(nn.Module):
@@ -38,19 +41,26 @@ class MixtureOfExperts(nn.Module):
         if not 1 <= k <= len(experts):
             raise ValueError(f"moe_k must be from 1 to the number of experts, {len(experts)}, got {k}")
         self.k = k
-        self.router = nn.Linear(dim, len(experts), bias=False)
-        nn.init.normal_(self.router.weight, std=0.02)
+        self.router = Linear(dim, len(experts), bias=False, init=functools.partial(nn.init.normal_, std=0.02))
         self.experts = nn.ModuleList(experts)
         self.routing = None  # of the last forward pass: (tokens, experts) p and (tokens, k) choices
+        self.with_grad = True  # whether that pass recorded gradients
+
+    def __getstate__(self):  # for deepcopy, which refuses tensors that have a graph
+        return super().__getstate__() | {"routing": None}
 
     @torch.compiler.disable  # how many tokens an expert has is known only at run time
     def forward(self, x):
         """(batch, time, dim), or any shape that ends in dim, to the same shape."""
+        if torch.jit.is_tracing():
+            raise NotImplementedError("torch.jit.trace would send every later batch to the experts that this one chose")
         shape, x = x.shape, x.reshape(-1, x.shape[-1])
         logits = self.router(x)
         p = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
         weights, chosen = p.topk(self.k)
-        self.routing = p, chosen
+        self.routing, self.with_grad = (p, chosen), torch.is_grad_enabled()
+        if not len(x):
+            return x.view(shape)
         order = chosen.flatten().argsort(stable=True)  # by expert
         counts = torch.bincount(chosen.flatten(), minlength=len(self.experts)).tolist()
         parts = x[order // self.k].split(counts)
@@ -65,6 +75,9 @@ class MixtureOfExperts(nn.Module):
         counted (tokens,) bool: the tokens it is about. Of several processes, f is that of all their tokens.
         """
         p, chosen = self.routing
+        if torch.is_grad_enabled() and not self.with_grad:
+            raise RuntimeError("balance_loss would have no gradient: the last forward pass ran without, as it does in "
+                               "torch.utils.checkpoint; expected use_reentrant=False")
         f = torch.bincount(chosen[counted].flatten(), minlength=len(self.experts)).to(p.dtype)
         if dist.is_initialized():
             dist.all_reduce(f)
@@ -122,18 +135,44 @@ class PEER(ProductKeyMemory):
         return super().flops_per_token() + 2 * self.heads * self.knn * self.dim
 
 
+@torch.library.custom_op("nanomem::memory_dot", mutates_args=())
+def _memory_dot(values: torch.Tensor, indices: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return gather_dot(values, indices, x)
+
+
+@_memory_dot.register_fake
+def _(values, indices, x):
+    return x.new_empty(indices.shape)
+
+
+@torch.library.custom_op("nanomem::memory_dot_backward", mutates_args=())
+def _memory_dot_backward(grad: torch.Tensor, values: torch.Tensor, indices: torch.Tensor, x: torch.Tensor,
+                         sparse_grad: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    # The gradient of values, as table_gradient takes it, and that of x.
+    grad = grad.contiguous()
+    rows, sums = scatter_sum(indices, grad, x, len(values))
+    if not sparse_grad:
+        sums = values.new_zeros(values.shape).index_copy_(0, rows, sums)
+    return rows, sums, gather_sum(values, indices, grad)
+
+
 class _MemoryDot(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, values, indices, x, sparse_grad):
-        ctx.save_for_backward(values, indices, x)
-        ctx.sparse_grad = sparse_grad
-        return gather_dot(values, indices, x)
+    def forward(values, indices, x, sparse_grad):
+        return _memory_dot(values, indices, x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:3])
+        ctx.sparse_grad = inputs[3]
 
     @staticmethod
     def backward(ctx, grad):
         values, indices, x = ctx.saved_tensors
-        rows, sums = scatter_sum(indices, grad.contiguous(), x, len(values))
-        return gradient_of_rows(values, rows, sums, ctx.sparse_grad), None, gather_sum(values, indices, grad.contiguous()), None
+        rows, sums, grad_x = FirstDerivative.apply(_memory_dot_backward, grad, values, indices, x, ctx.sparse_grad)
+        return table_gradient(values, rows, sums, ctx.sparse_grad), None, grad_x, None
 
 
 @torch.compiler.disable  # for the same reason as memory_read
@@ -142,5 +181,10 @@ def memory_dot(values, indices, x, sparse_grad=False):
 
     values (n_slots, dim), indices (n, lookups) int64, x (n, dim) -> (n, lookups), differentiable in values and x. It is the
     third derivative of the form that memory_read is the first of, so all its parts are there already (memory.py).
+    Raises ValueError for shapes or dtypes that don't fit each other.
     """
+    check_lookups(values, indices)
+    if x.shape != (indices.shape[0], values.shape[1]) or x.dtype != values.dtype:
+        raise ValueError(f"expected x of shape {(indices.shape[0], values.shape[1])} and the values' dtype, {values.dtype}, "
+                         f"got {tuple(x.shape)} and {x.dtype}")
     return _MemoryDot.apply(values, indices, x, sparse_grad)

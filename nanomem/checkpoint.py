@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from nanomem import sharding
-from nanomem.config import UserError
+from nanomem.config import UserError, nearest
 
 try:
     import fcntl
@@ -116,6 +116,12 @@ def folders(out_dir):
     numbered = [(int(path.name.removeprefix("checkpoint-")), path) for path in Path(out_dir).glob("checkpoint-*")
                 if path.name.removeprefix("checkpoint-").isdecimal()]
     return [path for _, path in sorted(numbered, reverse=True)]
+
+
+def none_in(out_dir):
+    """What to say of a folder without checkpoints: its name, and the most similar one beside it that has some."""
+    runs = sorted({str(path.parent) for path in Path(out_dir).parent.glob("*/checkpoint-*")})
+    return f"there is no checkpoint in {out_dir}{nearest(str(out_dir), runs)}"
 
 
 def read_header(folder):

@@ -261,7 +261,8 @@ def open_data(config, tokenizer_path=None, fit=False):
     if path.is_file():
         facts.refuse_compressed(path)
     if path.suffix.lower() in (".parquet", ".gz") or path.is_dir() and not generated:
-        raise ValueError(f"data={config.data} must be prepared first: python data/prepare.py {shlex.quote(config.data)} --out=data/mine, then --data=mine")
+        command = facts.prepare_command(shlex.quote(config.data))
+        raise ValueError(f"data={config.data} must be prepared first: {command}")
     if config.data == "world":
         fact_set, text = facts.world(config.n_entities, config.zipf), None
     elif config.data == "people":

@@ -7,14 +7,19 @@ Sets of facts, the sentences that state them, and how much of them a model recal
 - `world` has real cities, `people` invented biographies with a known number of bits, `from_jsonl` a user's facts.
 """
 
+import codecs
 import gzip
 import json
 import math
+import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+
+from nanomem import tokenizer
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 ASKED, SELECT, REPORT = 0, 1, 2  # a pair's questions: asked while training; never, and for choosing settings; never, and reported
@@ -150,13 +155,18 @@ def people(n_entities=8000, zipf=0.0, seed=0):
     return FactSet(names, PEOPLE_ATTRIBUTES, values, codes, zipf, biographies=True)
 
 
+def teaches_facts(data):
+    """Whether --data teaches facts and not a text: world, people, or a file named .jsonl, in any letter case."""
+    return data in ("world", "people") or data.lower().endswith(".jsonl")
+
+
 def from_jsonl(path):
     """A user's own facts: one {"prompt": ..., "answer": ...} a line, the answer a string or a list of accepted strings.
 
     Raises ValueError naming file and line for anything else.
     """
     answers = {}  # prompt -> accepted answers
-    for number, line in enumerate(read_lines(path), 1):
+    for number, line in enumerate(lines_of(read_text(path)), 1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
@@ -168,7 +178,7 @@ def from_jsonl(path):
             raise ValueError(f"{where}: expected an object with \"prompt\" and \"answer\", got {type(fact).__name__}")
         for key in ("prompt", "answer"):
             if key not in fact:
-                hint = "; lines with a \"text\" are for data/prepare.py" if "text" in fact else ""
+                hint = f"; for documents: {prepare_command(shlex.quote(str(path)))}" if "text" in fact else ""
                 raise ValueError(f"{where}: the key \"{key}\" is missing{hint}")
         accepted = fact["answer"] if isinstance(fact["answer"], list) else [fact["answer"]]
         if not isinstance(fact["prompt"], str) or not fact["prompt"].strip():
@@ -187,15 +197,71 @@ def from_jsonl(path):
     return FactSet(list(answers), (Attribute("fact", ("{}",)),), [list(answers.values())], np.arange(len(answers))[:, None])
 
 
-def read_lines(path):
-    """A file's lines as text. Raises ValueError naming the line that is no UTF-8."""
-    lines = []
-    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
+def read_text(path):
+    """A file's text, with the line ends it has. Raises ValueError naming the line that is not UTF-8."""
+    content = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8)  # some editors begin files with it
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        number = content.count(b"\n", 0, error.start) + 1
+        column = error.start - content.rfind(b"\n", 0, error.start)
+        raise ValueError(f"{path}, line {number}: byte {column} is not UTF-8") from None
+
+
+def lines_of(text):
+    """A text's lines. \\n, \\r\\n and \\r end one; str.splitlines would also cut at \\u2028 and others."""
+    return re.split(r"\r\n|\r|\n", text)
+
+
+COMPRESSED = (".zst", ".bz2", ".xz", ".lz4", ".br", ".zip", ".7z", ".rar",
+              ".tar", ".tgz", ".tar.gz", ".parquet.gz")
+
+
+def refuse_compressed(path):
+    """Raises ValueError for the name of an archive or of a compressed file, unless it is a .gz."""
+    if str(path).lower().endswith(COMPRESSED):
+        raise ValueError(f"{path}: nanomem reads no compressed files but .gz; unpack it first")
+
+
+def refuse_json(path, text):
+    """Raises ValueError, with the remedy, for JSON in a file that is not named .jsonl: a model should not learn its braces.
+
+    text: the file's text, or its beginning.
+    """
+    first = json_beginning(text)
+    if first is None:
+        return
+    keys = first if isinstance(first, dict) else ()
+    # facts.jsonl for facts.json, facts.txt or facts.txt.gz
+    name = shlex.quote(re.sub(r"(\.[^./\\]*)?(\.gz)?$", ".jsonl", str(path), count=1, flags=re.IGNORECASE))
+    if "prompt" in keys and "answer" in keys:
+        remedy = f"save it as {name}, one object a line, to teach these facts: python train.py --data={name}"
+    elif "text" in keys:
+        remedy = f"save it as {name}, one object a line, to train on these documents: {prepare_command(name)}"
+    else:
+        remedy = (f'expected text, or {name} with one object a line: '
+                  '{"prompt": ..., "answer": ...} for train.py, {"text": ...} for data/prepare.py')
+    raise ValueError(f"{path} looks like JSON; {remedy}")
+
+
+def json_beginning(text):
+    """The first object of JSON lines or of a JSON array; an array of anything else; None for other text."""
+    begin = re.match(r"\ufeff?\s*", text).end()
+    inside = re.compile(r"\[?\s*").match(text, begin).end()
+    for start in (inside, begin):
         try:
-            lines.append(line.decode("utf-8-sig" if number == 1 else "utf-8"))  # some editors begin a file with a mark
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}, line {number}: byte {error.start + 1} is not UTF-8") from None
-    return lines
+            value, end = json.JSONDecoder().raw_decode(text, start)
+        except (ValueError, RecursionError):
+            continue
+        following = r"\s*\Z" if isinstance(value, list) else r"[ \t\r]*(\n|,|\]|\Z)"
+        if isinstance(value, (dict, list)) and re.compile(following).match(text, end):
+            return value
+    return None
+
+
+def prepare_command(name):
+    """The command for a file of documents, whose name is quoted for a shell."""
+    return f"python data/prepare.py {name} --out=data/mine, then --data=mine"
 
 
 def all_sentences(facts):
@@ -217,7 +283,7 @@ class Sentences:
         self.facts, self.encoding = facts, encoding
         self.end = encoding.eot_token
         def encode(texts):  # tiktoken's batches start threads each time, which takes longer than short texts do
-            return [encoding.encode_ordinary(text) for text in texts]
+            return [tokenizer.encode(encoding, text).tolist() for text in texts]
         # A name in mid-sentence is encoded with its space: " Lagos".
         self.names = {False: encode(facts.entities), True: encode([" " + name for name in facts.entities])}
         self.values = [[encode([" " + spelling for spelling in value]) for value in values] for values in facts.values]

@@ -196,23 +196,52 @@ def _product_key_topk_backward(grad_scores: torch.Tensor, queries: torch.Tensor,
     if use_kernels(keys):  # few rows, each of many lookups: there is a faster way than sorting them
         return grad_queries, kernels.key_gradient(half_indices, grad_scores, queries, n_keys)
     unique, sums = scatter_sum(rows, weights, queries.reshape(-1, half), heads * 2 * n_keys)
-    return grad_queries, torch.zeros_like(keys).view(-1, half).index_copy_(0, unique, sums).view(keys.shape)
+    grad_keys = keys.new_zeros(heads * 2 * n_keys, half).index_copy_(0, unique, sums)
+    return grad_queries, grad_keys.view(keys.shape)
 
 
 @_product_key_topk_backward.register_fake
 def _(grad_scores, queries, keys, slots):
-    return torch.empty_like(queries), torch.empty_like(keys)
+    return queries.new_empty(queries.shape), keys.new_empty(keys.shape)
 
 
-def _save_for_backward(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:2], output[1])
+class FirstDerivative(torch.autograd.Function):
+    """operation(*inputs), in a backward pass; the derivative of that raises NotImplementedError.
+
+    torch's once_differentiable doesn't do: it takes the tensors saved by the forward pass for constants, silently.
+    """
+
+    generate_vmap_rule = True  # for torch.func
+
+    @staticmethod
+    def forward(operation, *inputs):
+        return operation(*inputs)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise NotImplementedError("a memory layer has no second derivative: expected a loss without gradient penalties, "
+                                  "Hessian products or other gradients of gradients through it")
 
 
-def _backward(ctx, grad_scores, _):
-    return *_product_key_topk_backward(grad_scores, *ctx.saved_tensors), None
+class _Search(torch.autograd.Function):
+    generate_vmap_rule = True
 
+    @staticmethod
+    def forward(queries, keys, knn):
+        return _product_key_topk(queries, keys, knn)
 
-_product_key_topk.register_autograd(_backward, setup_context=_save_for_backward)
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:2], output[1])
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    def backward(ctx, grad_scores, _):
+        return *FirstDerivative.apply(_product_key_topk_backward, grad_scores, *ctx.saved_tensors), None
 
 
 def product_key_topk(queries, keys, knn):
@@ -232,53 +261,88 @@ def product_key_topk(queries, keys, knn):
         ValueError: shapes or dtypes that don't fit each other, or knn outside 1..n_keys.
     """
     if queries.dim() != 4 or keys.dim() != 4 or queries.shape[1:3] != keys.shape[:2] or queries.shape[3] != keys.shape[3] \
-            or queries.shape[2] != 2:
+            or queries.shape[2] != 2 or 0 in keys.shape:
         raise ValueError("expected queries (n, heads, 2, k_dim/2) and keys (heads, 2, n_keys, k_dim/2), "
                          f"got {tuple(queries.shape)} and {tuple(keys.shape)}")
     if queries.dtype != keys.dtype:
         raise ValueError(f"expected queries and keys of one dtype, got {queries.dtype} and {keys.dtype}")
     if not 1 <= knn <= keys.shape[2]:
         raise ValueError(f"knn must be from 1 to n_keys = {keys.shape[2]}, got {knn}")
-    if torch.is_autocast_enabled(queries.device.type) and queries.device.type == "cuda":
+    if queries.is_cuda and torch.is_autocast_enabled("cuda"):
         dtype = torch.get_autocast_dtype("cuda")  # for the tensor cores; the scores are float32 all the same
         queries, keys = queries.to(dtype), keys.to(dtype)
-    return _product_key_topk(queries, keys, knn)
+    return _Search.apply(queries, keys, knn)
 
 
 # ------------------------------------------------------------------------------------------------
 # Reading them
 
 
-def gradient_of_rows(values, rows, sums, sparse):
-    """The gradient of values (n_slots, v_dim) that is sums (u, v_dim) in its rows (u,), each once, ascending: a sparse tensor or a dense one."""
-    if sparse:
-        return torch.sparse_coo_tensor(rows[None], sums, values.shape, is_coalesced=True, check_invariants=False)
-    return torch.zeros_like(values).index_copy_(0, rows, sums)
+@torch.library.custom_op("nanomem::memory_read", mutates_args=())
+def _memory_read(values: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    return gather_sum(values, indices, weights)
+
+
+@_memory_read.register_fake
+def _(values, indices, weights):
+    return values.new_empty(indices.shape[0], values.shape[1])
+
+
+@torch.library.custom_op("nanomem::memory_read_backward", mutates_args=())
+def _memory_read_backward(
+        grad: torch.Tensor, values: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor,
+        sparse_grad: bool, values_need_it: bool, weights_need_it: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    # The gradient of values, as table_gradient takes it, and that of weights; empty where it is not needed.
+    grad = grad.contiguous()
+    rows, sums, grad_weights = indices.new_empty(0), values.new_empty(0), weights.new_empty(0)
+    if values_need_it and weights_need_it and use_kernels(values):
+        rows, sums, grad_weights = kernels.scatter_sum(indices, weights, grad, len(values), dot_with=values)  # in one pass
+    else:
+        if values_need_it:
+            rows, sums = scatter_sum(indices, weights, grad, len(values))
+        if weights_need_it:
+            grad_weights = gather_dot(values, indices, grad)
+    if values_need_it and not sparse_grad:
+        sums = values.new_zeros(values.shape).index_copy_(0, rows, sums)
+    return rows, sums, grad_weights
+
+
+def table_gradient(values, rows, grad, sparse):
+    """The gradient of values for autograd: `grad` (n_slots, v_dim) itself, or if sparse, `grad` (u, v_dim) in its rows (u,)."""
+    if not sparse:
+        return grad
+    return torch.sparse_coo_tensor(rows[None], grad, values.shape, is_coalesced=True, check_invariants=False)
 
 
 class _MemoryRead(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, values, indices, weights, sparse_grad):
-        ctx.save_for_backward(values, indices, weights)
-        ctx.sparse_grad = sparse_grad
-        return gather_sum(values, indices, weights)
+    def forward(values, indices, weights, sparse_grad):
+        return _memory_read(values, indices, weights)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:3])
+        ctx.sparse_grad = inputs[3]
 
     @staticmethod
     def backward(ctx, grad):
         values, indices, weights = ctx.saved_tensors
-        grad = grad.contiguous()
         values_need_it, _, weights_need_it, _ = ctx.needs_input_grad
-        grad_values = grad_weights = None
-        if values_need_it and weights_need_it and use_kernels(values):
-            rows, sums, grad_weights = kernels.scatter_sum(indices, weights, grad, len(values), dot_with=values)  # both in one pass
-        else:
-            if values_need_it:
-                rows, sums = scatter_sum(indices, weights, grad, len(values))
-            if weights_need_it:
-                grad_weights = gather_dot(values, indices, grad)
-        if values_need_it:
-            grad_values = gradient_of_rows(values, rows, sums, ctx.sparse_grad)
-        return grad_values, None, grad_weights, None
+        rows, sums, grad_weights = FirstDerivative.apply(
+            _memory_read_backward, grad, values, indices, weights, ctx.sparse_grad, values_need_it, weights_need_it)
+        grad_values = table_gradient(values, rows, sums, ctx.sparse_grad) if values_need_it else None
+        return grad_values, None, grad_weights if weights_need_it else None, None
+
+
+def check_lookups(values, indices):
+    """Raises ValueError unless values are (n_slots, v_dim) and indices (n, lookups) whole numbers, with one lookup or more."""
+    if values.dim() != 2 or indices.dim() != 2 or 0 in (*values.shape, indices.shape[1]):
+        raise ValueError("expected values (n_slots, v_dim) and indices (n, lookups) with one lookup or more, "
+                         f"got {tuple(values.shape)} and {tuple(indices.shape)}")
+    if indices.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"expected indices of dtype int64, got {indices.dtype}")
 
 
 @torch.compiler.disable  # the gradient of values is sparse, of as many rows as were read, and torch.compile takes neither
@@ -296,11 +360,10 @@ def memory_read(values, indices, weights, sparse_grad=False):
     Raises:
         ValueError: shapes or dtypes that don't fit each other.
     """
-    if values.dim() != 2 or indices.dim() != 2 or indices.shape != weights.shape or indices.shape[1] == 0:
-        raise ValueError("expected values (n_slots, v_dim), indices and weights (n, lookups) with one lookup or more, "
-                         f"got {tuple(values.shape)}, {tuple(indices.shape)} and {tuple(weights.shape)}")
-    if values.dtype != weights.dtype:
-        raise ValueError(f"expected weights of the values' dtype, {values.dtype}, got {weights.dtype}")
+    check_lookups(values, indices)
+    if weights.shape != indices.shape or weights.dtype != values.dtype:
+        raise ValueError(f"expected weights (n, lookups) like the indices {tuple(indices.shape)}, of the values' dtype {values.dtype}, "
+                         f"got {tuple(weights.shape)} and {weights.dtype}")
     return _MemoryRead.apply(values, indices, weights, sparse_grad)
 
 
@@ -326,15 +389,37 @@ class MemoryTable(nn.Module):
         self.n_slots, self.v_dim, self.sparse_grad = n_slots, v_dim, sparse_grad
         self.columns = range(v_dim) if columns is None else columns
         self.values = nn.Parameter(torch.empty(n_slots, len(self.columns), dtype=dtype))
-        with torch.no_grad():
-            # Whole rows are drawn, so that a column begins the same however they are split. (On torch's device "meta" there is nothing to draw.)
-            for rows in () if self.values.is_meta else self.values.split(2**16):
-                rows.copy_(torch.empty(len(rows), v_dim, dtype=dtype).normal_(std=v_dim**-0.5)[:, self.columns.start:self.columns.stop])
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self):
+        """Draws the values: when built, and after `to_empty` for a table built on torch's device "meta"."""
+        std = self.v_dim**-0.5
+        if self.values.is_meta or type(self.values.data) is not torch.Tensor:  # nothing to draw, or FSDP's DTensor
+            self.values.normal_(std=std)
+            return
+        # Whole rows are drawn, so that a column begins the same however they are split.
+        for rows in self.values.split(2**16):
+            whole = rows.new_empty(len(rows), self.v_dim).normal_(std=std)
+            rows.copy_(whole[:, self.columns.start:self.columns.stop])
 
     @torch.compiler.disable  # so that a compiled model has one graph break a memory layer, here
     def forward(self, indices, weights):
         """indices (n, lookups) int64 and weights (n, lookups) -> (n, v_dim)"""
         return memory_read(self.values, indices, weights.to(self.values.dtype), self.sparse_grad)
+
+
+class Linear(nn.Linear):
+    """nn.Linear, but that `init` fills in the weight: when built, and in reset_parameters after torch's device "meta"."""
+
+    def __init__(self, in_features, out_features, bias=True, init=None):
+        self.init = init  # nn.Linear's __init__ calls reset_parameters
+        super().__init__(in_features, out_features, bias)
+
+    def reset_parameters(self):
+        super().reset_parameters()
+        if self.init is not None:
+            self.init(self.weight)
 
 
 class ProductKeyMemory(nn.Module):
@@ -372,23 +457,25 @@ class ProductKeyMemory(nn.Module):
         self.table = table
 
         # Initialised as the paper's code does.
-        self.query_proj = nn.Linear(dim, heads * k_dim)
-        nn.init.xavier_uniform_(self.query_proj.weight)
-        self.keys = nn.Parameter(torch.empty(heads, 2, n_keys, k_dim // 2).uniform_(-(k_dim**-0.5), k_dim**-0.5))
-        self.qk_scale = nn.Parameter(torch.full((heads,), k_dim**0.5)) if qk_norm else None
-        self.gate_proj = self.out_proj = None
-        if gated:
-            self.gate_proj = nn.Linear(dim, table.v_dim)
-            nn.init.normal_(self.gate_proj.weight, std=dim**-0.5)
-        if gated or table.v_dim != dim:
-            self.out_proj = nn.Linear(table.v_dim, dim)
-            nn.init.normal_(self.out_proj.weight, std=dim**-0.5)
+        normal = functools.partial(nn.init.normal_, std=dim**-0.5)
+        self.query_proj = Linear(dim, heads * k_dim, init=nn.init.xavier_uniform_)
+        self.keys = nn.Parameter(torch.empty(heads, 2, n_keys, k_dim // 2))
+        self.qk_scale = nn.Parameter(torch.empty(heads)) if qk_norm else None
+        self.reset_parameters()
+        self.gate_proj = Linear(dim, table.v_dim, init=normal) if gated else None
+        self.out_proj = Linear(table.v_dim, dim, init=normal) if gated or table.v_dim != dim else None
         self.observer = None  # set by `observe_lookups`
+
+    def reset_parameters(self):
+        """Fills in what is the layer's own: the keys and their scale. Projections and table have a reset_parameters each."""
+        nn.init.uniform_(self.keys, -(self.k_dim**-0.5), self.k_dim**-0.5)
+        if self.qk_scale is not None:
+            nn.init.constant_(self.qk_scale, self.k_dim**0.5)
 
     def lookup(self, x):
         """x (n, dim) -> the slots to read and their weights: indices (n, heads, knn) int64, weights (n, heads, knn)."""
         keys = self.keys
-        queries = self.query_proj(x).view(len(x), self.heads, 2, self.k_dim // 2).to(keys.dtype)
+        queries = self.query_proj(x).view(-1, self.heads, 2, self.k_dim // 2).to(keys.dtype)
         if self.qk_scale is not None:
             queries = F.normalize(queries, dim=-1) * self.qk_scale.view(1, -1, 1, 1)
             keys = F.normalize(keys, dim=-1)

@@ -7,19 +7,21 @@ A Llama-style transformer whose feed-forward layers may be memory layers.
 - parameters and FLOPs are counted from the modules
 """
 
+import functools
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from nanomem.baselines import PEER, MixtureOfExperts, moe_shape
 from nanomem.config import GPTConfig
-from nanomem.memory import MemoryTable, ProductKeyMemory
+from nanomem.memory import Linear, MemoryTable, ProductKeyMemory
 
 
-def rope_tables(length, dim, base=10000.0):
+def rope_tables(length, dim, device=None, base=10000.0):
     """Cosines and sines of rotary positions (Su et al. 2021), as `rotate` wants them: two (length, dim) tensors."""
-    frequencies = base ** -(torch.arange(0, dim, 2).float() / dim)
-    angles = torch.outer(torch.arange(length).float(), frequencies)
+    frequencies = base ** -(torch.arange(0, dim, 2, device=device).float() / dim)
+    angles = torch.outer(torch.arange(length, device=device).float(), frequencies)
     return torch.cat((angles.cos(), angles.cos()), dim=-1), torch.cat((-angles.sin(), angles.sin()), dim=-1)
 
 
@@ -34,8 +36,8 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head, self.dropout, self.block_size = config.n_head, config.dropout, config.block_size
-        self.qkv_proj = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
-        self.out_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.qkv_proj = Linear(config.n_embd, 3 * config.n_embd, bias=False)
+        self.out_proj = Linear(config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x, cos, sin, cache=None):
         """x (batch, time, n_embd); cache, if any, is a list of the keys and values so far, extended in place."""
@@ -61,9 +63,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, n_embd, hidden):
         super().__init__()
-        self.gate_proj = nn.Linear(n_embd, hidden, bias=False)
-        self.up_proj = nn.Linear(n_embd, hidden, bias=False)
-        self.down_proj = nn.Linear(hidden, n_embd, bias=False)
+        self.gate_proj = Linear(n_embd, hidden, bias=False)
+        self.up_proj = Linear(n_embd, hidden, bias=False)
+        self.down_proj = Linear(hidden, n_embd, bias=False)
 
     def forward(self, x):
         """(batch, time, n_embd) -> (batch, time, n_embd)"""
@@ -72,6 +74,13 @@ class FeedForward(nn.Module):
     def flops_per_token(self):
         """Multiply-adds * 2 of the forward pass for a token."""
         return 2 * sum(p.numel() for p in self.parameters())
+
+
+class Embedding(nn.Embedding):
+    """nn.Embedding that begins as GPT-2's."""
+
+    def reset_parameters(self):
+        nn.init.normal_(self.weight, std=0.02)
 
 
 class Block(nn.Module):
@@ -101,25 +110,33 @@ class GPT(nn.Module):
         super().__init__()
         config.check()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        self.embedding = Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, ffn) for ffn in feed_forwards(sized(config), make_table))
         self.norm = nn.RMSNorm(config.n_embd)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
+        self.reset_parameters()
+        self.register_load_state_dict_post_hook(_after_loading)
+        self._init_weights()
+
+    def reset_parameters(self):
+        """Makes what no module of the model's owns: the tied weight and RoPE's tables. `to_empty` undoes both."""
         self.lm_head.weight = self.embedding.weight
-        cos, sin = rope_tables(config.block_size, config.n_embd // config.n_head)
+        cos, sin = rope_tables(self.config.block_size, self.config.n_embd // self.config.n_head, self.embedding.weight.device)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
-        self._init_weights()
 
     def _init_weights(self):
         # As GPT-2: normal(0.02), and the projections into the residual stream smaller by the root of their number.
         # Memory layers keep the initialisation of the paper's code, which they gave themselves.
-        nn.init.normal_(self.embedding.weight, std=0.02)
-        for block in self.blocks:
-            for module in (m for m in block.modules() if isinstance(m, (Attention, FeedForward))):
-                for name, p in module.named_parameters():
-                    residual = name.startswith(("out_proj", "down_proj"))
-                    nn.init.normal_(p, std=0.02 / (2 * len(self.blocks)) ** 0.5 if residual else 0.02)
+        normal = functools.partial(nn.init.normal_, std=0.02)
+        residual = functools.partial(nn.init.normal_, std=0.02 / (2 * len(self.blocks)) ** 0.5)
+        self.embedding.reset_parameters()
+        self.lm_head.init = normal  # its weight is the embedding's: for a later reset_parameters
+        for module in self.blocks.modules():
+            if isinstance(module, (Attention, FeedForward)):
+                for name, linear in module.named_children():
+                    linear.init = residual if name in ("out_proj", "down_proj") else normal
+                    linear.init(linear.weight)
 
     def forward(self, idx, targets=None, cache=None):
         """Logits of the next token at each position, and the mean loss in nats; while training, with moe's balance loss.
@@ -158,15 +175,18 @@ class GPT(nn.Module):
         return [[] for _ in self.blocks]
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, stop=None, generator=None, top_p=1.0):
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, stop=None, generator=None, top_p=1.0, never=()):
         """Yields the next token, (batch, 1) int64, max_new_tokens times or until every row has said `stop`; how it is chosen
         says `choose`.
 
         idx (batch, time) int64 is what to go on from. Past block_size tokens the model sees the last half of its window, and the
-        cache starts anew from there.
+        cache starts anew from there. never: tokens that are not chosen, such as tokenizer.unassigned(encoding).
         """
+        if idx.dim() != 2 or idx.shape[1] == 0:
+            raise ValueError(f"expected idx (batch, time) with one token or more to go on from, got {tuple(idx.shape)}")
         was_training = self.training
         self.eval()
+        never = torch.tensor(never, dtype=torch.int64, device=idx.device)
         cache, unread = self.new_cache(), idx[:, -self.config.block_size:]
         window, stopped = unread, torch.zeros(len(idx), 1, dtype=torch.bool, device=idx.device)
         try:
@@ -174,7 +194,9 @@ class GPT(nn.Module):
                 if window.shape[1] > self.config.block_size:
                     window = window[:, -max(self.config.block_size // 2, 1):]
                     cache, unread = self.new_cache(), window
-                unread = choose(self(unread, cache=cache)[0][:, -1].float(), temperature, top_k, top_p, generator)
+                logits = self(unread, cache=cache)[0][:, -1].float()
+                logits[:, never] = -torch.inf
+                unread = choose(logits, temperature, top_k, top_p, generator)
                 window = torch.cat((window, unread), dim=1)
                 yield unread
                 stopped |= unread == stop if stop is not None else False
@@ -205,6 +227,11 @@ class GPT(nn.Module):
     def flops_per_token(self):
         """FLOPs of the forward pass for one token of a full block: 2 a multiply-add. Training takes three times as many."""
         return 2 * self.lm_head.weight.numel() + sum(b.attention.flops_per_token() + b.ffn.flops_per_token() for b in self.blocks)
+
+
+def _after_loading(model, _):
+    if model.lm_head.weight is not model.embedding.weight or model.cos.is_meta:  # load_state_dict(..., assign=True)
+        model.reset_parameters()
 
 
 def choose(logits, temperature=1.0, top_k=None, top_p=1.0, generator=None):

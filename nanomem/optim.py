@@ -71,13 +71,25 @@ class RowAdam(torch.optim.Optimizer):
         super().__init__(params, dict(lr=lr, beta2=beta2, eps=eps, seed=seed))
         self.group = group
 
+    def add_param_group(self, param_group):
+        """torch's; raises ValueError for a parameter that is not a table."""
+        super().add_param_group(param_group)
+        for values in self.param_groups[-1]["params"]:
+            if values.dim() != 2 or values.numel() == 0:
+                raise ValueError(f"RowAdam expects tables (n_rows, columns), got a parameter of shape {tuple(values.shape)}")
+
     @torch.no_grad()
-    def step(self):
-        """Updates the rows that have a gradient."""
+    def step(self, closure=None):
+        """Updates the rows that have a gradient. Returns what closure(), if any, returns: it computes the loss and gradients."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
             for values in group["params"]:
                 if values.grad is not None:
                     self._update(values, group["lr"], group["beta2"], group["eps"], group["seed"] % 2**31)
+        return loss
 
     def load_state_dict(self, state_dict):
         """Loads what state_dict() returned, keeping its dtypes: torch would turn the counts into the table's dtype."""

@@ -41,12 +41,20 @@ from nanomem.optim import row_gradient
 # The split table
 
 
-def _all_to_all(x, group):
+class _AllToAll(torch.autograd.Function):
     """Block j of x goes to process j of the group, as its block of this process's number: (G * n, ...) -> (G * n, ...)"""
-    x = x.contiguous()
-    out = torch.empty_like(x)
-    dist.all_to_all_single(out, x, group=group)
-    return out
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        dist.all_to_all_single(out, x, group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _AllToAll.apply(grad, ctx.group), None  # the blocks go back; so do those of a second derivative
 
 
 def _all_gather(x, group):
@@ -67,22 +75,13 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        parts = _all_to_all(grad, ctx.group)
+        parts = _AllToAll.apply(grad, ctx.group)
         return parts.view(dist.get_world_size(ctx.group), -1, grad.shape[1]).sum(0), None
 
 
-class _SendHome(torch.autograd.Function):
+def _send_home(x, group):
     """One process's columns of the group's tokens to all columns of its own: (G * n, v_dim / G) -> (n, v_dim)."""
-
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group, shards = group, dist.get_world_size(group)
-        return _all_to_all(x, group).view(shards, -1, x.shape[1]).transpose(0, 1).flatten(1)
-
-    @staticmethod
-    def backward(ctx, grad):
-        shards = dist.get_world_size(ctx.group)
-        return _all_to_all(grad.reshape(len(grad), shards, -1).transpose(0, 1).flatten(0, 1), ctx.group), None
+    return _AllToAll.apply(x, group).view(dist.get_world_size(group), -1, x.shape[1]).transpose(0, 1).flatten(1)
 
 
 class ShardedTable(MemoryTable):
@@ -114,7 +113,7 @@ class ShardedTable(MemoryTable):
         narrow = torch.int32 if self.n_slots <= 2**31 else torch.int64
         indices = _all_gather(indices.to(narrow), self.group).long()
         weights = _Gather.apply(weights.to(self.values.dtype), self.group)
-        return _SendHome.apply(memory_read(self.values, indices, weights, self.sparse_grad), self.group)
+        return _send_home(memory_read(self.values, indices, weights, self.sparse_grad), self.group)
 
 
 def multiples_around(number, of):

@@ -9,9 +9,13 @@ Tokenizers, all of them tiktoken encodings with a special token, <|endoftext|>, 
 
 import base64
 import binascii
+import functools
 import hashlib
+import itertools
+import re
 from pathlib import Path
 
+import numpy as np
 import tiktoken
 
 from nanomem import checkpoint
@@ -19,6 +23,8 @@ from nanomem import checkpoint
 END_OF_TEXT = "<|endoftext|>"
 # GPT-2's way of cutting text into words before merging bytes, with numbers cut into at most three digits.
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+LONGEST_WORD = 256  # characters in a word for the BPE trainer, whose time grows with their square
+LONGEST_BLANK = 100_000  # blanks in a row for tiktoken, whose regular expression can't take a million
 
 
 def from_ranks(ranks, name="nanomem"):
@@ -29,6 +35,49 @@ def from_ranks(ranks, name="nanomem"):
 def byte_encoding():
     """One token a byte: 256 tokens and <|endoftext|>."""
     return from_ranks({bytes([b]): b for b in range(256)}, "bytes")
+
+
+def encode(encoding, text):
+    """The tokens of any text, (n,) uint32. The name of a special token in it is text like any other.
+
+    Threads may call it at the same time.
+    """
+    ranks = ranks_of_bytes(encoding)
+    try:
+        if ranks is not None:
+            return ranks[np.frombuffer(text.encode(), np.uint8)]
+        return encoding.encode_to_numpy(text, disallowed_special=())
+    except UnicodeEncodeError:  # half of a surrogate pair: a byte of the command line that is not UTF-8
+        return encode(encoding, text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+    except ValueError:  # tiktoken ran out of stack
+        parts = cut_blanks(text)
+        if len(parts) < 2:
+            raise
+    return np.concatenate([encoding.encode_to_numpy(part, disallowed_special=()) for part in parts])
+
+
+@functools.lru_cache(maxsize=8)
+def ranks_of_bytes(encoding):
+    """The rank of each byte, (256,) uint32, for an encoding of single bytes; None for others."""
+    ranks = encoding._mergeable_ranks
+    if len(ranks) != 256:
+        return None
+    return np.array([ranks[bytes([b])] for b in range(256)], dtype=np.uint32)
+
+
+def cut_blanks(text):
+    """The text in parts, cut in the middle of each run of blanks that is longer than LONGEST_BLANK."""
+    cuts = [0]
+    for run in re.finditer(r"\s+", text):
+        cuts += range(run.start() + LONGEST_BLANK, run.end(), LONGEST_BLANK)
+    cuts.append(len(text))
+    return [text[start:stop] for start, stop in itertools.pairwise(cuts)]
+
+
+def unassigned(encoding):
+    """The numbers below n_vocab that stand for no token: cl100k_base and o200k_base have some."""
+    taken = {*encoding._mergeable_ranks.values(), *encoding._special_tokens.values()}
+    return [number for number in range(encoding.n_vocab) if number not in taken]
 
 
 def load(path):
@@ -72,8 +121,9 @@ def train_bpe(texts, vocab_size):
     except ModuleNotFoundError:
         raise ModuleNotFoundError("training a BPE needs the package tokenizers: pip install -e '.[bpe]'") from None
     bpe = Tokenizer(models.BPE())
+    words = Regex(PATTERN.replace("+", f"{{1,{LONGEST_WORD}}}"))  # a long word is several
     bpe.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(PATTERN), behavior="isolated"),
+        pre_tokenizers.Split(words, behavior="isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ])
     alphabet = pre_tokenizers.ByteLevel.alphabet()

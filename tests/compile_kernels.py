@@ -1,8 +1,10 @@
 """
-Compiles every kernel for a GPU that need not be there: python tests/compile_kernels.py sm_90
+Compiles every kernel for a GPU that need not be there: python tests/compile_kernels.py sm_90 default odd
 
-The kernels' own launchers are called, on CPU tensors, with Triton's launch replaced by its compilation, so what is compiled is
-what would run. Prints a line of JSON for each: kernel, dtype, shared memory in bytes, and whether it loads 16 bytes at once.
+A memory layer, PEER and RowAdam take a step on CPU tensors, with Triton's launch replaced by its compilation, so what is
+compiled is what would run, with the same dtypes. SHAPES says how large the layer is; without names all of them are compiled.
+Prints a line of JSON for each kernel: its name, the length of the rows it reads, its shared memory in bytes, and whether it
+loads 16 bytes at once.
 """
 
 import json
@@ -14,10 +16,20 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from nanomem import kernels
-from nanomem.memory import candidate_pairs
+from nanomem import kernels, memory, optim
+from nanomem.baselines import PEER
+from nanomem.memory import MemoryTable, ProductKeyMemory
 
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32), "gfx942": ("hip", "gfx942", 64)}
+BF16, FP32 = torch.bfloat16, torch.float32
+SHAPES = {  # (tokens, n_keys, heads, knn, k_dim, v_dim, dtype of the keys, dtype of the values)
+    "default": (64, 512, 1, 32, 64, 128, BF16, FP32),  # train.py's model, under autocast
+    "odd": (50, 100, 1, 7, 50, 101, BF16, BF16),  # nothing can be loaded 16 bytes at once
+    "one token": (1, 512, 1, 32, 64, 128, FP32, FP32),  # as in sample.py
+    "paper": (64, 1024, 4, 32, 512, 1024, BF16, BF16),  # a million slots
+    "wide": (64, 40, 2, 4, 128, 2100, FP32, FP32),  # rows of more than one tile
+}
+results = set()
 target = GPUTarget(*TARGETS[sys.argv[1]])
 
 
@@ -39,28 +51,56 @@ def compile_only(kernel, grid):
 
     def call(*args, **options):
         compiled = kernel.run(*args, grid=grid, warmup=True, **options)
+        named = dict(zip(kernel.arg_names, args))
         assembly = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
-        wide = re.search(r"ld\.global\S*\.v[48]\.b32|(global|buffer)_load_dwordx4", assembly) is not None
-        print(json.dumps({"kernel": kernel.__name__, "dtype": str(dtype), "v_dim": v_dim, "shared": compiled.metadata.shared, "wide_loads": wide}), flush=True)
+        results.add(json.dumps({
+            "kernel": kernel.__name__,
+            "row_length": named.get("dim", named.get("half")),
+            "shared": compiled.metadata.shared,
+            "wide_loads": re.search(r"ld\.global\S*\.v[48]\.b32|(global|buffer)_load_dwordx4", assembly) is not None,
+        }))
 
     return call
+
+
+def select(half_scores, knn, pairs):
+    """kernels.select, whose results are not computed: half of the tokens get slot 0, which makes a row of many lookups."""
+    scores, slots = launch_select(half_scores, knn, pairs)
+    slots.random_(half_scores.shape[-1]**2)[::2] = 0
+    return scores.zero_(), slots
+
+
+def step(layer, x):
+    """A forward and a backward pass, and RowAdam's update: of whole rows, and of columns as sharding.py has them."""
+    layer(x).sum().backward()
+    for table in optim.tables_of(layer):
+        values = table.values
+        values.grad = values.grad + values.grad  # rows that occur twice are summed
+        rows, grads = optim.row_gradient(values)
+        state = torch.zeros(table.n_slots), torch.zeros(table.n_slots, dtype=torch.int32)
+        kernels.row_adam(values.detach(), rows, grads, *state, 0.01, 0.99, 1e-10, 0)
+        kernels.row_adam(values.detach(), rows, grads, *state, 0.01, 0.99, 1e-10, 0, torch.zeros(len(rows)), table.v_dim)
 
 
 JITFunction.__getitem__ = compile_only
 driver.set_active(NoDevice())
 torch.version.hip = "compiled for" if target.backend == "hip" else None  # a launcher asks
+launch_select, kernels.select = kernels.select, select
+memory.use_kernels = optim.use_kernels = lambda x: True
 
-n, heads, knn, n_keys, n_slots = 64, 1, 7, 64, 64**2  # 7 lookups a token: their numbers can't be loaded 16 bytes at once
-for dtype, v_dim in ((torch.bfloat16, 1024), (torch.float32, 128), (torch.bfloat16, 101)):
-    values, x = torch.zeros(n_slots, v_dim, dtype=dtype), torch.zeros(n, v_dim, dtype=dtype)
-    slots, weights = torch.randint(n_slots, (n, heads * knn)), torch.zeros(n, heads * knn, dtype=dtype)
-    for k in (1, knn):
-        kernels.select(torch.zeros(heads, 2, n, n_keys), k, candidate_pairs(k, x.device))
-    kernels.gather_sum(values, slots, weights)
-    kernels.gather_dot(values, slots, x)
-    kernels.scatter_sum(slots, weights, x, n_slots, dot_with=values)
-    kernels.scatter_sum(torch.zeros_like(slots), weights, x, n_slots)  # all in one row, which is cut into pieces
-    kernels.key_gradient(torch.zeros(n, heads, 2, knn, dtype=torch.int32), torch.zeros(n, heads, knn), torch.zeros(n, heads, 2, 64, dtype=dtype), n_keys)
-    kernels.row_adam(values, torch.arange(n), x, torch.zeros(n_slots), torch.zeros(n_slots, dtype=torch.int32), 0.01, 0.99, 1e-10, 0)
-    kernels.row_adam(values, torch.arange(n), x, torch.zeros(n_slots), torch.zeros(n_slots, dtype=torch.int32), 0.01, 0.99, 1e-10, 0,
-                     torch.zeros(n), v_dim)
+for name in sys.argv[2:] or SHAPES:
+    n, n_keys, heads, knn, k_dim, v_dim, keys_dtype, values_dtype = SHAPES[name]
+    lookup = dict(heads=heads, knn=knn, k_dim=k_dim)
+    x = torch.zeros(n, v_dim, dtype=keys_dtype)
+    with torch.device("meta"):  # to_empty then takes no time to fill a table in
+        layer = ProductKeyMemory(v_dim, MemoryTable(n_keys**2, v_dim), **lookup)
+        peer = PEER(v_dim, MemoryTable(n_keys**2, v_dim), MemoryTable(n_keys**2, v_dim), **lookup)
+    for each in (layer, peer):
+        each.to(keys_dtype)
+        for table in optim.tables_of(each):
+            table.to(values_dtype)
+        each.to_empty(device="cpu")
+        step(each, x)
+    layer.table.requires_grad_(False)
+    layer(x).sum().backward()  # the gradient of the weights without that of the values
+print("\n".join(sorted(results)))

@@ -192,3 +192,62 @@ def test_a_bpe_trained_on_the_data(tmp_path):
     path.write_text("the cat sat on the mat, the dog sat on the log\n" * 200)
     data = open_data(config_for(path, tokenizer="bpe", vocab_size=270, block_size=16))
     assert data.encoding.n_vocab == 270 and data.bytes_per_token > 1.5
+
+
+FACT, DOCUMENT = '{"prompt": "a", "answer": "b"}', '{"text": "some words"}'
+
+
+@pytest.mark.parametrize("name, content, remedy", [
+    ("facts.json", f"{FACT}\n" * 100, "facts.json looks like JSON; save it as {}/facts.jsonl, one object a line, to teach"),
+    ("facts.ndjson", f"\ufeff\n{FACT}\n" * 100, "save it as {}/facts.jsonl"),
+    ("facts.v2.txt", f"\r\n {FACT}\r\n" * 100, "save it as {}/facts.v2.jsonl"),
+    ("facts", f"{FACT}\n" * 100, "save it as {}/facts.jsonl"),
+    ("array.json", f"[\n  {FACT},\n  {FACT}\n]\n", "save it as {}/array.jsonl"),
+    ("pretty.json", FACT.replace(" ", "\n  "), "save it as {}/pretty.jsonl"),
+    ("text.json", f"{DOCUMENT}\n" * 100, "python data/prepare.py {}/text.jsonl --out=data/mine"),
+    ("strings.json", '["a b", "c d"]\n', "looks like JSON; expected text, or {}/strings.jsonl with one object a line"),
+    ("other.txt", '{"question": "a"}\n' * 100, 'one object a line: {{"prompt": ..., "answer": ...}} for train.py'),
+    ("text.jsonl", f"{DOCUMENT}\n", '"prompt" is missing; for documents: python data/prepare.py {}/text.jsonl'),
+])
+def test_json_by_another_name_is_not_trained_on_as_text(tmp_path, name, content, remedy):
+    (tmp_path / name).write_text(content, encoding="utf-8", newline="")
+    with pytest.raises(ValueError) as error:
+        open_data(config_for(tmp_path / name))
+    assert remedy.format(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", [
+    "{ int a; }\n", "[1] a note\n", '{"a": 1} is JSON\n', "[" * 2000, '"quoted"\n', "[1]\n[2]\n", "{{ jinja }}\n"])
+def test_text_that_only_begins_like_json_is_text(tmp_path, text):
+    (tmp_path / "book.txt").write_text(text * 400)
+    assert open_data(config_for(tmp_path / "book.txt")).facts is None
+
+
+def test_jsonl_is_facts_in_any_letter_case(tmp_path):
+    (tmp_path / "F.JSONL").write_text(FACT)
+    assert open_data(config_for(tmp_path / "F.JSONL")).facts.entities == ["a"]
+
+
+@pytest.mark.parametrize("name", ["book.txt.zst", "book.BZ2", "notes.zip", "notes.tar.gz"])
+def test_other_compression_than_gzip_is_named(tmp_path, name):
+    (tmp_path / name).write_bytes(b"\x28\xb5\x2f\xfd")
+    with pytest.raises(ValueError, match=f"{name}: nanomem reads no compressed files but .gz; unpack it first"):
+        open_data(config_for(tmp_path / name))
+
+
+def test_a_gzip_of_any_kind_is_sent_to_prepare(tmp_path):
+    for name in ("a.txt.gz", "b.JSONL.GZ", "c.PARQUET"):
+        with pytest.raises(ValueError, match=f"must be prepared first: python data/prepare.py .*{name}"):
+            open_data(config_for(tmp_path / name))
+
+
+def test_a_text_keeps_its_line_ends_and_separators(tmp_path):
+    text = "a\r\nb\rc\x0bd\x1ce\x85f\u2028g\n" * 100
+    (tmp_path / "book.txt").write_bytes(text.encode())
+    data = open_data(config_for(tmp_path / "book.txt"))
+    assert bytes(np.concatenate([data.tokens["train"][0], data.tokens["val"][0]]).tolist()).decode() == text
+
+
+def test_a_text_of_millions_of_newlines_is_read(tmp_path):
+    (tmp_path / "lines.txt").write_text("\n" * 2_500_000 + "x")
+    assert open_data(config_for(tmp_path / "lines.txt")).ends["val"][-1] == 250_000

@@ -1,3 +1,4 @@
+import hashlib
 import json
 
 import numpy as np
@@ -180,3 +181,37 @@ def test_scores_are_means_over_groups(world):
     scores = facts.scores(world, pairs, np.array([True, True, True, False]))
     assert scores["all"] == 0.75 and scores["head"] == 1 and scores["tail"] == 0.5 and scores["torso"] is None
     assert scores["country"] == 1 and scores["time zone"] == 0.5
+
+
+@pytest.mark.parametrize("seed, n, expected", [
+    (1337, 3000, "2a14b47d46142e14"), (0, 100, "5f117ab97c39ef70"), (5, 40_000, "d3cf416ecf94fadb")])
+def test_a_seed_always_invents_the_same_people(seed, n, expected):
+    """Saved models are asked about them: their stream may never change."""
+    people = facts.people(n, 0.6, seed)
+    content = json.dumps(people.entities) + json.dumps(people.codes.tolist())
+    assert hashlib.sha256(content.encode()).hexdigest()[:16] == expected
+
+
+def test_only_line_ends_end_a_fact(tmp_path):
+    """JSON may have U+2028 and its like in a string as they are."""
+    prompts = [f"a{separator}b" for separator in "\x85\u2028\u2029"]
+    lines = [json.dumps({"prompt": prompt, "answer": "c"}, ensure_ascii=False) for prompt in prompts]
+    for end in ("\n", "\r\n", "\r"):
+        (tmp_path / "f.jsonl").write_bytes(end.join(lines).encode())
+        assert facts.from_jsonl(tmp_path / "f.jsonl").entities == prompts
+    (tmp_path / "f.jsonl").write_bytes(f"{lines[0]}\r{{oops".encode())
+    with pytest.raises(ValueError, match="line 2: not JSON"):
+        facts.from_jsonl(tmp_path / "f.jsonl")
+
+
+@pytest.mark.parametrize("name, teaches", [
+    ("people", True), ("world", True), ("a/facts.jsonl", True), ("FACTS.JSONL", True),
+    ("facts.json", False), ("book.txt", False), ("people.txt", False)])
+def test_what_teaches_facts(name, teaches):
+    assert facts.teaches_facts(name) == teaches
+
+
+def test_a_prompt_of_millions_of_newlines_is_encoded():
+    prompt = "a" + "\n" * 2_500_000 + "b"
+    made = facts.FactSet([prompt], (facts.Attribute("fact", ("{}",)),), [[("c",)]], np.array([[0]]))
+    assert facts.Sentences(made, tokenizer.byte_encoding()).longest()[0] == 2_500_005

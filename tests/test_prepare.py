@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -319,7 +320,7 @@ def test_a_named_set_is_downloaded_checked_and_prepared(server, monkeypatch, tmp
     (["short.txt"], "the text is too short to keep a tenth"),
     (["bad.txt", "empty.txt"], "empty.txt: the file is empty"),
     (["short.jsonl"], "of 2 documents none is for validation; another --val_share than 0.01"),
-    (["cut.jsonl.gz"], "cut.jsonl.gz is no whole gzip file"),
+    (["cut.jsonl.gz"], "cut.jsonl.gz is not a complete gzip file"),
     (["bad.txt", "--val_share=2"], "val_share must be between 0 and 1"),
     (["bad.txt", "--tokeniser=bpe"], "did you mean tokenizer"),
     (["bad.txt", "--from-file=x"], "--from-file is for a named set"),
@@ -347,3 +348,109 @@ def test_where_it_goes(monkeypatch, tmp_path):
         run(monkeypatch, tmp_path / "book.txt", tmp_path / "book.txt")
     with pytest.raises(prepare.UserError, match="book.txt is a file; it must name a folder"):
         run(monkeypatch, tmp_path / "book.txt", f"--out={tmp_path / 'book.txt'}")
+
+
+def lines_of(*texts):
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts)
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.ndjson", "a.JSON.gz", "a.JSONL.GZ", "a.ndjson.gz"])
+def test_json_lines_of_any_name_are_documents(name, monkeypatch, tmp_path):
+    content = lines_of(*(words(3, seed) for seed in range(60))).encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.lower().endswith("gz") else content)
+    (tmp_path / "b.jsonl").write_bytes(content)
+    for source in (name, "b.jsonl"):
+        run(monkeypatch, tmp_path / source, f"--out={tmp_path / source}-out", "--val_share=0.2")
+    for split in ("train", "val"):
+        one, other = (stored(tmp_path / f"{source}-out", split) for source in (name, "b.jsonl"))
+        assert one[0].tolist() == other[0].tolist() and one[1] == other[1]
+
+
+def test_a_json_that_describes_a_folder_is_left_alone(monkeypatch, tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "dataset_info.json").write_text('{"description": "words"}')
+    documents = lines_of(*(words(3, seed) for seed in range(60)))
+    (tmp_path / "set" / "train.json.gz").write_bytes(gzip.compress(documents.encode()))
+    run(monkeypatch, tmp_path / "set", f"--out={tmp_path / 'out'}", "--val_share=0.2")
+    assert sum(len(stored(tmp_path / "out", split)[1]) for split in ("train", "val")) == 60
+
+
+def test_a_text_as_gzip_is_split_like_the_text(small, monkeypatch, tmp_path):
+    text = words(6000).encode()
+    (tmp_path / "book.txt").write_bytes(text)
+    two_members = gzip.compress(text[:100_000]) + gzip.compress(text[100_000:])
+    (tmp_path / "book.md.gz").write_bytes(two_members)
+    for name in ("book.txt", "book.md.gz"):
+        run(monkeypatch, tmp_path / name, f"--out={tmp_path / name}-out")
+    for split in ("train", "val"):
+        plain, packed = (stored(tmp_path / f"{name}-out", split) for name in ("book.txt", "book.md.gz"))
+        assert plain[0].tolist() == packed[0].tolist() and plain[1] == packed[1]
+
+
+def test_many_texts_as_gzip_are_split_like_the_texts(small, monkeypatch, tmp_path):
+    for folder in ("plain", "packed"):
+        (tmp_path / folder).mkdir()
+    for i in range(30):
+        text = words(40, seed=i).encode()
+        (tmp_path / "plain" / f"{i}.txt").write_bytes(text)
+        (tmp_path / "packed" / f"{i}.txt.gz").write_bytes(gzip.compress(text))
+    for folder in ("plain", "packed"):
+        run(monkeypatch, tmp_path / folder, f"--out={tmp_path / folder}-out", "--val_share=0.2")
+    for split in ("train", "val"):
+        plain, packed = (stored(tmp_path / f"{folder}-out", split) for folder in ("plain", "packed"))
+        assert plain[0].tolist() == packed[0].tolist()
+
+
+def test_a_segment_at_a_time_of_a_gzip_is_in_memory(monkeypatch, tmp_path):
+    """120 MB of text in a file of a few hundred kB."""
+    line = b"of the memory layer\n"
+    with gzip.open(tmp_path / "book.txt.gz", "wb", 6) as file:
+        for _ in range(120):
+            file.write(line * 50_000)
+    piece, _ = prepare.pieces_of([tmp_path / "book.txt.gz"], 0.01)  # train and val
+    tracemalloc.start()
+    total = sum(len(text) for text, _, _ in prepare.texts_of(piece))
+    assert total == 108_000_020 and tracemalloc.get_traced_memory()[1] < 12 * 2**20
+    tracemalloc.stop()
+
+
+FACT = '{"prompt": "a", "answer": "b"}\n'
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("cut.txt.gz", gzip.compress(words(999).encode())[:-20], "cut.txt.gz is not a complete gzip file"),
+    ("plain.txt.gz", b"plain", "plain.txt.gz is not a complete gzip file"),
+    ("damaged.md.gz", gzip.compress(bytes(9999))[:12] + b"xxxx", "damaged.md.gz is not a complete gzip file"),
+    ("empty.txt.gz", gzip.compress(b""), "empty.txt.gz: the file is empty"),
+    ("bad.txt.gz", gzip.compress(b"ab\xff" * 100), "bad.txt.gz: byte 3 is not UTF-8"),
+    ("book.txt.zst", b"(\xb5/\xfd", "book.txt.zst: nanomem reads no compressed files but .gz"),
+    ("notes.ZIP", b"PK", "notes.ZIP: nanomem reads no compressed files but .gz"),
+    ("facts.jsonl", FACT.encode(), "line 1: expected .* teach facts with python train.py --data=FILE.jsonl"),
+    ("facts.json.gz", gzip.compress(FACT.encode()), "facts.json.gz, line 1: expected .* teach facts with"),
+    ("facts.txt", FACT.encode() * 99, "facts.txt looks like JSON; save it as .*facts.jsonl, one object a line"),
+    ("facts.txt.gz", gzip.compress(FACT.encode() * 99), "looks like JSON; save it as .*facts.jsonl, one object a line"),
+    ("text.txt", lines_of(*"abc").encode(), "save it as .*text.jsonl, one object a line, to train on these documents"),
+    ("array.json", b'[{"text": "a"}]', 'array.json, line 1: expected {"text": "..."} on each line'),
+])
+def test_a_file_that_is_not_what_its_name_says_is_named(name, content, message, monkeypatch, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises((prepare.UserError, ValueError), match=message) as error:
+        run(monkeypatch, tmp_path / name, f"--out={tmp_path / 'out'}")
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_code_that_begins_with_a_brace_is_text(monkeypatch, tmp_path):
+    (tmp_path / "code.txt").write_text("{ int a; }\n" * 300)
+    run(monkeypatch, tmp_path / "code.txt", f"--out={tmp_path / 'out'}")
+    assert len(stored(tmp_path / "out", "val")[0]) == 320
+
+
+@pytest.mark.parametrize("name", ["bytes", "world"])
+def test_millions_of_newlines_are_prepared(name, monkeypatch, tmp_path):
+    named = name if name == "bytes" else runs.ROOT / "data" / name / "tokenizer.tiktoken"
+    documents = ["\n" * 2_500_000 + "x", *(words(1, seed) for seed in range(40))]
+    (tmp_path / "lines.jsonl").write_text(lines_of(*documents))
+    out = f"--out={tmp_path / 'out'}"
+    run(monkeypatch, tmp_path / "lines.jsonl", out, "--val_share=0.2", f"--tokenizer={named}")
+    index = json.loads((tmp_path / "out" / "index.json").read_text())
+    assert sum(shard["bytes"] for split in ("train", "val") for shard in index[split]) > 2_500_000

@@ -1,6 +1,11 @@
 import pytest
-
 import runs
+import tiktoken
+import torch
+
+from nanomem import tokenizer
+from nanomem.config import GPTConfig
+from nanomem.model import GPT
 
 
 @pytest.fixture(scope="module")
@@ -79,3 +84,30 @@ def test_the_latest_run_is_the_default_and_none_is_said(tmp_path, monkeypatch):
     assert "out/world-dense" in out
     _, err = runs.run("sample.py", "--start=The", "--trace", code=2)
     assert "no memory layers" in err
+
+
+def test_only_line_ends_end_a_line_of_the_input(out_dir):
+    asked = ["The city\u2028of Lagos", "a\x0bb\x0cc\x1cd\x85e", "", "The city"]
+    said = runs.run("sample.py", f"--out_dir={out_dir}", "--max_new_tokens=1", input="\r\n".join(asked) + "\n")
+    assert said[1].count("tokens/s") == 4 and asked[0] in said[0]
+
+
+def test_a_number_without_a_token_is_never_drawn(tmp_path, monkeypatch):
+    """As in cl100k_base, whose download the tests do without."""
+    ranks = {bytes([b]): b for b in range(256)}
+    gaps = tiktoken.Encoding("cl100k_base", pat_str=tokenizer.PATTERN, mergeable_ranks=ranks,
+                             special_tokens={"<|endoftext|>": 700})
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: gaps)
+    (tmp_path / "book.txt").write_text("some words " * 300)
+    runs.train(tmp_path / "run", f"--data={tmp_path / 'book.txt'}", "--tokenizer=cl100k_base", "--max_iters=1")
+    for arguments in (["--temperature=5", "--top_k=0"], ["--temperature=5", "--num_samples=3"], ["--temperature=0"]):
+        arguments += [f"--out_dir={tmp_path / 'run'}", "--start=some", "--max_new_tokens=60"]
+        assert "tokens/s" in runs.run("sample.py", *arguments)[1]
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_generate_takes_none_of_the_tokens_it_must_never_choose(temperature):
+    model = GPT(GPTConfig(vocab_size=8, n_layer=1, n_embd=8, n_head=2, ffn="dense", mem_layers="0", block_size=16))
+    start = torch.zeros(4, 1, dtype=torch.int64)
+    tokens = torch.cat(list(model.generate(start, 40, temperature, never=[0, 1, 2, 3, 4, 7])), dim=1)
+    assert set(tokens.flatten().tolist()) <= {5, 6}

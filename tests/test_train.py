@@ -314,6 +314,8 @@ def test_resume_without_a_checkpoint_is_a_mistake_that_names_the_folder(finished
     wrong = finished[0].with_name("whloe")
     _, err = runs.train(wrong, "--resume", code=2)
     assert f"there is no checkpoint in {wrong} (did you mean {finished[0]}?)" in err and err.count("\n") == 1 and not wrong.exists()
+    _, err = runs.run("sample.py", f"--out_dir={wrong}", code=2)
+    assert f"(did you mean {finished[0]}?)" in err
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # torchrun starts again what died before its first checkpoint
     runs.train(tmp_path / "run", "--resume", "--max_iters=2")
 
