@@ -244,6 +244,9 @@ class _Search(torch.autograd.Function):
         return *FirstDerivative.apply(_product_key_topk_backward, grad_scores, *ctx.saved_tensors), None
 
 
+_product_key_topk.register_autograd(_Search.backward, setup_context=_Search.setup_context)
+
+
 def product_key_topk(queries, keys, knn):
     """The knn slots with the highest scores among n_keys**2, exactly (Lample et al. 2019, section 3.2).
 
@@ -271,7 +274,9 @@ def product_key_topk(queries, keys, knn):
     if queries.is_cuda and torch.is_autocast_enabled("cuda"):
         dtype = torch.get_autocast_dtype("cuda")  # for the tensor cores; the scores are float32 all the same
         queries, keys = queries.to(dtype), keys.to(dtype)
-    return _Search.apply(queries, keys, knn)
+    # torch.compile takes the operation, torch.func the Function; neither takes the other.
+    search = _product_key_topk if torch.compiler.is_compiling() else _Search.apply
+    return search(queries, keys, knn)
 
 
 # ------------------------------------------------------------------------------------------------
