@@ -118,7 +118,8 @@ def disagree(folder):
         if sharding.rank() == 0:
             (here / "only0.txt").write_text("here and not there " * 100)
         os.chdir(here)
-        with mock.patch.dict(os.environ, LOCAL_RANK="0"):  # as on a machine of its own, where each prints
+        # Each prints, as on a machine of its own, and none ends.
+        with mock.patch.dict(os.environ, LOCAL_RANK="0"), mock.patch.object(sharding, "stop", sys.exit):
             told[name] = runs.run("train.py", *runs.TINY, "--out_dir=out", *arguments, code=2)[1]
     everyones = sharding.gather(told)
     assert all(theirs == everyones[0] for theirs in everyones), everyones
