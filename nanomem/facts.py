@@ -21,7 +21,8 @@ import torch
 
 from nanomem import tokenizer
 
-DATA = Path(__file__).resolve().parent.parent / "data"
+PACKAGE = Path(__file__).resolve().parent
+DATA = next(folder for folder in (PACKAGE / "shipped", PACKAGE.parent / "data") if folder.exists())  # installed, or a clone
 ASKED, SELECT, REPORT = 0, 1, 2  # a pair's questions: asked while training; never, and for choosing settings; never, and reported
 
 
