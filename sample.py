@@ -24,7 +24,7 @@ from rich.table import Table
 from nanomem import checkpoint, export, tokenizer
 from nanomem.config import Config, UserError, one_line_errors, parse, pick_device, safe_streams, setting
 from nanomem.data import open_data, open_tokenizer
-from nanomem.facts import lines_of, teaches_facts
+from nanomem.facts import teaches_facts
 from nanomem.memory import observe_lookups
 from nanomem.model import GPT
 
@@ -217,8 +217,12 @@ with one_line_errors():
     if config.start:
         answer(config.start)
     elif not sys.stdin.isatty():
-        for line in lines_of(sys.stdin.read().removesuffix("\n")):
-            answer(line)
+        empty = True
+        for line in sys.stdin:  # as each arrives: the input may come from a program that waits for the answer
+            answer(line.rstrip("\r\n"))
+            empty = False
+        if empty:
+            answer("")
     else:
         console.print("Ask it something it was taught, or give it a beginning; Ctrl-D ends.")
         if teaches_facts(run.data):

@@ -55,8 +55,12 @@ def folder_of(given):
     """The out_dir of a run with the settings given."""
     config = Config(**given)
     out_dir = Path(config.out_dir if config.out_dir != "auto" else f"out/{Path(config.data).stem}-{config.ffn}")
-    if out_dir.resolve() == Path.cwd():
+    if os.path.realpath(out_dir) == os.getcwd():
         raise UserError(f"out_dir must be a folder of its own, such as out/mine; got {out_dir}")
+    try:
+        str(out_dir).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"out_dir={out_dir} has bytes that are not UTF-8, which safetensors can't open; name another with --out_dir") from None
     return out_dir
 
 
@@ -125,7 +129,7 @@ def make_room(out_dir):
     checkpoints = checkpoint.folders(out_dir)
     if not files or not checkpoints and files == [out_dir / name for name in names[:3]]:  # those of a run that saved nothing
         return
-    folder = out_dir.resolve()  # a link's target: beside that is the same disk
+    folder = Path(os.path.realpath(out_dir))  # a link's target: beside that is the same disk
     try:
         earlier = move(files + checkpoints, folder)
     except OSError:  # out_dir is a disk of its own, or its parent takes no folder

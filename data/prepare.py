@@ -169,6 +169,22 @@ class Piece:
     weight: int = 0  # bytes of text or of the file, for progress
 
 
+def files_below(folder):
+    """All files in a folder and those in it, links followed, each folder once. Raises UserError for a link that leads nowhere."""
+    found, seen = [], set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(parent) in seen:  # a second link to a folder, or one back up
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(parent))
+        folders.sort()
+        found += [Path(parent, name) for name in names]
+    for path in found:
+        if kind_of(path) and not path.exists():
+            raise UserError(f"{path} is a link to {os.readlink(path)}, which is not there")
+    return [path for path in found if path.is_file()]
+
+
 def find_files(inputs):
     """The files that names of files and folders stand for, folders in order. Raises UserError for what there is no reader for."""
     files = []
@@ -176,7 +192,7 @@ def find_files(inputs):
         path = Path(name)
         if path.is_dir():
             # A .json in a folder often describes the other files: one with documents must be named itself.
-            readable = [p for p in path.rglob("*") if p.is_file() and kind_of(p)]
+            readable = [p for p in files_below(path) if kind_of(p)]
             inside = sorted(p for p in readable if p.suffix.lower() != ".json")
             if not inside:
                 raise UserError(f"{name}: no .txt, .md, .jsonl, .ndjson, a .gz of these or .parquet in this folder")

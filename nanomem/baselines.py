@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from nanomem.memory import (FirstDerivative, Linear, ProductKeyMemory, check_lookups, gather_dot, gather_sum,
+from nanomem.memory import (Linear, ProductKeyMemory, check_lookups, first_derivative, gather_dot, gather_sum,
                             scatter_sum, table_gradient)
 
 
@@ -152,7 +152,7 @@ def _memory_dot_backward(grad: torch.Tensor, values: torch.Tensor, indices: torc
     grad = grad.contiguous()
     rows, sums = scatter_sum(indices, grad, x, len(values))
     if not sparse_grad:
-        sums = values.new_zeros(values.shape).index_copy_(0, rows, sums)
+        rows, sums = rows[:0], values.new_zeros(values.shape).index_copy_(0, rows, sums)
     return rows, sums, gather_sum(values, indices, grad)
 
 
@@ -171,7 +171,7 @@ class _MemoryDot(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         values, indices, x = ctx.saved_tensors
-        rows, sums, grad_x = FirstDerivative.apply(_memory_dot_backward, grad, values, indices, x, ctx.sparse_grad)
+        rows, sums, grad_x = first_derivative(_memory_dot_backward, grad, values, indices, x, ctx.sparse_grad)
         return table_gradient(values, rows, sums, ctx.sparse_grad), None, grad_x, None
 
 

@@ -28,6 +28,7 @@ import os
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
 from nanomem import cpu, kernels
 
@@ -205,12 +206,7 @@ def _(grad_scores, queries, keys, slots):
     return queries.new_empty(queries.shape), keys.new_empty(keys.shape)
 
 
-class FirstDerivative(torch.autograd.Function):
-    """operation(*inputs), in a backward pass; the derivative of that raises NotImplementedError.
-
-    torch's once_differentiable doesn't do: it takes the tensors saved by the forward pass for constants, silently.
-    """
-
+class _FirstDerivative(torch.autograd.Function):
     generate_vmap_rule = True  # for torch.func
 
     @staticmethod
@@ -227,6 +223,16 @@ class FirstDerivative(torch.autograd.Function):
                                   "Hessian products or other gradients of gradients through it")
 
 
+def first_derivative(operation, *inputs):
+    """operation(*inputs) for a backward pass, whose own derivative raises NotImplementedError.
+
+    torch's once_differentiable would take what the forward pass saved for constants, and give a wrong number.
+    """
+    if torch.compiler.is_compiling():  # torch.compile refuses second derivatives by itself
+        return operation(*inputs)
+    return _FirstDerivative.apply(operation, *inputs)
+
+
 class _Search(torch.autograd.Function):
     generate_vmap_rule = True
 
@@ -241,10 +247,7 @@ class _Search(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_scores, _):
-        return *FirstDerivative.apply(_product_key_topk_backward, grad_scores, *ctx.saved_tensors), None
-
-
-_product_key_topk.register_autograd(_Search.backward, setup_context=_Search.setup_context)
+        return *first_derivative(_product_key_topk_backward, grad_scores, *ctx.saved_tensors), None
 
 
 def product_key_topk(queries, keys, knn):
@@ -274,9 +277,9 @@ def product_key_topk(queries, keys, knn):
     if queries.is_cuda and torch.is_autocast_enabled("cuda"):
         dtype = torch.get_autocast_dtype("cuda")  # for the tensor cores; the scores are float32 all the same
         queries, keys = queries.to(dtype), keys.to(dtype)
-    # torch.compile takes the operation, torch.func the Function; neither takes the other.
-    search = _product_key_topk if torch.compiler.is_compiling() else _Search.apply
-    return search(queries, keys, knn)
+    if torch.compiler.is_compiling() and forward_ad._current_level >= 0:  # compiled, it would drop tangents silently
+        raise NotImplementedError("product_key_topk has no forward-mode derivative: expected backward() or jacrev, not jvp")
+    return _Search.apply(queries, keys, knn)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -308,7 +311,7 @@ def _memory_read_backward(
         if weights_need_it:
             grad_weights = gather_dot(values, indices, grad)
     if values_need_it and not sparse_grad:
-        sums = values.new_zeros(values.shape).index_copy_(0, rows, sums)
+        rows, sums = rows[:0], values.new_zeros(values.shape).index_copy_(0, rows, sums)
     return rows, sums, grad_weights
 
 
@@ -335,7 +338,7 @@ class _MemoryRead(torch.autograd.Function):
     def backward(ctx, grad):
         values, indices, weights = ctx.saved_tensors
         values_need_it, _, weights_need_it, _ = ctx.needs_input_grad
-        rows, sums, grad_weights = FirstDerivative.apply(
+        rows, sums, grad_weights = first_derivative(
             _memory_read_backward, grad, values, indices, weights, ctx.sparse_grad, values_need_it, weights_need_it)
         grad_values = table_gradient(values, rows, sums, ctx.sparse_grad) if values_need_it else None
         return grad_values, None, grad_weights if weights_need_it else None, None

@@ -454,3 +454,19 @@ def test_millions_of_newlines_are_prepared(name, monkeypatch, tmp_path):
     run(monkeypatch, tmp_path / "lines.jsonl", out, "--val_share=0.2", f"--tokenizer={named}")
     index = json.loads((tmp_path / "out" / "index.json").read_text())
     assert sum(shard["bytes"] for split in ("train", "val") for shard in index[split]) > 2_500_000
+
+
+def test_links_in_a_folder_are_followed_once_and_one_that_leads_nowhere_is_named(tmp_path):
+    (tmp_path / "there").mkdir()
+    for number, place in enumerate(("there", ".")):
+        (tmp_path / place / f"book{number}.txt").write_text(f"words {number} " * 200)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "folder").symlink_to(tmp_path / "there")
+    (tmp_path / "mine" / "same").symlink_to(tmp_path / "there")
+    (tmp_path / "mine" / "up").symlink_to(tmp_path / "mine")
+    (tmp_path / "mine" / "book.txt").symlink_to(tmp_path / "book1.txt")
+    out, _ = runs.run("data/prepare.py", tmp_path / "mine", f"--out={tmp_path / 'out'}")
+    assert "2 documents" in out.replace("\n", " ")
+    (tmp_path / "mine" / "gone.txt").symlink_to(tmp_path / "nowhere.txt")
+    _, err = runs.run("data/prepare.py", tmp_path / "mine", f"--out={tmp_path / 'other'}", code=2)
+    assert f"gone.txt is a link to {tmp_path / 'nowhere.txt'}, which is not there" in err and err.count("\n") == 1

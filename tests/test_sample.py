@@ -1,3 +1,6 @@
+import subprocess
+from pathlib import Path
+
 import pytest
 import runs
 import tiktoken
@@ -84,6 +87,24 @@ def test_the_latest_run_is_the_default_and_none_is_said(tmp_path, monkeypatch):
     assert "out/world-dense" in out
     _, err = runs.run("sample.py", "--start=The", "--trace", code=2)
     assert "no memory layers" in err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_an_answer_that_is_lost_is_a_mistake_and_a_reader_that_leaves_is_none(out_dir):
+    arguments = [f"--out_dir={out_dir}", "--max_new_tokens=3"]
+    with open("/dev/full", "w") as full:
+        lost = runs.start("sample.py", *arguments, "--start=a", stdout=full)
+    endless = runs.start("sample.py", *arguments, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    with pytest.raises(BrokenPipeError):  # answers come line by line, and end with their reader
+        for number in range(10**6):
+            endless.stdin.write("a\n")
+            endless.stdin.flush()
+            if number == 0:
+                assert endless.stdout.readline()
+                endless.stdout.close()
+    assert endless.wait(timeout=60) == 0
+    err = lost.communicate(timeout=60)[1]
+    assert lost.returncode == 2 and "sample.py: the output could not be written (No space left on device)" in err
 
 
 def test_only_line_ends_end_a_line_of_the_input(out_dir):

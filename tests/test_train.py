@@ -141,6 +141,15 @@ def test_paths_with_spaces_and_a_tilde_work_and_are_quoted_in_hints(tmp_path, mo
     runs.run("sample.py", "--out_dir=~/my model", "--start=All", "--max_new_tokens=2")
 
 
+def test_an_out_dir_that_no_checkpoint_can_be_read_from_is_refused(tmp_path):
+    _, err = runs.train(os.fsdecode(bytes(tmp_path / "caf") + b"\xe9"), "--max_iters=2", code=2)
+    assert "has bytes that are not UTF-8" in err and err.count("\n") == 1
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    _, err = runs.train(tmp_path / "loop", "--max_iters=2", code=2)
+    assert f"out_dir={tmp_path / 'loop'} can't be made" in err and err.count("\n") == 1
+    assert os.listdir(tmp_path) == ["loop"]
+
+
 def test_killed_and_resumed(tmp_path):
     kill_and_resume(tmp_path, kills=2)
 
