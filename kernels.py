@@ -354,7 +354,7 @@ def key_gradient(half_indices, grad, queries, n_keys):
     n, heads, _, half = queries.shape
     parts = max(1, min(8, n // 512))  # enough programs to fill a GPU; added up below, in order
     n_split, block_half = -(-n // parts), max(16, min(256, triton.next_power_of_2(half)))
-    out = torch.zeros(parts, heads, 2, n_keys, half, device=queries.device)
+    out = torch.zeros(parts, heads, 2, n_keys, half, dtype=torch.float32, device=queries.device)
     precision = "ieee" if torch.version.hip else "tf32x3" if queries.dtype == torch.float32 else "tf32"
     if n:
         _key_gradient_kernel[triton.cdiv(n_keys, 64), heads * 2, parts * triton.cdiv(half, block_half)](
@@ -431,6 +431,7 @@ def row_adam(values, rows, grads, second_moment, reads, lr, beta2, eps, seed, me
         raise ValueError(f"values must be contiguous, got strides {values.stride()}")
     _, block_dim, warps = _tile(values.shape[1])
     if len(rows):
-        _row_adam_kernel[len(rows),](values, rows, grads.contiguous(), second_moment, reads, mean_square, lr, beta2,
+        _row_adam_kernel[len(rows),](values, rows, grads.contiguous(), second_moment, reads, mean_square, float(lr), beta2,
                                      math.log2(beta2) if beta2 else -math.inf, eps, seed, first_column, values.shape[1],
                                      STOCHASTIC=values.dtype == torch.bfloat16, BLOCK_DIM=block_dim, num_warps=warps)
+        torch.autograd.graph.increment_version(values)  # so that a backward pass that wants the old values raises

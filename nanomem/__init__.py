@@ -2,13 +2,33 @@
 
 import importlib.util
 import sys
+import threading
+import types
 from pathlib import Path
 
+
+class _WhenUsed(types.ModuleType):
+    """A module that runs once one of its functions is asked for.
+
+    importlib's LazyLoader runs a module for any attribute, and torch.library asks all modules for their __file__.
+    """
+
+    lock = threading.RLock()
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        with _WhenUsed.lock:
+            if type(self) is _WhenUsed:
+                self.__spec__.loader.exec_module(self)
+                self.__class__ = types.ModuleType
+        return getattr(self, name)
+
+
 # kernels.py lies at the top level, for readers, and is imported as nanomem.kernels: PyPI has a `kernels` of its own, which
-# other programs look for. It is run when first used, for it needs Triton, which only Linux has and only GPUs want.
+# other programs look for. It needs Triton, which only Linux has and only GPUs want.
 _folder = Path(__file__).resolve().parent
 _path = next(path for path in (_folder / "kernels.py", _folder.parent / "kernels.py") if path.exists())  # installed, or a clone
-_spec = importlib.util.spec_from_file_location("nanomem.kernels", _path)
-_spec.loader = importlib.util.LazyLoader(_spec.loader)
-kernels = sys.modules["nanomem.kernels"] = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(kernels)
+kernels = importlib.util.module_from_spec(importlib.util.spec_from_file_location("nanomem.kernels", _path))
+kernels.__class__ = _WhenUsed
+sys.modules["nanomem.kernels"] = kernels

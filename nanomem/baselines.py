@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from nanomem.memory import (Linear, ProductKeyMemory, check_lookups, first_derivative, gather_dot, gather_sum,
                             scatter_sum, table_gradient)
@@ -52,8 +53,8 @@ class MixtureOfExperts(nn.Module):
     @torch.compiler.disable  # how many tokens an expert has is known only at run time
     def forward(self, x):
         """(batch, time, dim), or any shape that ends in dim, to the same shape."""
-        if torch.jit.is_tracing():
-            raise NotImplementedError("torch.jit.trace would send every later batch to the experts that this one chose")
+        if torch.jit.is_tracing() or get_proxy_mode() is not None:
+            raise NotImplementedError("a traced mixture would send every later batch to the experts that this one chose")
         shape, x = x.shape, x.reshape(-1, x.shape[-1])
         logits = self.router(x)
         p = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)

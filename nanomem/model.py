@@ -49,7 +49,7 @@ class Attention(nn.Module):
             if cache:
                 k, v = torch.cat((cache[0], k), dim=2), torch.cat((cache[1], v), dim=2)
             cache[:] = k, v
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, dropout_p=self.dropout if self.training else 0.0)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=bool(T > 1), dropout_p=self.dropout if self.training else 0.0)
         return self.out_proj(y.transpose(1, 2).reshape(B, T, C))
 
     def flops_per_token(self):
@@ -114,14 +114,18 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config, ffn) for ffn in feed_forwards(sized(config), make_table))
         self.norm = nn.RMSNorm(config.n_embd)
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
-        self.reset_parameters()
+        self.lm_head.weight = self.embedding.weight
+        self._make_rope_tables()
         self.register_load_state_dict_post_hook(_after_loading)
         self._init_weights()
 
     def reset_parameters(self):
         """Makes what no module of the model's owns: the tied weight and RoPE's tables. `to_empty` undoes both."""
         self.lm_head.weight = self.embedding.weight
-        cos, sin = rope_tables(self.config.block_size, self.config.n_embd // self.config.n_head, self.embedding.weight.device)
+        self._make_rope_tables(self.embedding.weight.device)
+
+    def _make_rope_tables(self, device=None):
+        cos, sin = rope_tables(self.config.block_size, self.config.n_embd // self.config.n_head, device)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 

@@ -77,6 +77,8 @@ class RowAdam(torch.optim.Optimizer):
         for values in self.param_groups[-1]["params"]:
             if values.dim() != 2 or values.numel() == 0:
                 raise ValueError(f"RowAdam expects tables (n_rows, columns), got a parameter of shape {tuple(values.shape)}")
+            if hasattr(values, "full_tensor"):
+                raise ValueError("RowAdam expects plain tensors, got a DTensor, as FSDP makes them; nearest: torch.optim.AdamW")
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -91,6 +93,9 @@ class RowAdam(torch.optim.Optimizer):
                     self._update(values, group["lr"], group["beta2"], group["eps"], group["seed"] % 2**31)
         return loss
 
+    def __getstate__(self):  # for copies; torch's leaves the group out
+        return super().__getstate__() | {"group": self.group}
+
     def load_state_dict(self, state_dict):
         """Loads what state_dict() returned, keeping its dtypes: torch would turn the counts into the table's dtype."""
         super().load_state_dict(state_dict)
@@ -101,7 +106,7 @@ class RowAdam(torch.optim.Optimizer):
     def _update(self, values, lr, beta2, eps, seed):
         state = self.state[values]
         if not state:
-            state["second_moment"] = torch.zeros(len(values), device=values.device)
+            state["second_moment"] = torch.zeros(len(values), dtype=torch.float32, device=values.device)
             state["reads"] = torch.zeros(len(values), dtype=torch.int32, device=values.device)
         rows, grads = row_gradient(values, self.group)
         mean_square, first_column = None, 0

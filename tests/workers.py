@@ -18,6 +18,7 @@ import runs
 
 from nanomem import checkpoint, optim, sharding
 from nanomem.config import GPTConfig, UserError
+from nanomem.memory import MemoryTable, ProductKeyMemory
 from nanomem.model import GPT
 
 
@@ -99,6 +100,69 @@ def dense_gradients_of_columns(settings):
     optim.RowAdam([table.values], lr=0.1, group=table.group).step()
     moved = (table.values.detach() - before).flatten().tolist()
     return sharding.gather(moved)
+
+
+def wrapped(settings):
+    """What DDP and FSDP2 make of a bare layer: how far it is from one process's, or what they raise."""
+    from torch.distributed.fsdp import fully_shard
+    x = torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(1))
+    mine = x[2 * sharding.rank():][:2]
+
+    def make(sparse):
+        torch.manual_seed(0)
+        return ProductKeyMemory(8, MemoryTable(64, 8, sparse_grad=sparse), heads=2, knn=3, k_dim=8)
+
+    def alone():
+        layer = make(False)
+        layer(x).square().mean().backward()
+        return layer
+
+    def whole(tensor):
+        return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+    def distance(layer, of=lambda p: p.grad):
+        return max((whole(of(p)) - of(q)).abs().max().item() for p, q in zip(layer.parameters(), expected.parameters()))
+
+    def ddp(sparse):
+        parallel = torch.nn.parallel.DistributedDataParallel(make(sparse))
+        parallel(mine).square().mean().backward()
+        return distance(parallel.module)
+
+    def fsdp(sparse):
+        layer = fully_shard(make(sparse))
+        layer(mine).square().mean().backward()
+        return layer
+
+    def adamw():
+        layer = fsdp(False)
+        for each in (layer, expected):
+            torch.optim.AdamW(each.parameters(), lr=0.1).step()
+        return distance(layer, lambda p: p.detach())
+
+    def clip():
+        layer, other = fsdp(False), alone()
+        return max(abs(whole(a) - b).item() for a, b in zip(optim.clip_gradients(layer, 0.01), optim.clip_gradients(other, 0.01)))
+
+    def meta():
+        with torch.device("meta"):
+            layer = make(False)
+        fully_shard(layer).to_empty(device="cpu")
+        for module in layer.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        return [(whole(a).std() / b.std()).item() for a, b in ((layer.table.values, expected.table.values), (layer.keys, expected.keys))] + [
+            (whole(layer.qk_scale) / expected.qk_scale).mean().item()]
+
+    told = {}
+    for name, use in {"ddp dense": lambda: ddp(False), "ddp sparse": lambda: ddp(True), "fsdp dense": lambda: distance(fsdp(False)),
+                      "fsdp sparse": lambda: fsdp(True), "fsdp RowAdam": lambda: [o.step() for o in optim.build_optimizer(fsdp(False))],
+                      "fsdp clip": clip, "fsdp meta": meta, "fsdp adamw": adamw}.items():
+        expected = alone()
+        try:
+            told[name] = use()
+        except (RuntimeError, ValueError) as error:
+            told[name] = f"{error}"
+    return told
 
 
 def _model(config, mem_parallel):
