@@ -327,7 +327,7 @@ def test_ddp_and_fsdp_of_a_dense_table_give_one_processs_gradients_and_refuse_a_
     told = torchrun(2, "wrapped", {})
     assert told["ddp dense"] < 1e-6 and told["fsdp dense"] < 1e-6 and told["fsdp adamw"] < 1e-5 and told["fsdp clip"] < 1e-6
     assert "Sparse" in told["ddp sparse"] and "Sparse" in told["fsdp sparse"] and "DTensor" in told["fsdp RowAdam"]
-    assert told["fsdp meta"] == pytest.approx([1.0, 1.0, 1.0], rel=0.1)
+    assert told["fsdp meta"] == pytest.approx([1.0, 1.0, 1.0], rel=0.2)  # of 512 numbers
 
 
 def test_nanomem_needs_no_triton(tmp_path):
