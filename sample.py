@@ -141,7 +141,8 @@ def readers(model, data, slots, batches=20, batch_size=16):
     found = defaultdict(Counter)
     wanted = {layer: torch.tensor(sorted(s for other, s in slots if other == layer)) for layer in {layer for layer, _ in slots}}
     for i in range(batches):
-        x, _ = data.batch("train", 10**9 + i * batch_size, batch_size)  # far from the batches it was trained on: fresh blocks
+        start = 10**9 + i * batch_size  # far from the sequences it was trained on
+        x, _ = data.batch("train", start, batch_size)
         for layer, (indices, weights) in lookups_of(model, x.to(next(model.parameters()).device)).items():
             for position, lookup in torch.isin(indices, wanted[layer]).nonzero().tolist():
                 row, column = divmod(position, x.shape[1])
@@ -208,7 +209,8 @@ with one_line_errors():
     model, encoding, run = open_run(config)
     if config.export:
         export.save(config.export, model, encoding, run)
-        console.print(f"exported to {config.export}; python sample.py --out_dir={shlex.quote(config.export)} reads it", soft_wrap=True)
+        hint = f"python sample.py --out_dir={shlex.quote(config.export)}"
+        console.print(f"exported to {config.export}; {hint} reads it", soft_wrap=True)
         sys.exit()
     if config.trace and not model.memory_layers():
         raise UserError(f"--trace shows memory slots, and this model has no memory layers (ffn={run.ffn})")

@@ -35,7 +35,8 @@ from rich.table import Table
 from rich.text import Text
 
 from nanomem import checkpoint, export, facts, optim, sharding, tokenizer
-from nanomem.config import Config, UserError, keep_freed_memory, machine_memory, one_line_errors, parse, pick_device, safe_streams
+from nanomem.config import (Config, UserError, keep_freed_memory, machine_memory, one_line_errors, parse, pick_device,
+                            safe_streams)
 from nanomem.data import DROPOUT, ahead, open_data, random_stream
 from nanomem.memory import MemoryTable, SlotUsage, observe_lookups, use_kernels
 from nanomem.model import GPT
@@ -54,13 +55,16 @@ console = Console(highlight=False, markup=False, emoji=False, quiet=not first)  
 def folder_of(given):
     """The out_dir of a run with the settings given."""
     config = Config(**given)
-    out_dir = Path(config.out_dir if config.out_dir != "auto" else f"out/{Path(config.data).stem}-{config.ffn}")
+    out_dir = Path(config.out_dir)
+    if config.out_dir == "auto":
+        out_dir = Path(f"out/{Path(config.data).stem}-{config.ffn}")
     if os.path.realpath(out_dir) == os.getcwd():
         raise UserError(f"out_dir must be a folder of its own, such as out/mine; got {out_dir}")
     try:
         str(out_dir).encode()
     except UnicodeEncodeError:
-        raise UserError(f"out_dir={out_dir} has bytes that are not UTF-8, which safetensors can't open; name another with --out_dir") from None
+        raise UserError(f"out_dir={out_dir} has bytes that are not UTF-8, which safetensors can't open; name another "
+                        "with --out_dir") from None
     return out_dir
 
 
@@ -77,8 +81,8 @@ def settings(given, out_dir):
         if header is None and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
             raise UserError(f"--resume: {checkpoint.none_in(out_dir)}; without --resume a new run starts there")
         if header and header.get("format", 1) != checkpoint.FORMAT:
-            raise UserError(f"--resume: the run in {out_dir} is from an earlier version of nanomem, which drew other batches; "
-                            "sample.py can read it, but train.py can't go on with it: start a new run")
+            raise UserError(f"--resume: the run in {out_dir} is from an earlier version of nanomem, which drew other "
+                            "batches; sample.py can read it, but train.py can't continue it: start a new run")
     elif sharding.launch():
         with contextlib.suppress(UserError):
             found = checkpoint.newest(out_dir)
@@ -121,13 +125,14 @@ def check_it_fits(config, device):
 
 
 def make_room(out_dir):
-    """What an earlier run or export left in out_dir moves to out_dir.1, or the next number that is free: nothing is overwritten, and
-    no other file that lies there is touched.
+    """Moves what an earlier run or export left in out_dir to out_dir.1, or the next free number: nothing is
+    overwritten, and no other file there is touched.
     """
     names = ("config.json", "metrics.jsonl", "tokenizer.tiktoken", export.FILE)
     files = [path for path in (out_dir / name for name in names) if path.exists()]
     checkpoints = checkpoint.folders(out_dir)
-    if not files or not checkpoints and files == [out_dir / name for name in names[:3]]:  # those of a run that saved nothing
+    saved_nothing = not checkpoints and files == [out_dir / name for name in names[:3]]
+    if not files or saved_nothing:
         return
     folder = Path(os.path.realpath(out_dir))  # a link's target: beside that is the same disk
     try:
@@ -138,8 +143,9 @@ def make_room(out_dir):
 
 
 def move(paths, name):
-    """Moves files to the first folder of name.1, name.2, ... that is free, which it returns. Raises OSError before anything is moved."""
-    folder = next(path for path in (Path(f"{name}.{n}") for n in itertools.count(1)) if not path.exists())
+    """Moves files to the first of name.1, name.2, ... that is free, and returns it. Raises OSError before anything moves."""
+    numbered = (Path(f"{name}.{n}") for n in itertools.count(1))
+    folder = next(path for path in numbered if not path.exists())
     folder.mkdir()
     try:
         for path in paths:
@@ -223,7 +229,7 @@ def stop_unless_finite(number, what, iteration):
 
 
 def count_targets(y):
-    """How many targets this process's rows of a batch have: what their mean loss counts for in the loss of all. y (batch_size, block_size)"""
+    """The number of targets in this process's rows of y (batch_size, block_size): the weight of their mean loss."""
     return (y[rows] >= 0).sum().item()
 
 
@@ -276,13 +282,15 @@ def tell_what_it_knows(recalled):
     for title in ("prompt", "its answer", "truth"):
         answers.add_column(title, overflow="fold")
     longest, _ = data.sentences.longest()  # no answer takes more
+    never = tokenizer.unassigned(data.encoding)
     pairs = np.argwhere(data.facts.role == (facts.REPORT if "report" in recalled else facts.ASKED))
     for e, a in pairs[:: max(1, len(pairs) // 8)][:8]:
         attribute = data.facts.attributes[a]
         wording = (attribute.questions or attribute.statements)[0]
         prompt = torch.tensor([[data.sentences.end] + data.sentences.prompt(e, wording)], device=device)[:, -config.block_size:]
         stop = None if mesh else data.sentences.end  # processes that read a table together take as many steps each
-        tokens = torch.cat(list(model.generate(prompt, longest, temperature=0, stop=stop, never=tokenizer.unassigned(data.encoding))), dim=1)[0].tolist()
+        generated = list(model.generate(prompt, longest, temperature=0, stop=stop, never=never))
+        tokens = torch.cat(generated, dim=1)[0].tolist()
         answer = data.encoding.decode(list(itertools.takewhile(lambda t: t != data.sentences.end, tokens))).strip()
         right = answer in data.facts.answers(e, a)
         answers.add_row(wording.replace("{}", data.facts.entities[e]), Text(answer, style="green" if right else "red"),
@@ -303,15 +311,16 @@ with one_line_errors(sharding.stop):
         data = open_data(config, out_dir / "tokenizer.tiktoken" if header else None, fit="block_size" not in given)
         data_digest = data.digest()
         if header and header["data"] != data_digest:
-            raise UserError(f"--resume: {config.data} has changed since the run in {out_dir} was saved; put it back as it was, or start a "
-                            "new run with another --out_dir")
+            raise UserError(f"--resume: {config.data} has changed since the run in {out_dir} was saved; put it back as it "
+                            "was, or start a new run with another --out_dir")
         config.vocab_size = data.encoding.n_vocab
         config.block_size = getattr(data, "block_size", config.block_size)
         if data.encoding.name in tiktoken.list_encoding_names():
             config.tokenizer = data.encoding.name  # that of shards: how it cuts words is not in the tokenizer.tiktoken of a run
         batches, rows = sharding.share_of_batch(config.batch_size, config.gradient_accumulation_steps)
         check_it_fits(config, device)
-    sharding.check_same(dataclasses.asdict(config) | {"device": device.type, "data": data_digest, "the checkpoint": folder})
+    sharding.check_same(dataclasses.asdict(config) | {
+        "device": device.type, "data": data_digest, "the checkpoint": folder})
 
     half = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=half)
@@ -329,8 +338,9 @@ with one_line_errors(sharding.stop):
         optimizers = optim.build_optimizer(model, config.learning_rate, config.mem_lr, config.weight_decay, mem_beta2=config.mem_beta2)
         if header:
             checkpoint.load(folder, model, optimizers)
-    # position: of the training data's sequences, how many have been used
-    step, position, elapsed = (header[key] for key in ("iteration", "position", "elapsed_s")) if header else (0, 0, 0.0)
+    step, position, elapsed = 0, 0, 0.0  # position: how many sequences of the training data have been used
+    if header:
+        step, position, elapsed = header["iteration"], header["position"], header["elapsed_s"]
     with sharding.together():
         if first:
             try:
@@ -389,7 +399,8 @@ def interrupt(signum, frame):
 
 signal.signal(signal.SIGINT, interrupt)
 signal.signal(signal.SIGTERM, interrupt)
-if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # the terminal was closed; nohup has it ignored
+# A closed terminal sends SIGHUP, which Windows lacks and nohup has ignored.
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
     signal.signal(signal.SIGHUP, interrupt)
 
 sequences_an_update = config.batch_size * config.gradient_accumulation_steps
@@ -426,12 +437,14 @@ with display.bar:
         asked = time.perf_counter()
         passes = next(updates)
         waited += time.perf_counter() - asked
-        targets, = sharding.total(sum(count_targets(y) for _, y in passes))  # of the whole update, in all processes
+        counts = [count_targets(y) for _, y in passes]
+        all_targets, = sharding.total(sum(counts))  # of all passes, in all processes
         train_loss = 0.0
         for i, (x, y) in enumerate(passes):
             with parallel.no_sync() if parallel and i + 1 < len(passes) else contextlib.nullcontext():
                 with autocast:
-                    loss = forward(x[rows].to(device), y[rows].to(device))[1] * (count_targets(y) / max(1, targets))
+                    _, loss = forward(x[rows].to(device), y[rows].to(device))
+                    loss = loss * (counts[i] / max(1, all_targets))
                 loss.backward()
             train_loss += loss.item()
         train_loss, stopping = sharding.total(train_loss, interrupted)
@@ -475,7 +488,8 @@ if saved_step != step:
 
 if stopping and step < config.max_iters:
     command = f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', sharding.size())}" if mesh else "python"
-    console.print(f"stopped at iteration {step}, all saved. To go on: {command} train.py --resume --out_dir={shlex.quote(str(out_dir))}", soft_wrap=True)
+    console.print(f"stopped at iteration {step}, all saved. To go on: {command} train.py --resume "
+                  f"--out_dir={shlex.quote(str(out_dir))}", soft_wrap=True)
     sharding.stop(130)
 if data.facts:
     tell_what_it_knows(recalled or evaluate(most=20_000)[1])

@@ -54,7 +54,7 @@ class MixtureOfExperts(nn.Module):
     def forward(self, x):
         """(batch, time, dim), or any shape that ends in dim, to the same shape."""
         if torch.jit.is_tracing() or get_proxy_mode() is not None:
-            raise NotImplementedError("a traced mixture would send every later batch to the experts that this one chose")
+            raise NotImplementedError("a traced mixture would send every later batch to this one's experts")
         shape, x = x.shape, x.reshape(-1, x.shape[-1])
         logits = self.router(x)
         p = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)

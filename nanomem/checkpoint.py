@@ -85,8 +85,9 @@ def read_json(path):
 
 
 def lock(out_dir):
-    """Takes a folder for this process, until it ends in whatever way: an open file, to be kept. Raises UserError naming the process
-    that has the folder already.
+    """Locks a folder for this process until it ends, however it ends. Returns an open file, to be kept.
+
+    Raises UserError naming the process that has the lock.
     """
     try:
         file = open(Path(out_dir) / ".lock", "a+", encoding="utf-8")
@@ -97,7 +98,8 @@ def lock(out_dir):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
-        raise UserError(f"{file.read() or 'another process'} is training in {out_dir}; wait until it ends, or name another folder with --out_dir") from None
+        holder = file.read() or "another process"
+        raise UserError(f"{holder} is training in {out_dir}; wait until it ends, or name another folder with --out_dir") from None
     except OSError:
         pass  # some network file systems have no locks
     with contextlib.suppress(OSError):  # a full disk
@@ -119,7 +121,7 @@ def folders(out_dir):
 
 
 def none_in(out_dir):
-    """What to say of a folder without checkpoints: its name, and the most similar one beside it that has some."""
+    """The message for a folder without checkpoints: its name, and the most similar folder beside it with some."""
     runs = sorted({str(path.parent) for path in Path(out_dir).parent.glob("*/checkpoint-*")})
     return f"there is no checkpoint in {out_dir}{nearest(str(out_dir), runs)}"
 
@@ -134,7 +136,7 @@ def read_header(folder):
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{folder / HEADER} is {'missing' if header is None else 'not the header of a nanomem checkpoint'}") from None
     if newer:
-        raise UserError(f"{folder} has format {header['format']}, of a newer nanomem; this one reads formats up to {FORMAT}")
+        raise UserError(f"{folder} has format {header['format']}, of a newer nanomem; this one reads up to {FORMAT}")
     for name, size in sizes:
         path = folder / name
         if not path.exists():
@@ -221,7 +223,8 @@ def save(out_dir, model, optimizers, header):
                 sync(files[number])
         with sharding.together():
             if first:
-                write_text(temporary / HEADER, json.dumps(header | {"format": FORMAT, "files": {f.name: f.stat().st_size for f in files}}, indent=2) + "\n")
+                about = {"format": FORMAT, "files": {f.name: f.stat().st_size for f in files}}
+                write_text(temporary / HEADER, json.dumps(header | about, indent=2) + "\n")
                 shutil.rmtree(folder, ignore_errors=True)  # of the same iteration there can only be one that `newest` has refused
                 os.replace(temporary, folder)
                 sync_folder(folder.parent)

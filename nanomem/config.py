@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 
 
 def setting(default, help, choices=None, group=None, path=False):
-    """A dataclass field with a line of help; `group` begins a group of --help, and `path` says that a ~ is the home folder."""
+    """A dataclass field with a line of help. `group` begins a group of --help; in a `path` a ~ is the home folder."""
     return field(default=default, metadata={"help": help, "choices": choices, "group": group, "path": path})
 
 
@@ -38,7 +38,7 @@ class GPTConfig:
     n_layer: int = setting(3, "layers")
     n_head: int = setting(2, "attention heads")
     n_embd: int = setting(32, "width of the model")
-    block_size: int = setting(64, "tokens the model sees at once; unless you set it, enough for the longest of your own facts")
+    block_size: int = setting(64, "tokens the model sees at once; by default more if one of your own facts is longer")
     dropout: float = setting(0.0, "share of activations dropped while training")
     ffn: str = setting("memory", "what stands in mem_layers: memory layers, ordinary (dense) feed-forward layers as everywhere else, "
                                  "mixtures of experts (moe) or PEER layers", ("memory", "dense", "moe", "peer"))
@@ -312,9 +312,9 @@ def keep_freed_memory():
 
 
 class SafeStream:
-    """A text stream that fails no write: once the disk is full or the reader has left, what is written goes nowhere.
+    """A text stream whose writes never fail: once the disk is full or the reader has left, they go nowhere.
 
-    `error` is what went wrong first, None before. Characters that the stream's encoding lacks are written as \\u escapes.
+    `error` is the first error, None before. Characters that the stream's encoding lacks become \\u escapes.
     """
 
     def __init__(self, stream):
@@ -336,7 +336,8 @@ class SafeStream:
             call(*arguments)
         except (OSError, ValueError) as error:  # ValueError: the stream was closed
             self.error = self.error or error
-            with contextlib.suppress(OSError, ValueError):  # the interpreter flushes the rest when it ends, and must not fail
+            # What is still buffered must go somewhere: the interpreter flushes it at its end.
+            with contextlib.suppress(OSError, ValueError):
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, self.stream.fileno())
                 os.close(nowhere)
@@ -346,22 +347,24 @@ class SafeStream:
 
 
 def safe_streams():
-    """Makes stdout and stderr SafeStreams, and gives a process that was started without a stream an empty one.
+    """Makes stdout and stderr SafeStreams, and replaces a stream that was closed at the start by an empty one.
 
-    Call it before any file is opened: a file would get the number of a closed stream, and with it what libraries print there.
+    Call it before any file is opened: a file would take a closed stream's number, and get what libraries print there.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
-    sys.stdout, sys.stderr = (stream if isinstance(stream, SafeStream) else SafeStream(stream) for stream in (sys.stdout, sys.stderr))
+    for name in ("stdout", "stderr"):
+        if not isinstance(getattr(sys, name), SafeStream):
+            setattr(sys, name, SafeStream(getattr(sys, name)))
 
 
 def mistake(error):
     """The line that tells a user what to mend; None for an error that is not the user's."""
-    line = str(error).split("\n")[0]
-    # torch has no class of its own for a CPU's memory
-    if isinstance(error, torch.OutOfMemoryError) or isinstance(error, RuntimeError) and "can't allocate memory" in line:
-        return f"there is not enough memory for these settings ({line})"
+    first_line = str(error).split("\n")[0]
+    on_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in first_line  # torch has no class for it
+    if on_cpu or isinstance(error, torch.OutOfMemoryError):
+        return f"there is not enough memory for these settings ({first_line})"
     if isinstance(error, MISTAKES):
         return " ".join(str(error).split("\n")) or repr(error)
     return None

@@ -1,8 +1,8 @@
 """
 Batches of tokens: `open_data` returns FactData (sentences of facts) or TextData (a text file, or shards that data/prepare.py made).
 
-- a split is an endless stream of sequences, each of which depends on nothing but the seed and its number: a resumed run, another
-  batch size and any number of processes see the same stream, and a run's place in it is one number
+- a split is an endless stream of sequences, each of which depends on nothing but the seed and its number: a resumed
+  run, another batch size and any number of processes see the same stream, and a run's place in it is one number
 - shards stay on disk, mapped into memory, and are checked before training: length, vocabulary, and content if they were touched
 - `ahead` makes the next batch while one is in use
 """
@@ -25,10 +25,10 @@ IGNORE = -1  # target of a position that has none: no loss there
 
 
 def random_stream(seed, purpose, *numbers):
-    """A NumPy Generator of its own for a purpose (a split's place in SPLITS, or DROPOUT) and numbers such as a step.
+    """A NumPy Generator for a purpose (a split's place in SPLITS, or DROPOUT) and numbers such as a step.
 
-    The numbers are SeedSequence's spawn key: in a list after the seed, zeros would count for nothing, and
-    default_rng([seed, 0, 0]) is the stream default_rng(seed) that `facts.people` draws from.
+    The numbers are SeedSequence's spawn key. In a list after the seed, trailing zeros count for nothing:
+    default_rng([seed, 0, 0]) is default_rng(seed), the stream that `facts.people` draws from.
     """
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(purpose, *numbers)))
 
@@ -39,7 +39,8 @@ class FactData:
     split 'train' has statements of all pairs, or biographies, and questions of the ASKED ones, 'val' the questions of the SELECT
     ones, never asked (or, for facts without questions, the same as 'train').
 
-    Raises ValueError for a fact longer than a block. With `fit`, blocks grow to hold the longest, up to LONGEST_FIT tokens.
+    Raises ValueError for a fact longer than a block. With `fit`, blocks grow to hold the longest one, up to
+    LONGEST_FIT tokens.
     """
 
     LONGEST_FIT = 1024  # a longer block takes a laptop's whole memory: the user's decision
@@ -66,8 +67,8 @@ class FactData:
         return digest(repr((self.facts.entities, sentences.pieces, sentences.names, sentences.values)).encode(), self.facts.codes)
 
     def batch(self, split, start, batch_size):
-        """Sequences number start, start + 1, ... of a split: inputs and targets, (batch_size, block_size) int64 each; a target of
-        -1 has no loss.
+        """Sequences start, start + 1, ... of a split: inputs and targets, (batch_size, block_size) int64 each; a target
+        of -1 has no loss.
         """
         never_asked = split == "val" and self.has_questions
         tokens = []
@@ -135,8 +136,9 @@ class TextData:
         return self.name
 
     def batch(self, split, start, batch_size):
-        """Sequences number start, start + 1, ... of a split: inputs and targets, (batch_size, block_size) int64 each."""
-        blocks = torch.from_numpy(np.stack([self._block(split, number) for number in range(start, start + batch_size)]))
+        """Sequences start, start + 1, ... of a split: inputs and targets, (batch_size, block_size) int64 each."""
+        numbers = range(start, start + batch_size)
+        blocks = torch.from_numpy(np.stack([self._block(split, number) for number in numbers]))
         return blocks[:, :-1].contiguous(), blocks[:, 1:].contiguous()
 
     def _block(self, split, number):
@@ -251,7 +253,7 @@ def open_data(config, tokenizer_path=None, fit=False):
     """The data that config.data names, with the tokenizer that config.tokenizer names.
 
     tokenizer_path: a tokenizer that an earlier run saved, to use in place of training one anew.
-    fit: blocks may be longer than config.block_size, to hold the longest fact; the data's block_size says how long.
+    fit: blocks may be longer than config.block_size, to hold the longest fact; see the data's block_size.
     Raises ValueError, FileNotFoundError or ModuleNotFoundError saying what is wrong with the name, the file or its line.
     """
     path, generated = Path(config.data), config.data in ("world", "people")

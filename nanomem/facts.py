@@ -22,7 +22,8 @@ import torch
 from nanomem import tokenizer
 
 PACKAGE = Path(__file__).resolve().parent
-DATA = next(folder for folder in (PACKAGE / "shipped", PACKAGE.parent / "data") if folder.exists())  # installed, or a clone
+INSTALLED, CLONE = PACKAGE / "shipped", PACKAGE.parent / "data"
+DATA = INSTALLED if INSTALLED.exists() else CLONE
 ASKED, SELECT, REPORT = 0, 1, 2  # a pair's questions: asked while training; never, and for choosing settings; never, and reported
 
 

@@ -219,8 +219,8 @@ class _FirstDerivative(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        raise NotImplementedError("a memory layer has no second derivative: expected a loss without gradient penalties, "
-                                  "Hessian products or other gradients of gradients through it")
+        raise NotImplementedError("a memory layer has no second derivative: expected a loss without gradient "
+                                  "penalties, Hessian products or other gradients of gradients through it")
 
 
 def first_derivative(operation, *inputs):
@@ -277,8 +277,8 @@ def product_key_topk(queries, keys, knn):
     if queries.is_cuda and torch.is_autocast_enabled("cuda"):
         dtype = torch.get_autocast_dtype("cuda")  # for the tensor cores; the scores are float32 all the same
         queries, keys = queries.to(dtype), keys.to(dtype)
-    if torch.compiler.is_compiling() and forward_ad._current_level >= 0:  # compiled, it would drop tangents silently
-        raise NotImplementedError("product_key_topk has no forward-mode derivative: expected backward() or jacrev, not jvp")
+    if torch.compiler.is_compiling() and forward_ad._current_level >= 0:  # it would drop tangents silently
+        raise NotImplementedError("product_key_topk has no forward-mode derivative: use backward() or jacrev")
     return _Search.apply(queries, keys, knn)
 
 
@@ -316,7 +316,7 @@ def _memory_read_backward(
 
 
 def table_gradient(values, rows, grad, sparse):
-    """The gradient of values for autograd: `grad` (n_slots, v_dim) itself, or if sparse, `grad` (u, v_dim) in its rows (u,)."""
+    """The gradient of values for autograd: `grad` (n_slots, v_dim), or if sparse, `grad` (u, v_dim) of its rows (u,)."""
     if not sparse:
         return grad
     return torch.sparse_coo_tensor(rows[None], grad, values.shape, is_coalesced=True, check_invariants=False)
@@ -345,7 +345,7 @@ class _MemoryRead(torch.autograd.Function):
 
 
 def check_lookups(values, indices):
-    """Raises ValueError unless values are (n_slots, v_dim) and indices (n, lookups) whole numbers, with one lookup or more."""
+    """Raises ValueError unless values are (n_slots, v_dim) and indices (n, lookups) integers, lookups 1 or more."""
     if values.dim() != 2 or indices.dim() != 2 or 0 in (*values.shape, indices.shape[1]):
         raise ValueError("expected values (n_slots, v_dim) and indices (n, lookups) with one lookup or more, "
                          f"got {tuple(values.shape)} and {tuple(indices.shape)}")
@@ -370,8 +370,8 @@ def memory_read(values, indices, weights, sparse_grad=False):
     """
     check_lookups(values, indices)
     if weights.shape != indices.shape or weights.dtype != values.dtype:
-        raise ValueError(f"expected weights (n, lookups) like the indices {tuple(indices.shape)}, of the values' dtype {values.dtype}, "
-                         f"got {tuple(weights.shape)} and {weights.dtype}")
+        raise ValueError(f"expected weights (n, lookups) of the indices' shape {tuple(indices.shape)} and the values' "
+                         f"dtype {values.dtype}, got {tuple(weights.shape)} and {weights.dtype}")
     return _MemoryRead.apply(values, indices, weights, sparse_grad)
 
 
@@ -418,7 +418,7 @@ class MemoryTable(nn.Module):
 
 
 class Linear(nn.Linear):
-    """nn.Linear, but that `init` fills in the weight: when built, and in reset_parameters after torch's device "meta"."""
+    """nn.Linear whose weight `init` fills in: when built, and in reset_parameters after torch's device "meta"."""
 
     def __init__(self, in_features, out_features, bias=True, init=None):
         self.init = init  # nn.Linear's __init__ calls reset_parameters
@@ -475,7 +475,7 @@ class ProductKeyMemory(nn.Module):
         self.observer = None  # set by `observe_lookups`
 
     def reset_parameters(self):
-        """Fills in what is the layer's own: the keys and their scale. Projections and table have a reset_parameters each."""
+        """Fills in the keys and their scale. Projections and table have a reset_parameters of their own."""
         nn.init.uniform_(self.keys, -(self.k_dim**-0.5), self.k_dim**-0.5)
         if self.qk_scale is not None:
             nn.init.constant_(self.qk_scale, self.k_dim**0.5)

@@ -28,8 +28,8 @@ def squared_norms(grads, group=None):
 def row_gradient(values, group=None):
     """The gradient of a table as (rows, gradients): rows (u,) int64 ascending, each once, gradients (u, v_dim).
 
-    Of a dense gradient these are the rows that are not zero, in any column if a group of processes has the columns split.
-    Rows that a sparse gradient has several times are summed in values.grad itself, so the work is done once, and what is
+    Of a dense gradient these are the rows that are not zero, in any column if a group of processes has the columns
+    split. Rows that a sparse gradient has several times are summed in values.grad itself, so the work is done once, and what is
     done to `gradients` in place is done to values.grad.
     """
     grad = values.grad
@@ -52,11 +52,11 @@ class RowAdam(torch.optim.Optimizer):
         v_r     <- beta2 * v_r + (1 - beta2) * mean(g_r ** 2)        for each row r with a gradient
         V_r     <- V_r - lr * g_r / (sqrt(v_r / (1 - beta2 ** n_r)) + eps)
 
-    n_r counts the steps in which row r had a gradient, so every row has a clock of its own. A row without a gradient,
-    or with one that is zero, keeps its value, moment and count; nothing decays. A row's first step has a root mean
-    square of lr, however late it comes. (On Adam's own clock, a row first read at step 10,000 would move
-    1 / sqrt(1 - beta2) times as far, 10 times here.) Later steps are not held to lr: where a gradient is larger than the
-    row's earlier ones, step n_r can be sqrt(n_r) * lr, up to lr / sqrt(1 - beta2). The state takes 8 bytes a row.
+    n_r counts the steps in which row r had a gradient, so every row has a clock of its own. A row whose gradient is
+    missing or zero keeps its value, moment and count; nothing decays. A row's first step has a root mean square of
+    lr, however late it comes. (On Adam's own clock, a row first read at step 10,000 would move
+    1 / sqrt(1 - beta2) times as far, 10 times here.) Later steps are not held to lr: where a gradient is larger than
+    the row's earlier ones, step n_r can be sqrt(n_r) * lr, up to lr / sqrt(1 - beta2). 8 bytes of state a row.
 
     bfloat16 tables are rounded stochastically: up or down by chance, so that the expectation is right and steps smaller than
     bfloat16's spacing are not all lost. The noise is a function of seed, row, n_r and column.
@@ -76,13 +76,13 @@ class RowAdam(torch.optim.Optimizer):
         super().add_param_group(param_group)
         for values in self.param_groups[-1]["params"]:
             if values.dim() != 2 or values.numel() == 0:
-                raise ValueError(f"RowAdam expects tables (n_rows, columns), got a parameter of shape {tuple(values.shape)}")
+                raise ValueError(f"RowAdam expects tables (n_rows, columns), got shape {tuple(values.shape)}")
             if hasattr(values, "full_tensor"):
-                raise ValueError("RowAdam expects plain tensors, got a DTensor, as FSDP makes them; nearest: torch.optim.AdamW")
+                raise ValueError("RowAdam expects plain tensors, got one of FSDP's DTensors; use torch.optim.AdamW")
 
     @torch.no_grad()
     def step(self, closure=None):
-        """Updates the rows that have a gradient. Returns what closure(), if any, returns: it computes the loss and gradients."""
+        """Updates the rows that have a gradient. closure(), if given, computes loss and gradients; returns the loss."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

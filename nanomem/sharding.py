@@ -54,7 +54,7 @@ class _AllToAll(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return _AllToAll.apply(grad, ctx.group), None  # the blocks go back; so do those of a second derivative
+        return _AllToAll.apply(grad, ctx.group), None  # the blocks go back
 
 
 def _all_gather(x, group):
@@ -129,14 +129,14 @@ def tables(model):
 
 @torch.no_grad()
 def add_replicas(model):
-    """Adds up the gradients of the tables over the replicas, which exchange the rows that any of them touched.
+    """Adds up the tables' gradients over the replicas, which exchange the rows that any of them touched.
 
-    All processes call it; one whose table has no gradient takes part with an empty one.
+    All processes must call it; one whose table has no gradient takes part with an empty one.
     """
     for table in tables(model):
         if dist.get_world_size(table.replica_group) > 1 and table.values.requires_grad:
             if table.values.grad is None:
-                rows, grads = torch.arange(0, device=table.values.device), table.values.new_empty(0, table.values.shape[1])
+                rows, grads = torch.arange(0, device=table.values.device), table.values.detach()[:0]
             else:
                 rows, grads = row_gradient(table.values, table.group)
             touched = _union(rows, table.n_slots, table.replica_group)
