@@ -1,14 +1,14 @@
 """
 The memory layer's Triton kernels, for GPUs. Loaded as `nanomem.kernels`; nanomem/memory.py has the same in plain PyTorch.
 
-    select            the k best slots of each token and head, from the scores of its half keys
-    gather_sum        the weighted sum of the rows each token looks up
-    gather_dot        the gradient of the weights
-    scatter_sum       the gradient of the rows: lookups sorted by row, then gather_sum once more
+    merge_halves            the k best slots of each token and head, from the scores of its half keys
+    embedding_bag        the weighted sum of the rows each token looks up
+    sddmm        the gradient of the weights
+    segment_sum       the gradient of the rows: lookups sorted by row, then embedding_bag once more
     key_gradient      the gradient of the half keys
     row_adam          the update of the rows read
 
-`select` and `key_gradient` are bound by instructions. The others move far more bytes than they do arithmetic, so each says
+`merge_halves` and `key_gradient` are bound by instructions. The others move far more bytes than they do arithmetic, so each says
 how many: that over the card's bandwidth is the time to aim at. `python -m nanomem.bench --device=cuda` measures the share of it that is reached.
 Sums are accumulated in float32, in an order that depends on the input alone: no atomics, the same result every time.
 
@@ -92,7 +92,7 @@ def _best_half(half_scores, tokens, n, n_keys, GROUP: tl.constexpr, N_GROUPS: tl
 
 
 @triton.jit
-def _select_kernel(half_scores, pair_a, pair_b, scores, slots, n, n_keys, knn, n_pairs,
+def _merge_halves_kernel(half_scores, pair_a, pair_b, scores, slots, n, n_keys, knn, n_pairs,
                    GROUP: tl.constexpr, N_GROUPS: tl.constexpr, K: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr):
     """half_scores (h, 2, n, n_keys) float32; pair_a, pair_b (n_pairs,) int32, the ranks (a, b) that can be among the best sums.
     Writes scores (n, h, knn) float32, from high to low, and slots (n, h, knn) int64.
@@ -121,7 +121,7 @@ def _select_kernel(half_scores, pair_a, pair_b, scores, slots, n, n_keys, knn, n
     tl.store(slots + place, first.to(tl.int64) * n_keys + second, mask)
 
 
-def _select_sizes(n, n_keys, knn, n_pairs):
+def _merge_halves_sizes(n, n_keys, knn, n_pairs):
     """The kernel's tile sizes. Groups are as large as leaves at least twice as many as are chosen."""
     K = triton.next_power_of_2(knn)
     group = next((g for g in (8, 4, 2) if n_keys // g >= 2 * K), 1)
@@ -133,7 +133,7 @@ def _select_sizes(n, n_keys, knn, n_pairs):
 
 
 @_on_its_device
-def select(half_scores, knn, pairs):
+def merge_halves(half_scores, knn, pairs):
     """The knn best sums of a first and a second half score.
 
     half_scores (heads, 2, n, n_keys) float32; pairs: (a, b), two (n_pairs,) int32 tensors from memory.candidate_pairs
@@ -144,8 +144,8 @@ def select(half_scores, knn, pairs):
     scores = half_scores.new_empty(n, heads, knn)
     slots = torch.empty(n, heads, knn, dtype=torch.int64, device=half_scores.device)
     if scores.numel():
-        sizes = _select_sizes(n, n_keys, knn, len(a))
-        _select_kernel[triton.cdiv(n, sizes["BLOCK"]), heads](
+        sizes = _merge_halves_sizes(n, n_keys, knn, len(a))
+        _merge_halves_kernel[triton.cdiv(n, sizes["BLOCK"]), heads](
             half_scores.contiguous(), a, b, scores, slots, n, n_keys, knn, len(a), **sizes)
     return scores, slots
 
@@ -155,7 +155,7 @@ def select(half_scores, knn, pairs):
 
 
 @triton.jit
-def _gather_sum_kernel(table, rows, weights, starts, ends, out, out_rows, values, slots, dots, dim, LOOKUPS: tl.constexpr,
+def _embedding_bag_kernel(table, rows, weights, starts, ends, out, out_rows, values, slots, dots, dim, LOOKUPS: tl.constexpr,
                        PLACED: tl.constexpr, DOT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr):
     """out[o] = sum over the lookups i of a bag of weights[i] * table[rows[i]], for each bag.
 
@@ -189,30 +189,30 @@ def _gather_sum_kernel(table, rows, weights, starts, ends, out, out_rows, values
     tl.store(out + place * dim + column, tl.sum(total, axis=0), column < dim)
 
 
-def _gather_sum(table, rows, weights, out, n_bags, lookups=0, bags=(None, None), out_rows=None, dot_with=(None, None, None)):
+def _embedding_bag(table, rows, weights, out, n_bags, lookups=0, bags=(None, None), out_rows=None, dot_with=(None, None, None)):
     """Launches the kernel: bags (starts, ends), dot_with (values, slots, dots)."""
     dim = table.shape[1]
     block_rows, block_dim, warps = _tile(dim)
     if n_bags and dim:
-        _gather_sum_kernel[n_bags, triton.cdiv(dim, block_dim)](
+        _embedding_bag_kernel[n_bags, triton.cdiv(dim, block_dim)](
             table, rows, weights, *bags, out, out_rows, *dot_with, dim, LOOKUPS=lookups, PLACED=out_rows is not None,
             DOT=dot_with[0] is not None, BLOCK_ROWS=block_rows, BLOCK_DIM=block_dim, num_warps=warps)
     return out
 
 
 @_on_its_device
-def gather_sum(table, rows, weights):
+def embedding_bag(table, rows, weights):
     """out[t] = sum over l of weights[t, l] * table[rows[t, l]].
 
     table (n_rows, d), rows (n, L) integers, weights (n, L) -> (n, d) of the table's dtype
     """
     n, lookups = rows.shape
     out = table.new_empty(n, table.shape[1])
-    return _gather_sum(table.contiguous(), rows.contiguous(), weights.contiguous(), out, n, lookups)
+    return _embedding_bag(table.contiguous(), rows.contiguous(), weights.contiguous(), out, n, lookups)
 
 
 @triton.jit
-def _gather_dot_kernel(table, rows, x, out, dim, lookups, BLOCK_ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr):
+def _sddmm_kernel(table, rows, x, out, dim, lookups, BLOCK_ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr):
     """out[t, l] = <table[rows[t, l]], x[t]>: table (n_rows, d), rows and out (n, lookups), x (n, d).
 
     A program does one token. Bytes: e * d * (n * L + n).
@@ -232,7 +232,7 @@ def _gather_dot_kernel(table, rows, x, out, dim, lookups, BLOCK_ROWS: tl.constex
 
 
 @_on_its_device
-def gather_dot(table, rows, x):
+def sddmm(table, rows, x):
     """out[t, l] = <table[rows[t, l]], x[t]>.
 
     table (n_rows, d), rows (n, L) integers, x (n, d) -> (n, L) of x's dtype
@@ -241,7 +241,7 @@ def gather_dot(table, rows, x):
     out = x.new_empty(n, lookups)
     block_rows, block_dim, warps = _tile(table.shape[1])
     if out.numel():
-        _gather_dot_kernel[n,](table.contiguous(), rows.contiguous(), x.contiguous(), out, table.shape[1], lookups,
+        _sddmm_kernel[n,](table.contiguous(), rows.contiguous(), x.contiguous(), out, table.shape[1], lookups,
                                BLOCK_ROWS=block_rows, BLOCK_DIM=block_dim, num_warps=warps)
     return out
 
@@ -264,7 +264,7 @@ def _pieces(key):
 
 
 @_on_its_device
-def scatter_sum(rows, weights, x, n_rows, dot_with=None):
+def segment_sum(rows, weights, x, n_rows, dot_with=None):
     """sums[i] = sum over all (t, l) with rows[t, l] == unique[i] of weights[t, l] * x[t].
 
     rows (n, L) int64 below n_rows, weights (n, L), x (n, d); dot_with: a table (n_rows, d)
@@ -280,7 +280,7 @@ def scatter_sum(rows, weights, x, n_rows, dot_with=None):
     if m == 0:
         return rows.new_empty(0), x.new_empty(0, x.shape[1]), x.new_empty(n, lookups) if dot_with is not None else None
     if dot_with is not None and _tile(x.shape[1])[1] < x.shape[1]:  # too wide for a program to see the whole row
-        return *scatter_sum(rows, weights, x, n_rows)[:2], gather_dot(dot_with, rows, x)
+        return *segment_sum(rows, weights, x, n_rows)[:2], sddmm(dot_with, rows, x)
 
     key, order = torch.sort(rows.flatten().to(torch.int32 if n_rows <= 2**31 else torch.int64), stable=True)
     tokens, weights, x = order // lookups, weights.flatten()[order], x.contiguous()
@@ -292,7 +292,7 @@ def scatter_sum(rows, weights, x, n_rows, dot_with=None):
 
     def sum_pieces(chosen, out, out_rows=None):
         dot = (None, None, None) if dot_with is None else (dot_with.contiguous(), slots[chosen], dots)
-        _gather_sum(x, tokens, weights, out, len(chosen), bags=(starts[chosen], ends[chosen]), out_rows=out_rows, dot_with=dot)
+        _embedding_bag(x, tokens, weights, out, len(chosen), bags=(starts[chosen], ends[chosen]), out_rows=out_rows, dot_with=dot)
 
     whole = alone.nonzero().squeeze(1)
     sum_pieces(whole, sums, out_rows=number[whole])
@@ -303,7 +303,7 @@ def scatter_sum(rows, weights, x, n_rows, dot_with=None):
         first_piece = begins[cut].nonzero().squeeze(1)
         bags = first_piece, torch.cat([first_piece[1:], first_piece.new_full((1,), len(cut))])
         ones = torch.ones(len(cut), device=x.device)
-        _gather_sum(pieces, torch.arange(len(cut), device=x.device), ones, sums, len(first_piece), bags=bags,
+        _embedding_bag(pieces, torch.arange(len(cut), device=x.device), ones, sums, len(first_piece), bags=bags,
                     out_rows=number[cut][first_piece])
     if dots is not None:
         dots = torch.empty_like(dots).index_copy_(0, order, dots).view(n, lookups)  # back from sorted order

@@ -25,7 +25,7 @@ from nanomem import checkpoint, export, tokenizer
 from nanomem.config import Config, UserError, one_line_errors, parse, pick_device, safe_streams, setting
 from nanomem.data import open_data, open_tokenizer
 from nanomem.facts import teaches_facts
-from nanomem.memory import observe_lookups
+from nanomem.observe import observe_lookups
 from nanomem.model import GPT
 
 safe_streams()

@@ -38,7 +38,9 @@ from nanomem import checkpoint, export, facts, optim, sharding, tokenizer
 from nanomem.config import (Config, UserError, keep_freed_memory, machine_memory, one_line_errors, parse, pick_device,
                             safe_streams)
 from nanomem.data import DROPOUT, ahead, open_data, random_stream
-from nanomem.memory import MemoryTable, SlotUsage, observe_lookups, use_kernels
+from nanomem.memory import MemoryTable
+from nanomem.observe import SlotUsage, observe_lookups
+from nanomem.ops import use_kernels
 from nanomem.model import GPT
 
 safe_streams()

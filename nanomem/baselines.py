@@ -15,10 +15,12 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from nanomem.memory import (Linear, ProductKeyMemory, check_lookups, first_derivative, gather_dot, gather_sum,
-                            scatter_sum, table_gradient)
+from nanomem import ops
+from nanomem.memory import ProductKeyMemory, embedding_bag, sddmm, segment_sum
+from nanomem.ops import Linear
 
 
 class MixtureOfExperts(nn.Module):
@@ -136,56 +138,19 @@ class PEER(ProductKeyMemory):
         return super().flops_per_token() + 2 * self.heads * self.knn * self.dim
 
 
-@torch.library.custom_op("nanomem::memory_dot", mutates_args=())
-def _memory_dot(values: torch.Tensor, indices: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    return gather_dot(values, indices, x)
-
-
-@_memory_dot.register_fake
-def _(values, indices, x):
-    return x.new_empty(indices.shape)
-
-
-@torch.library.custom_op("nanomem::memory_dot_backward", mutates_args=())
-def _memory_dot_backward(grad: torch.Tensor, values: torch.Tensor, indices: torch.Tensor, x: torch.Tensor,
-                         sparse_grad: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    # The gradient of values, as table_gradient takes it, and that of x.
-    grad = grad.contiguous()
-    rows, sums = scatter_sum(indices, grad, x, len(values))
-    if not sparse_grad:
-        rows, sums = rows[:0], values.new_zeros(values.shape).index_copy_(0, rows, sums)
-    return rows, sums, gather_sum(values, indices, grad)
-
-
-class _MemoryDot(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(values, indices, x, sparse_grad):
-        return _memory_dot(values, indices, x)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[:3])
-        ctx.sparse_grad = inputs[3]
-
-    @staticmethod
-    def backward(ctx, grad):
-        values, indices, x = ctx.saved_tensors
-        rows, sums, grad_x = first_derivative(_memory_dot_backward, grad, values, indices, x, ctx.sparse_grad)
-        return table_gradient(values, rows, sums, ctx.sparse_grad), None, grad_x, None
-
-
-@torch.compiler.disable  # for the same reason as memory_read
-def memory_dot(values, indices, x, sparse_grad=False):
+@ops.reads_table(ops.dot_shape)
+def memory_dot(values: Tensor, indices: Tensor, x: Tensor, sparse_grad: bool = False) -> Tensor:
     """The product of each token with the rows it looks up: out[t, l] = <values[indices[t, l]], x[t]>.
 
-    values (n_slots, dim), indices (n, lookups) int64, x (n, dim) -> (n, lookups), differentiable in values and x. It is the
-    third derivative of the form that memory_read is the first of, so all its parts are there already (memory.py).
+    values (n_slots, dim), indices (n, lookups) int64, x (n, dim) -> (n, lookups), differentiable in values and x.
     Raises ValueError for shapes or dtypes that don't fit each other.
     """
-    check_lookups(values, indices)
-    if x.shape != (indices.shape[0], values.shape[1]) or x.dtype != values.dtype:
-        raise ValueError(f"expected x of shape {(indices.shape[0], values.shape[1])} and the values' dtype, {values.dtype}, "
-                         f"got {tuple(x.shape)} and {x.dtype}")
-    return _MemoryDot.apply(values, indices, x, sparse_grad)
+    return sddmm(values, indices, x)
+
+
+@memory_dot.register_gradient
+def dot_gradients(grad, values, indices, x, values_need_it, x_needs_it):
+    """The gradient of values, as rows (u,) and their sums (u, dim), and that of x (n, dim); None where not needed."""
+    rows, sums = segment_sum(indices, grad, x, len(values)) if values_need_it else (None, None)
+    grad_x = embedding_bag(values, indices, grad) if x_needs_it else None
+    return rows, sums, grad_x

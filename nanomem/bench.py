@@ -68,7 +68,7 @@ from rich.table import Table
 
 from nanomem import optim, tokenizer
 from nanomem.config import GPTConfig, UserError, keep_freed_memory, machine_memory, one_line_errors, parse, pick_device, safe_streams, setting
-from nanomem.memory import MemoryTable, ProductKeyMemory, memory_read, product_key_topk, select
+from nanomem.memory import MemoryTable, ProductKeyMemory, memory_read, merge_halves, product_key_topk
 from nanomem.model import GPT
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -242,7 +242,7 @@ def measure_kernels(config, n_keys):
     half_scores = torch.einsum("nhcd,hckd->hcnk", queries.float(), keys.float()).contiguous()
     candidates = torch.randn(tokens, heads, knn * knn, device=device)
     result = {"copy_gb_s": copied / 1e6, "topk": ms(lambda: product_key_topk(queries, keys, knn)),
-              "select": ms(lambda: select(half_scores, knn)),
+              "select": ms(lambda: merge_halves(half_scores, knn)),
               "two_torch_topk": ms(lambda: (half_scores.topk(knn), candidates.topk(knn)))}
     del half_scores, candidates
     scores, _ = product_key_topk(queries.requires_grad_(), keys.requires_grad_(), knn)

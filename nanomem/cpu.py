@@ -2,7 +2,7 @@
 What the memory layer needs on a CPU and torch is slow at. The results are those of the plain operations that they stand for.
 
     topk         torch.topk, in half its time
-    gather_dot   dot products with the rows looked up, in an eighth of the time of gathering them
+    sddmm   dot products with the rows looked up, in an eighth of the time of gathering them
 """
 
 import functools
@@ -77,17 +77,16 @@ if hasattr(os, "register_at_fork"):  # a forked process has none of its parent's
     os.register_at_fork(after_in_child=_threads.cache_clear)
 
 
-def can_gather_dot(table, rows):
-    """Whether `gather_dot` takes these. (torch refuses sparse matrices of more entries than a dense one has.)"""
-    return table.device.type == "cpu" and table.dtype in (torch.float32, torch.float64) and rows.shape[1] <= len(table)
+def sddmm(table, indices, x):
+    """out[t, l] = <table[indices[t, l]], x[t]>: table (n_rows, dim), indices (n, lookups) int64, x (n, dim).
 
-
-def gather_dot(table, rows, x):
-    """out[t, l] = <table[rows[t, l]], x[t]>: table (n_rows, dim), rows (n, lookups) int64, x (n, dim) -> (n, lookups).
-
-    That is x @ table.T, computed only where a sparse matrix has its entries: the rows looked up.
+    That is x @ table.T, computed only where a sparse matrix has its entries: the rows that were looked up.
     """
-    n, lookups = rows.shape
-    starts = torch.arange(0, n * lookups + 1, lookups)
-    wanted = torch.sparse_csr_tensor(starts, rows.flatten(), x.new_zeros(n * lookups), (n, len(table)), check_invariants=False)
+    n, lookups = indices.shape
+    # torch refuses sparse matrices with more entries than a dense one has.
+    if table.device.type != "cpu" or table.dtype not in (torch.float32, torch.float64) or lookups > len(table):
+        # One lookup at a time, so that no (n, lookups, dim) tensor is built.
+        return torch.stack([(table[rows] * x).sum(-1) for rows in indices.unbind(1)], dim=1)
+    starts, zeros = torch.arange(0, n * lookups + 1, lookups), x.new_zeros(n * lookups)
+    wanted = torch.sparse_csr_tensor(starts, indices.flatten(), zeros, (n, len(table)), check_invariants=False)
     return torch.sparse.sampled_addmm(wanted, x, table.t(), beta=0.0).values().view(n, lookups)

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 
 from nanomem.baselines import PEER, MixtureOfExperts, moe_shape
 from nanomem.config import GPTConfig
-from nanomem.memory import Linear, MemoryTable, ProductKeyMemory
+from nanomem.memory import MemoryTable, ProductKeyMemory
+from nanomem.ops import Linear
 
 
 def rope_tables(length, dim, device=None, base=10000.0):

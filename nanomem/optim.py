@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 
 from nanomem import kernels
-from nanomem.memory import MemoryTable, scatter_sum, use_kernels
+from nanomem.memory import MemoryTable, segment_sum
+from nanomem.ops import sparse_rows, use_kernels
 
 
 def squared_norms(grads, group=None):
@@ -25,7 +26,7 @@ def squared_norms(grads, group=None):
     return squares
 
 
-def row_gradient(values, group=None):
+def coalesce_gradient_(values, group=None):
     """The gradient of a table as (rows, gradients): rows (u,) int64 ascending, each once, gradients (u, v_dim).
 
     Of a dense gradient these are the rows that are not zero, in any column if a group of processes has the columns
@@ -41,8 +42,8 @@ def row_gradient(values, group=None):
         return rows, grad[rows]
     rows, grads = grad._indices()[0], grad._values()
     if not (rows[1:] > rows[:-1]).all():  # slots that several layers or accumulated batches read (torch's flag gets lost)
-        rows, grads = scatter_sum(rows[:, None], grads.new_ones(len(rows), 1), grads, len(values))
-        values.grad = torch.sparse_coo_tensor(rows[None], grads, values.shape, is_coalesced=True, check_invariants=False)
+        rows, grads = segment_sum(rows[:, None], grads.new_ones(len(rows), 1), grads, len(values))
+        values.grad = sparse_rows(rows, grads, values.shape)
     return rows, grads
 
 
@@ -67,9 +68,9 @@ class RowAdam(torch.optim.Optimizer):
 
     CHUNK = 2**18  # numbers updated at a time: temporaries stay in cache, 1.5 times as fast as all at once
 
-    def __init__(self, params, lr=1e-2, beta2=0.99, eps=1e-10, seed=0, group=None):
+    def __init__(self, params, lr=1e-2, beta2=0.99, eps=1e-10, seed=0, process_group=None):
         super().__init__(params, dict(lr=lr, beta2=beta2, eps=eps, seed=seed))
-        self.group = group
+        self.process_group = process_group
 
     def add_param_group(self, param_group):
         """torch's; raises ValueError for a parameter that is not a table."""
@@ -94,7 +95,7 @@ class RowAdam(torch.optim.Optimizer):
         return loss
 
     def __getstate__(self):  # for copies; torch's leaves the group out
-        return super().__getstate__() | {"group": self.group}
+        return super().__getstate__() | {"process_group": self.process_group}
 
     def load_state_dict(self, state_dict):
         """Loads what state_dict() returned, keeping its dtypes: torch would turn the counts into the table's dtype."""
@@ -108,11 +109,11 @@ class RowAdam(torch.optim.Optimizer):
         if not state:
             state["second_moment"] = torch.zeros(len(values), dtype=torch.float32, device=values.device)
             state["reads"] = torch.zeros(len(values), dtype=torch.int32, device=values.device)
-        rows, grads = row_gradient(values, self.group)
+        rows, grads = coalesce_gradient_(values, self.process_group)
         mean_square, first_column = None, 0
-        if self.group is not None:
-            mean_square = squared_norms(grads, self.group) / (grads.shape[1] * dist.get_world_size(self.group))
-            first_column = grads.shape[1] * dist.get_rank(self.group)
+        if self.process_group is not None:
+            mean_square = squared_norms(grads, self.process_group) / (grads.shape[1] * dist.get_world_size(self.process_group))
+            first_column = grads.shape[1] * dist.get_rank(self.process_group)
         if use_kernels(values):
             kernels.row_adam(values, rows, grads, state["second_moment"], state["reads"], lr, beta2, eps, seed, mean_square, first_column)
             return
@@ -158,6 +159,11 @@ def _mix(x):
     return x ^ (x >> 16)
 
 
+def process_group_of(table):
+    """The processes that a ShardedTable's columns are split over; None for a table in one piece."""
+    return getattr(table, "shard_group", None)
+
+
 def tables_of(model):
     """The memory tables in a module, each once."""
     return [m for m in model.modules() if isinstance(m, MemoryTable)]
@@ -179,7 +185,7 @@ def build_optimizer(model, learning_rate=1e-3, mem_lr=1e-2, weight_decay=0.1, be
         fused = all(p.device.type in ("cpu", "cuda") for p in core)
         optimizers.append(torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, betas=betas, fused=fused))
     if tables:
-        optimizers.append(RowAdam([table.values for table in tables], lr=mem_lr, beta2=mem_beta2, group=tables[0].group))
+        optimizers.append(RowAdam([table.values for table in tables], lr=mem_lr, beta2=mem_beta2, process_group=process_group_of(tables[0])))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]  # for a schedule to scale, as train.py's does
@@ -196,13 +202,14 @@ def clip_gradients(model, max_norm):
     in_tables = {id(table.values) for table in tables}
     core_norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if id(p) not in in_tables], max_norm)
     read = [table.values for table in tables if table.values.grad is not None]
-    grads = [row_gradient(values)[1] if values.grad.is_sparse else values.grad for values in read]
+    grads = [coalesce_gradient_(values)[1] if values.grad.is_sparse else values.grad for values in read]
     table_norm = torch.tensor(0.0)
     if grads:
         norms = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in grads]
         squares = torch.stack(norms).square().sum()
-        if tables[0].group is not None:  # those of all columns
-            dist.all_reduce(squares, group=tables[0].group)
+        process_group = process_group_of(tables[0])
+        if process_group is not None:  # sum over all columns
+            dist.all_reduce(squares, group=process_group)
         table_norm = squares.sqrt()
     if table_norm > max_norm:
         for g in grads:

@@ -39,7 +39,7 @@ from nanomem import checkpoint, optim
 from nanomem.checkpoint import read_json, write_text
 from nanomem.config import Config, UserError, keep_freed_memory, one_line_errors, parse, pick_device, safe_streams, setting
 from nanomem.data import open_data
-from nanomem.memory import SlotUsage, observe_lookups
+from nanomem.observe import SlotUsage, observe_lookups
 from nanomem.model import GPT
 
 ROOT = Path(__file__).resolve().parent.parent

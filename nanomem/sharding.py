@@ -34,8 +34,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nanomem.baselines import MixtureOfExperts
 from nanomem.config import UserError, mistake
+from nanomem import ops
 from nanomem.memory import MemoryTable, ProductKeyMemory, memory_read
-from nanomem.optim import row_gradient
+from nanomem.ops import sparse_rows
+from nanomem.optim import coalesce_gradient_
 
 # ------------------------------------------------------------------------------------------------
 # The split table
@@ -104,16 +106,22 @@ class ShardedTable(MemoryTable):
             raise UserError(f"values of {v_dim} columns (mem_v_dim, or n_embd) can't be split over {shards} processes; "
                             f"nearest: mem_v_dim={' or '.join(map(str, multiples_around(v_dim, shards)))}, or mem_parallel=1, not to split them")
         width = v_dim // shards
-        super().__init__(n_slots, v_dim, dtype=dtype, columns=range(shard * width, (shard + 1) * width))
-        self.mesh, self.group, self.replica_group = mesh, mesh.get_group("shard"), mesh.get_group("replica")
+        self.whole_v_dim, self.columns = v_dim, range(shard * width, (shard + 1) * width)  # reset_parameters reads them
+        super().__init__(n_slots, width, dtype=dtype)
+        self.v_dim = v_dim
+        self.mesh, self.shard_group, self.replica_group = mesh, mesh.get_group("shard"), mesh.get_group("replica")
 
-    @torch.compiler.disable
+    def reset_parameters(self):
+        """Initialises these columns as in the whole table."""
+        ops.draw_rows(self.values, self.whole_v_dim, self.columns)
+
+    @ops.not_compiled
     def forward(self, indices, weights):
         """indices (n, lookups) int64 and weights (n, lookups) of this process's tokens -> (n, v_dim)"""
         narrow = torch.int32 if self.n_slots <= 2**31 else torch.int64
-        indices = _all_gather(indices.to(narrow), self.group).long()
-        weights = _Gather.apply(weights.to(self.values.dtype), self.group)
-        return _send_home(memory_read(self.values, indices, weights, self.sparse_grad), self.group)
+        indices = _all_gather(indices.to(narrow), self.shard_group).long()
+        weights = _Gather.apply(weights.to(self.values.dtype), self.shard_group)
+        return _send_home(memory_read(self.values, indices, weights, self.sparse_grad), self.shard_group)
 
 
 def multiples_around(number, of):
@@ -138,12 +146,12 @@ def add_replicas(model):
             if table.values.grad is None:
                 rows, grads = torch.arange(0, device=table.values.device), table.values.detach()[:0]
             else:
-                rows, grads = row_gradient(table.values, table.group)
+                rows, grads = coalesce_gradient_(table.values, table.shard_group)
             touched = _union(rows, table.n_slots, table.replica_group)
             sums = grads.new_zeros(len(touched), grads.shape[1])
             sums.index_copy_(0, torch.searchsorted(touched, rows), grads)
             dist.all_reduce(sums, group=table.replica_group)
-            table.values.grad = torch.sparse_coo_tensor(touched[None], sums, table.values.shape, is_coalesced=True, check_invariants=False)
+            table.values.grad = sparse_rows(touched, sums, table.values.shape)
 
 
 def _union(rows, n_slots, group):

@@ -63,9 +63,9 @@ def compile_only(kernel, grid):
     return call
 
 
-def select(half_scores, knn, pairs):
-    """kernels.select, whose results are not computed: half of the tokens get slot 0, which makes a row of many lookups."""
-    scores, slots = launch_select(half_scores, knn, pairs)
+def merge_halves(half_scores, knn, pairs):
+    """kernels.merge_halves, whose results are not computed: half of the tokens get slot 0, which makes a row of many lookups."""
+    scores, slots = launch_merge(half_scores, knn, pairs)
     slots.random_(half_scores.shape[-1]**2)[::2] = 0
     return scores.zero_(), slots
 
@@ -76,7 +76,7 @@ def step(layer, x):
     for table in optim.tables_of(layer):
         values = table.values
         values.grad = values.grad + values.grad  # rows that occur twice are summed
-        rows, grads = optim.row_gradient(values)
+        rows, grads = optim.coalesce_gradient_(values)
         state = torch.zeros(table.n_slots), torch.zeros(table.n_slots, dtype=torch.int32)
         kernels.row_adam(values.detach(), rows, grads, *state, 0.01, 0.99, 1e-10, 0)
         kernels.row_adam(values.detach(), rows, grads, *state, 0.01, 0.99, 1e-10, 0, torch.zeros(len(rows)), table.v_dim)
@@ -85,7 +85,7 @@ def step(layer, x):
 JITFunction.__getitem__ = compile_only
 driver.set_active(NoDevice())
 torch.version.hip = "compiled for" if target.backend == "hip" else None  # a launcher asks
-launch_select, kernels.select = kernels.select, select
+launch_merge, kernels.merge_halves = kernels.merge_halves, merge_halves
 memory.use_kernels = optim.use_kernels = lambda x: True
 
 for name in sys.argv[2:] or SHAPES:

@@ -99,20 +99,20 @@ def test_inputs_that_are_not_contiguous():
     values, indices, weights = randn(13, 30).t(), torch.randint(30, (7, 5), device=DEVICE).t(), randn(7, 5).t()
     x = randn(13, 5).t()
     exact = (values[indices].double() * weights[..., None]).sum(1)
-    assert relative_error(kernels.gather_sum(values, indices, weights), exact) < 1e-5
-    assert relative_error(kernels.gather_dot(values, indices, x), (values[indices].double() * x[:, None]).sum(-1)) < 1e-5
-    rows, sums, dots = kernels.scatter_sum(indices, weights, x, 30, dot_with=values)
+    assert relative_error(kernels.embedding_bag(values, indices, weights), exact) < 1e-5
+    assert relative_error(kernels.sddmm(values, indices, x), (values[indices].double() * x[:, None]).sum(-1)) < 1e-5
+    rows, sums, dots = kernels.segment_sum(indices, weights, x, 30, dot_with=values)
     every = torch.zeros(30, 13, dtype=torch.float64, device=DEVICE)
     every.index_add_(0, indices.flatten(), (weights[..., None].double() * x[:, None]).flatten(0, 1))
     assert torch.equal(rows, indices.unique()) and relative_error(sums, every[rows]) < 1e-5
-    torch.testing.assert_close(dots, kernels.gather_dot(values, indices, x))
+    torch.testing.assert_close(dots, kernels.sddmm(values, indices, x))
 
 
 def test_the_values_gradient_is_the_same_every_time_when_few_slots_take_most_lookups():
     n, lookups = 50, 8
     indices = torch.where(torch.rand(n, lookups) < 0.7, 3, torch.randint(1000, (n, lookups))).to(DEVICE)
     weights, x = randn(n, lookups), randn(n, 16)
-    (rows, first, _), (_, second, _) = (kernels.scatter_sum(indices, weights, x, 1000) for _ in range(2))
+    (rows, first, _), (_, second, _) = (kernels.segment_sum(indices, weights, x, 1000) for _ in range(2))
     every = torch.zeros(1000, 16, dtype=torch.float64, device=DEVICE)
     every.index_add_(0, indices.flatten(), (weights[..., None].double() * x[:, None]).flatten(0, 1))
     assert torch.equal(first, second) and relative_error(first, every[rows]) < 1e-5
@@ -194,13 +194,13 @@ def test_every_kernel_a_step_launches_compiles_with_16_byte_loads(target, shapes
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, str(script), target, *shapes], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert kernels.select  # loads the module
+    assert kernels.merge_halves  # loads the module
     compiled = [json.loads(line) for line in done.stdout.splitlines()]
     assert {row["kernel"] for row in compiled} == {name for name in vars(kernels) if name.endswith("_kernel")}
     assert all(row["shared"] <= 64 * 1024 for row in compiled)  # what every GPU of the last years has, AMD's too
     for row in compiled:
-        joined = row["kernel"] in ("_gather_sum_kernel", "_gather_dot_kernel") or target != "gfx942"
-        if joined and row["kernel"] != "_select_kernel" and row["row_length"] in (101, 128, 1024):
+        joined = row["kernel"] in ("_embedding_bag_kernel", "_sddmm_kernel") or target != "gfx942"
+        if joined and row["kernel"] != "_merge_halves_kernel" and row["row_length"] in (101, 128, 1024):
             assert row["wide_loads"] == (row["row_length"] % 16 == 0) or (target == "gfx942" and row["row_length"] == 101), row
 
 
@@ -210,8 +210,8 @@ def test_rows_past_two_to_the_31_numbers():
     rows = torch.tensor([3, 2**21 + 5], device=DEVICE)
     values[rows] = randn(2, 1024, dtype=torch.bfloat16)
     before, x = values[rows].double(), randn(1, 1024, dtype=torch.bfloat16)
-    assert relative_error(kernels.gather_sum(values, rows[None], torch.ones(1, 2, device=DEVICE)), before.sum(0)[None]) < 1e-2
-    assert relative_error(kernels.gather_dot(values, rows[None], x), (before @ x[0].double())[None]) < 1e-2
+    assert relative_error(kernels.embedding_bag(values, rows[None], torch.ones(1, 2, device=DEVICE)), before.sum(0)[None]) < 1e-2
+    assert relative_error(kernels.sddmm(values, rows[None], x), (before @ x[0].double())[None]) < 1e-2
     kernels.row_adam(values, rows, x.expand(2, 1024), *(torch.zeros(len(values), dtype=t, device=DEVICE) for t in (torch.float32, torch.int32)),
                      1.0, 0.99, 1e-10, 0)
     assert relative_error(values[rows], before - x.double() / x.double().square().mean().sqrt()) < 1e-2

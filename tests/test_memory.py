@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import nanomem.memory
-from nanomem.memory import MemoryTable, ProductKeyMemory, SlotUsage, memory_read, observe_lookups, product_key_topk
+from nanomem import ops
+from nanomem.memory import MemoryTable, ProductKeyMemory, memory_read, product_key_topk
+from nanomem.observe import SlotUsage, observe_lookups
 from nanomem.optim import build_optimizer, clip_gradients
 
 
@@ -51,7 +52,7 @@ def test_topk_gradients():
 @pytest.mark.parametrize("n_keys", [8, 36, 64])
 @pytest.mark.parametrize("ties", [False, True])
 def test_topk_of_many_tokens_and_keys(n_keys, ties, dtype, monkeypatch):  # for several chunks, and for groups of keys
-    monkeypatch.setattr(nanomem.memory, "_chunk_size", lambda keys: 250)
+    monkeypatch.setattr(ops, "tokens_at_once", lambda keys: 250)
     torch.manual_seed(0)
     queries, keys = torch.randn(600, 2, 2, 4, dtype=dtype), torch.randn(2, 2, n_keys, 4, dtype=dtype)
     if ties:
@@ -264,5 +265,7 @@ def test_columns_begin_as_in_the_whole_table():
     values = torch.empty(257**2, 6).normal_(std=6**-0.5)
     assert torch.equal(whole, values)
     torch.manual_seed(0)
-    assert torch.equal(MemoryTable(257**2, 6, columns=range(2, 4)).values, values[:, 2:4])
+    columns = torch.empty(257**2, 2)
+    ops.draw_rows(columns, 6, range(2, 4))
+    assert torch.equal(columns, values[:, 2:4])
     assert torch.equal(torch.rand(1), after)  # what is drawn next is the same too

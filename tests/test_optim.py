@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nanomem.memory import MemoryTable, ProductKeyMemory
-from nanomem.optim import RowAdam, build_optimizer, clip_gradients, row_gradient, schedule, stochastic_round
+from nanomem.optim import RowAdam, build_optimizer, clip_gradients, coalesce_gradient_, schedule, stochastic_round
 
 
 def sparse(rows, grads, n):
@@ -161,7 +161,7 @@ def test_clipping_sums_repeated_slots_before_the_norm_and_leaves_the_others_apar
     model.first.out_proj.weight.grad = torch.full((6, 6), 0.5)
     core, table = clip_gradients(model, 1.0)
     assert core.item() == pytest.approx(3.0) and table.item() == pytest.approx(5.0)
-    rows, grads = row_gradient(values)
+    rows, grads = coalesce_gradient_(values)
     assert rows.tolist() == [1, 3]
     torch.testing.assert_close(grads[:, :2], torch.tensor([[0, 0.6], [0.8, 0]]), rtol=1e-4, atol=1e-5)
     assert model.first.out_proj.weight.grad.norm().item() == pytest.approx(1.0, rel=1e-4)

@@ -60,9 +60,9 @@ def _step_bytes(mem_parallel):
              mock.patch.object(dist, "all_to_all_single", counted(dist.all_to_all_single, lambda n: (n - 1) / n)), \
              mock.patch.object(dist, "all_reduce", counted(dist.all_reduce, lambda n: 2 * (n - 1) / n)):
             parallel(idx, idx)[1].backward()
-            of_group = len(optim.row_gradient(values)[0])
+            of_group = len(optim.coalesce_gradient_(values)[0])
             sharding.add_replicas(model)
-            of_all = len(optim.row_gradient(values)[0])
+            of_all = len(optim.coalesce_gradient_(values)[0])
             optim.clip_gradients(model, 1.0)
             for optimizer in optimizers:
                 optimizer.step()
@@ -97,7 +97,7 @@ def dense_gradients_of_columns(settings):
     before = table.values.detach().clone()
     whole = torch.tensor([[0.0, 0.0], [3.0, 0.0], [0.0, 4.0], [1.0, 1.0]])
     table.values.grad = whole[:, sharding.rank():sharding.rank() + 1].clone()
-    optim.RowAdam([table.values], lr=0.1, group=table.group).step()
+    optim.RowAdam([table.values], lr=0.1, process_group=table.shard_group).step()
     moved = (table.values.detach() - before).flatten().tolist()
     return sharding.gather(moved)
 
