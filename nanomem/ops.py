@@ -100,7 +100,7 @@ def draw_rows(values, v_dim, columns):
     processes.
     """
     std = v_dim**-0.5
-    if type(values.data) is not torch.Tensor:  # FSDP's DTensor
+    if values.is_meta or type(values.data) is not torch.Tensor:  # nothing to draw, or FSDP's DTensor
         values.normal_(std=std)
         return
     for rows in values.split(2**16):
@@ -140,19 +140,24 @@ def first_derivative(operation, *inputs):
     torch's once_differentiable would treat the saved tensors as constants and return a wrong second
     derivative.
     """
-    if torch.compiler.is_compiling():  # torch.compile itself refuses second derivatives
+    if torch.compiler.is_compiling():  # ahead-of-time compilation itself refuses second derivatives
         return operation(*inputs)
     return _FirstDerivative.apply(operation, *inputs)
 
 
-def _register(function, name, fake):
-    """Registers function as an operation of torch, and returns it; fake(*inputs) gives its outputs' shapes
-    and dtypes.
-    """
+def _register(function, name, fake=None):
+    """Registers function as the operation nanomem::name. fake(*inputs) gives its outputs' shapes and dtypes."""
     operation = torch.library.custom_op(f"nanomem::{name}", function, mutates_args=())
     if fake is not None:
         operation.register_fake(fake)
-    return getattr(torch.ops.nanomem, name).default  # torch.compile can't trace a call of `operation` itself
+    return operation
+
+
+def _function(forward, setup_context, backward):
+    """A torch.autograd.Function of these three, which torch.func can transform."""
+    methods = {"forward": forward, "setup_context": setup_context, "backward": backward}
+    members = {name: staticmethod(method) for name, method in methods.items()} | {"generate_vmap_rule": True}
+    return type("Function", (torch.autograd.Function,), members)
 
 
 def search(forward):
@@ -170,27 +175,20 @@ def search(forward):
     def fake_gradient(grad_scores, queries, keys, slots):
         return queries.new_empty(queries.shape), keys.new_empty(keys.shape)
 
+    def setup_context(ctx, inputs, output):
+        queries, keys, _ = inputs
+        _, slots = output
+        ctx.save_for_backward(queries, keys, slots)
+        ctx.mark_non_differentiable(slots)
+
+    def gradient(ctx, grad_scores, _):
+        return *first_derivative(run_backward, grad_scores, *ctx.saved_tensors), None
+
     name = forward.__name__
     run = _register(forward, name, fake)
+    run.register_autograd(gradient, setup_context=setup_context)  # for torch.compile
+    function = _function(lambda *inputs: run(*inputs), setup_context, gradient)  # for torch.func
     run_backward = None
-
-    class Search(torch.autograd.Function):
-        generate_vmap_rule = True
-
-        @staticmethod
-        def forward(queries, keys, knn):
-            return run(queries, keys, knn)
-
-        @staticmethod
-        def setup_context(ctx, inputs, output):
-            queries, keys, _ = inputs
-            _, slots = output
-            ctx.save_for_backward(queries, keys, slots)
-            ctx.mark_non_differentiable(slots)
-
-        @staticmethod
-        def backward(ctx, grad_scores, _):
-            return *first_derivative(run_backward, grad_scores, *ctx.saved_tensors), None
 
     @functools.wraps(forward)
     def checked(queries, keys, knn):
@@ -198,9 +196,11 @@ def search(forward):
         if queries.is_cuda and torch.is_autocast_enabled("cuda"):
             dtype = torch.get_autocast_dtype("cuda")  # for the tensor cores; scores are float32 all the same
             queries, keys = queries.to(dtype), keys.to(dtype)
-        if torch.compiler.is_compiling() and forward_ad._current_level >= 0:  # drops tangents silently
+        if not torch.compiler.is_compiling():
+            return function.apply(queries, keys, knn)
+        if forward_ad._current_level >= 0:  # torch.compile would drop the tangents silently
             raise NotImplementedError(f"{name} has no forward-mode derivative: use backward() or jacrev")
-        return Search.apply(queries, keys, knn)
+        return run(queries, keys, knn)
 
     def register_gradient(backward):
         nonlocal run_backward
@@ -211,13 +211,85 @@ def search(forward):
     return checked
 
 
+def reads_table(shape_of):
+    """Makes a decorator that makes forward(values, indices, x, sparse_grad) an operation with gradients.
+
+    shape_of(values, indices, x) checks the inputs and returns the output's shape. `result.register_gradient`
+    decorates backward(grad, values, indices, x, values_need_it, x_needs_it) -> (rows, sums, grad_x), each None
+    if not needed: `sums` (u, dim) is the gradient of the rows (u,) int64 of values, and all others have none.
+    With sparse_grad the gradient of values is a sparse tensor of these rows, otherwise a dense one.
+    """
+
+    def decorate(forward):
+        def fake(values, indices, x, sparse_grad):
+            return x.new_empty(shape_of(values, indices, x))
+
+        def setup_context(ctx, inputs, output):
+            *tensors, ctx.sparse_grad = inputs
+            ctx.save_for_backward(*tensors)
+
+        def gradient(ctx, grad):
+            values, indices, x = ctx.saved_tensors
+            values_need_it, _, x_needs_it, _ = ctx.needs_input_grad
+            options = ctx.sparse_grad, values_need_it, x_needs_it
+            rows, grad_values, grad_x = first_derivative(run_backward, grad, values, indices, x, *options)
+            if ctx.sparse_grad and values_need_it:
+                grad_values = sparse_rows(rows, grad_values, values.shape)
+            return grad_values if values_need_it else None, None, grad_x if x_needs_it else None, None
+
+        name = forward.__name__
+        run = _register(forward, name, fake)
+        function = _function(lambda *inputs: run(*inputs), setup_context, gradient)
+        run_backward = None
+
+        # torch.compile takes neither a sparse gradient nor one with as many rows as were read.
+        @not_compiled
+        @functools.wraps(forward)
+        def checked(values, indices, x, sparse_grad=False):
+            shape_of(values, indices, x)
+            return function.apply(values, indices, x, sparse_grad)
+
+        def register_gradient(backward):
+            # A custom operation returns tensors only: empty ones take the place of what is not needed.
+            def padded(
+                grad: torch.Tensor,
+                values: torch.Tensor,
+                indices: torch.Tensor,
+                x: torch.Tensor,
+                sparse_grad: bool,
+                values_need_it: bool,
+                x_needs_it: bool,
+            ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+                grad = grad.contiguous()
+                rows, sums, grad_x = backward(grad, values, indices, x, values_need_it, x_needs_it)
+                grad_x = x.new_empty(0) if grad_x is None else grad_x
+                if rows is None:
+                    return indices.new_empty(0), values.new_empty(0), grad_x
+                if not sparse_grad:
+                    return rows[:0], torch.zeros_like(values).index_copy_(0, rows, sums), grad_x
+                return rows, sums, grad_x
+
+            nonlocal run_backward
+            run_backward = _register(padded, f"{name}_backward")
+            return backward
+
+        checked.register_gradient = register_gradient
+        return checked
+
+    return decorate
+
+
+def sparse_rows(rows, grad, shape):
+    """A sparse tensor of this shape whose rows (u,), ascending and distinct, are grad (u, columns)."""
+    return torch.sparse_coo_tensor(rows[None], grad, shape, is_coalesced=True, check_invariants=False)
+
+
 def check_layer(layer):
     """Raises ValueError for the first setting of a ProductKeyMemory that is invalid."""
     n_slots, n_keys = layer.table.n_slots, layer.n_keys
     if n_keys**2 != n_slots:
-        raise ValueError(
-            f"the table must have a square number of slots, such as {n_keys}**2 = {n_keys**2}, got {n_slots}"
-        )
+        square = f"{n_keys}**2 = {n_keys**2}"
+        raise ValueError(f"the table must have a square number of slots, such as {square}, got {n_slots}")
     if not 1 <= layer.knn <= n_keys:
         raise ValueError(f"knn must be from 1 to n_keys = {n_keys}, got {layer.knn}")
     if layer.k_dim < 2 or layer.k_dim % 2:
@@ -244,93 +316,6 @@ def check_search(queries, keys, knn):
         raise ValueError(f"expected queries and keys of one dtype, got {queries.dtype} and {keys.dtype}")
     if not 1 <= knn <= keys.shape[2]:
         raise ValueError(f"knn must be from 1 to n_keys = {keys.shape[2]}, got {knn}")
-
-
-def reads_table(shape_of):
-    """A decorator factory: makes forward(values, indices, x, sparse_grad) an operation with gradients in
-    values and x.
-
-    shape_of(values, indices, x) checks the inputs and returns the output's shape.
-    `result.register_gradient` decorates the gradient, backward(grad, values, indices, x, values_need_it,
-    x_needs_it) -> (rows, sums, grad_x): `sums` (u, dim) is the gradient of the rows (u,) int64 of values,
-    and all other rows have none. Each is None if not needed. With sparse_grad the gradient of values is a
-    sparse tensor of these rows, otherwise a dense one.
-    """
-
-    def decorate(forward):
-        name = forward.__name__
-
-        def fake(values, indices, x, sparse_grad):
-            return x.new_empty(shape_of(values, indices, x))
-
-        run = _register(forward, name, fake)
-        run_backward = None
-
-        class ReadTable(torch.autograd.Function):
-            generate_vmap_rule = True
-
-            @staticmethod
-            def forward(values, indices, x, sparse_grad):
-                return run(values, indices, x, sparse_grad)
-
-            @staticmethod
-            def setup_context(ctx, inputs, output):
-                *tensors, ctx.sparse_grad = inputs
-                ctx.save_for_backward(*tensors)
-
-            @staticmethod
-            def backward(ctx, grad):
-                values, indices, x = ctx.saved_tensors
-                values_need_it, _, x_needs_it, _ = ctx.needs_input_grad
-                rows, grad_values, grad_x = first_derivative(
-                    run_backward, grad, values, indices, x, ctx.sparse_grad, values_need_it, x_needs_it
-                )
-                if ctx.sparse_grad and values_need_it:
-                    grad_values = sparse_rows(rows, grad_values, values.shape)
-                return grad_values if values_need_it else None, None, grad_x if x_needs_it else None, None
-
-        @functools.wraps(forward)
-        def checked(values, indices, x, sparse_grad=False):
-            shape_of(values, indices, x)
-            return ReadTable.apply(values, indices, x, sparse_grad)
-
-        def register_gradient(backward):
-            # A custom operation returns tensors only: empty ones stand for what is not needed.
-            def padded(
-                grad: torch.Tensor,
-                values: torch.Tensor,
-                indices: torch.Tensor,
-                x: torch.Tensor,
-                sparse_grad: bool,
-                values_need_it: bool,
-                x_needs_it: bool,
-            ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-                grad = grad.contiguous()
-                rows, sums, grad_x = backward(grad, values, indices, x, values_need_it, x_needs_it)
-                grad_x = x.new_empty(0) if grad_x is None else grad_x
-                if rows is None:
-                    return indices.new_empty(0), values.new_empty(0), grad_x
-                if not sparse_grad:
-                    return rows[:0], torch.zeros_like(values).index_copy_(0, rows, sums), grad_x
-                return rows, sums, grad_x
-
-            nonlocal run_backward
-            run_backward = _register(padded, f"{name}_backward", fake=None)  # never compiled
-            return backward
-
-        # torch.compile takes neither a sparse gradient nor one with as many rows as were read.
-        result = not_compiled(checked)
-        result.register_gradient = register_gradient
-        return result
-
-    return decorate
-
-
-def sparse_rows(rows, grad, shape):
-    """The sparse tensor of this shape whose rows (u,), ascending and distinct, are grad (u, columns); all
-    others are 0.
-    """
-    return torch.sparse_coo_tensor(rows[None], grad, shape, is_coalesced=True, check_invariants=False)
 
 
 def read_shape(values, indices, weights):
@@ -369,4 +354,4 @@ def check_lookups(values, indices):
             f"got {tuple(values.shape)} and {tuple(indices.shape)}"
         )
     if indices.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"expected indices of dtype int64, got {indices.dtype}")
+        raise ValueError(f"expected indices of dtype int64 or int32, got {indices.dtype}")

@@ -57,7 +57,7 @@ def test_ctrl_c_saves_and_the_resumed_run_equals_an_uninterrupted_one(tmp_path):
     assert f"python train.py --resume --out_dir={tmp_path / 'cut'}" in out
     assert 20 <= runs.metrics(tmp_path / "cut")[-1]["iter"] < 120
     out, _ = runs.run("train.py", "--resume", f"--out_dir={tmp_path / 'cut'}")  # its settings come from the checkpoint
-    assert "going on from iteration" in out
+    assert "resuming from iteration" in out
     check(tmp_path / "alone", tmp_path / "cut")
 
 
@@ -179,7 +179,7 @@ def test_resume_names_a_damaged_checkpoint_and_goes_on_from_the_one_before(finis
     path = tmp_path / "run" / "checkpoint-20" / "part-1-of-1.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
     out, _ = runs.run("train.py", "--resume", f"--out_dir={tmp_path / 'run'}")
-    assert f"{path} has 1,000 bytes" in out and "checkpoint-15" in out and "going on from iteration 15" in out
+    assert f"{path} has 1,000 bytes" in out and "checkpoint-15" in out and "resuming from iteration 15" in out
     check(finished[0], tmp_path / "run")
     for path in (tmp_path / "run").glob("checkpoint-*/part-*"):
         path.unlink()
@@ -211,8 +211,8 @@ def test_dense_and_memory_take_equal_flops(finished, tmp_path):
     (["n_entities=5"], "(did you mean --n_entities=5?)"),
     (["--out_dir="], "out_dir must be a folder of its own"),
     (["--device=cpu:x"], "--device=cpu:x is not on this machine"),
-    (["--seed=99999999999999999999999"], "seed must be under"),
-    (["--mem_n_keys=99999999999"], "mem_n_keys must be under 4,194,304"), (["--batch_size=100000000"], "GB for their logits alone"),
+    (["--seed=99999999999999999999999"], "seed must be from 0 to under"),
+    (["--mem_n_keys=99999999999"], "mem_n_keys must be from 1 to under 4,194,304"), (["--batch_size=100000000"], "GB for their logits alone"),
     (["--data=."], "must be prepared first: python data/prepare.py . --out=data/mine"),
     (["--data=nothing.parquet"], "must be prepared first"),
     (["--device=tpu"], "--device=tpu is not on this machine"),
@@ -241,7 +241,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
 
 def test_a_table_larger_than_the_machine_is_refused(tmp_path):
     _, err = runs.train(tmp_path / "run", "--mem_n_keys=3000000", code=2)
-    assert "mem_n_keys=3000000 makes tables of" in err and err.count("\n") == 1
+    assert "mem_n_keys=3000000 makes memory tables of" in err and err.count("\n") == 1
 
 
 UNEVEN = ["--data=world", "--n_entities=4", "--block_size=64"]  # sentences of different lengths about too few cities to fill a block
@@ -316,7 +316,7 @@ def test_a_run_of_an_older_format_can_be_asked_but_not_gone_on_with(finished, tm
     out, _ = runs.run("sample.py", f"--out_dir={tmp_path / 'run'}", "--start=Clocks in Lagos follow", "--max_new_tokens=2")
     assert "Clocks in Lagos follow" in out
     _, err = runs.run("train.py", "--resume", f"--out_dir={tmp_path / 'run'}", "--max_iters=30", code=2)
-    assert "earlier version of nanomem" in err and err.count("\n") == 1
+    assert "from an earlier nanomem" in err and err.count("\n") == 1
 
 
 def test_resume_without_a_checkpoint_is_a_mistake_that_names_the_folder(finished, tmp_path, monkeypatch):

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import runs
 
-from nanomem.config import Config, SafeStream, UserError, expand, one_line_errors, parse, setting
+from nanomem.cli import SafeStream, UserError, expand, one_line_errors, parse, setting
+from nanomem.config import Config
 
 full_disk = pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 
@@ -54,7 +55,7 @@ def test_a_stream_of_another_encoding_writes_escapes(encoding):
 
 def test_a_program_started_without_streams_gets_empty_ones_and_no_file_takes_their_numbers(tmp_path):
     program = (f"import sys; sys.path.insert(0, {str(runs.ROOT)!r})\n"
-               "from nanomem.config import safe_streams\n"
+               "from nanomem.cli import safe_streams\n"
                "safe_streams()\n"
                "file = open('file', 'w'); file.write(f'{sys.stdin.read()!r} {file.fileno() > 2}')\n"
                "print('out'); print('err', file=sys.stderr)")
@@ -85,7 +86,7 @@ def test_a_message_with_line_ends_is_still_one_line(capsys):
 
 @dataclass
 class Paths:
-    folder: str = setting("auto", "a folder", group="Settings", path=True)
+    folder: str = setting("auto", "a folder", section="Settings", path=True)
     text: str = setting("", "a text")
 
 

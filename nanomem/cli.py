@@ -1,0 +1,288 @@
+"""
+What every command line of nanomem shares: settings in dataclasses, --help, one-line errors, and output that
+can't crash.
+
+Importing this takes a few milliseconds, so that --help and mistakes are answered at once.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import json
+import math
+import os
+import sys
+import tomllib
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parent
+
+
+class UserError(Exception):
+    """A mistake the user can correct: shown as one line, without a traceback."""
+
+
+# ------------------------------------------------------------------------------------------------
+# Settings
+
+
+def setting(default, help, choices=None, section=None, path=False, least=None, below=None):
+    """A dataclass field with a line of help.
+
+    choices: the values allowed. least, below: the limits of a number, for check_limits. section: begins a
+    section of --help. path: a ~ means the home folder.
+    """
+    about = dict(help=help, choices=choices, section=section, path=path, least=least, below=below)
+    return dataclasses.field(default=default, metadata=about)
+
+
+def check_limits(config):
+    """Raises ValueError naming the first setting of a dataclass that is outside its limits."""
+    for f in dataclasses.fields(config):
+        value, least, below = getattr(config, f.name), f.metadata["least"], f.metadata["below"]
+        if least is None:
+            continue
+        limit = below or (2**31 if f.type is int else math.inf)  # larger sizes overflow torch's arithmetic
+        if least <= value < limit:
+            continue
+        if below or (f.type is int and value >= limit):
+            expected = f"from {least} to under {limit:,}"
+        else:
+            expected = f"{least} or more" if f.type is int else f"{least} or more and finite"
+        raise ValueError(f"{f.name} must be {expected}, got {value}")
+
+
+def parse(cls, argv: list[str]) -> dict:
+    """The settings that a command line gives, as {name: value}. cls is a dataclass made of `setting`s.
+
+    An argument without -- names a recipe, a file of settings; what follows on the command line takes
+    precedence. Raises UserError for an unknown name or an invalid value; prints help and exits for --help.
+    """
+    settings = {f.name: f for f in dataclasses.fields(cls)}
+    recipe, given = {}, {}
+    for argument in argv:
+        if argument in ("-h", "--help"):
+            if os.environ.get("RANK", "0") == "0":  # only one of torchrun's processes
+                print_help(cls)
+            sys.exit(0)
+        is_option = argument.startswith("-")
+        if not is_option and getattr(cls, "takes_recipe", False) and "=" not in argument:
+            recipe |= read_recipe(cls, argument)
+            continue
+        name, value = parse_argument(settings, argument)
+        given[name] = value
+    return recipe | given
+
+
+def parse_argument(settings, argument):
+    """(name, value) of one --name=value. Raises UserError saying what is wrong with it."""
+    name, equals, text = argument.removeprefix("--").partition("=")
+    name = name.replace("-", "_")
+    if not argument.startswith("--"):
+        likely = argument.lstrip("-")
+        hint = f" (did you mean --{likely}?)" if likely.partition("=")[0] in settings else ""
+        raise UserError(f"expected --key=value, got {argument!r}{hint}")
+    if name not in settings:
+        raise UserError(f"unknown setting --{name}{nearest(name, settings)}; --help lists them all")
+    if not equals and settings[name].type is not bool:
+        example = default_text(settings[name]) or "..."
+        raise UserError(f"--{name} needs a value after an equals sign: --{name}={example}")
+    return name, convert(settings[name], text if equals else "true")
+
+
+def convert(setting, text):
+    """The value of a setting from the command line's text. Raises UserError naming the setting and what it
+    takes.
+    """
+    choices = setting.metadata["choices"]
+    if setting.metadata["path"]:
+        return expand(text)
+    if setting.type is bool and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    if choices and text not in choices:
+        raise UserError(
+            f"--{setting.name} must be one of {', '.join(choices)}; got {text!r}{nearest(text, choices)}"
+        )
+    try:
+        if setting.type is not bool:
+            return setting.type(text)
+    except ValueError:
+        pass
+    expected = {int: "a whole number", float: "a number", bool: "true or false"}[setting.type]
+    raise UserError(f"--{setting.name} must be {expected}, such as {default_text(setting)}; got {text!r}")
+
+
+def expand(path: str) -> str:
+    """A path with ~ or ~user replaced by that home folder. Raises UserError if there is no such user."""
+    expanded = os.path.expanduser(path)
+    if expanded == path and path.startswith("~"):
+        user = path.partition("/")[0][1:]
+        raise UserError(f"{path}: there is no user {user!r}; a file of that name here is ./{path}")
+    return expanded
+
+
+def default_text(setting) -> str:
+    """A setting's default as it looks on the command line."""
+    return str(setting.default).lower() if setting.type is bool else str(setting.default)
+
+
+def nearest(name: str, names) -> str:
+    """' (did you mean X?)' for the most similar of the names, or nothing."""
+    close = difflib.get_close_matches(name.replace("-", "_"), names, n=1, cutoff=0.5)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def print_help(cls):
+    """How to call the program, and every setting with its default and meaning, by section."""
+    program = sys.modules["__main__"]
+    called = f"-m {program.__spec__.name}" if program.__spec__ else sys.argv[0]
+    print(f"usage: python {called} {getattr(cls, 'arguments', '')}[--key=value ...]")
+    for title, fields in sections(cls).items():
+        print(f"\n{title}")
+        for f in fields:
+            choices = f" ({'|'.join(f.metadata['choices'])})" if f.metadata["choices"] else ""
+            print(f"  --{f.name + '=' + default_text(f):<34} {f.metadata['help']}{choices}")
+
+
+def sections(cls) -> dict:
+    """{title: its fields}, in the order of --help."""
+    found, title = {}, None
+    for f in dataclasses.fields(cls):
+        title = f.metadata["section"] or title
+        found.setdefault(title, []).append(f)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------
+# Recipes
+
+
+def shipped(name: str) -> Path:
+    """A folder that comes with nanomem, such as configs: in the installed package, or at the top of a
+    clone.
+    """
+    installed = PACKAGE / "shipped" / name
+    if installed.exists():
+        return installed
+    return PACKAGE.parent / ("configs" if name == "configs" else f"data/{name}")
+
+
+def read_recipe(cls, name: str) -> dict:
+    """The settings in a recipe: a .toml file, one of configs/ by its name alone, or the config.json of a
+    run.
+
+    Raises UserError naming the file and what is wrong with it.
+    """
+    path = Path(expand(name))
+    if not path.exists():
+        path = shipped("configs") / f"{path.stem}.toml"
+    if not path.is_file():
+        recipes = [recipe.stem for recipe in sorted(shipped("configs").glob("*.toml"))]
+        hint = f"{nearest(name, recipes)}; recipes: {', '.join(recipes)}"
+        raise UserError(f"expected --key=value or a recipe, got {name!r}{hint}")
+    try:
+        text = path.read_text(encoding="utf-8")
+        found = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except ValueError as error:  # of json, tomllib and bytes that are not UTF-8
+        raise UserError(f"{path} is not a recipe: {error}") from None
+    settings = {f.name: f for f in dataclasses.fields(cls)}
+    values = {}
+    for key, value in found.items():
+        if key not in settings:
+            raise UserError(f"{path}: unknown setting {key}{nearest(key, settings)}; --help lists them all")
+        text = str(value).lower() if isinstance(value, bool) else str(value)
+        values[key] = convert(settings[key], text)
+    if path.suffix == ".json":  # that of a run: its own folder is not part of the recipe
+        for key in ("out_dir", "resume"):
+            values.pop(key, None)
+    return values
+
+
+# ------------------------------------------------------------------------------------------------
+# Output and errors
+
+
+class SafeStream:
+    """A text stream whose writes never fail: once the disk is full or the reader has left, they go nowhere.
+
+    `error` is the first error, None before. Characters that the stream's encoding lacks become \\u escapes.
+    """
+
+    def __init__(self, stream):
+        self.stream, self.error = stream, None
+        with contextlib.suppress(AttributeError):  # a StringIO takes every character
+            stream.reconfigure(errors="backslashreplace")
+
+    def write(self, text):
+        """Writes text, if that is still possible."""
+        self._attempt(self.stream.write, text)
+        return len(text)
+
+    def flush(self):
+        """Hands what is buffered to the system, if that is still possible."""
+        self._attempt(self.stream.flush)
+
+    def _attempt(self, call, *arguments):
+        try:
+            call(*arguments)
+        except (OSError, ValueError) as error:  # ValueError: the stream was closed
+            self.error = self.error or error
+            # What is still buffered must go somewhere: the interpreter flushes it at its end.
+            with contextlib.suppress(OSError, ValueError):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self.stream.fileno())
+                os.close(nowhere)
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def safe_streams():
+    """Makes stdout and stderr SafeStreams, and replaces a stream that was closed at the start by an empty
+    one.
+
+    Call it before any file is opened: a file would take a closed stream's number, and get what libraries
+    print there.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
+    for name in ("stdout", "stderr"):
+        if not isinstance(getattr(sys, name), SafeStream):
+            setattr(sys, name, SafeStream(getattr(sys, name)))
+
+
+def mistake(error: BaseException) -> str | None:
+    """The line that tells a user what to correct; None for an error that is not the user's."""
+    first_line = str(error).split("\n")[0]
+    # torch and safetensors are looked up by name: whoever raised their errors has imported them.
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    # torch has no class for an allocation that fails on a CPU.
+    on_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in first_line
+    if on_cpu or "OutOfMemoryError" in kinds:
+        return f"there is not enough memory for these settings ({first_line})"
+    if isinstance(error, (UserError, ValueError, OSError, ModuleNotFoundError)) or "SafetensorError" in kinds:
+        return " ".join(str(error).split("\n")) or repr(error)
+    return None
+
+
+@contextlib.contextmanager
+def one_line_errors(leave=sys.exit):
+    """A user's mistake ends the program with one line on stderr and exit code 2, without a traceback;
+    Ctrl-C with none, and 130.
+
+    leave(code) ends it. Of the processes that torchrun started on a machine, the first one prints the line.
+    """
+    try:
+        yield
+    except SystemExit as end:
+        leave(end.code or 0)
+    except KeyboardInterrupt:
+        leave(130)
+    except Exception as error:
+        line = mistake(error)
+        if line is None:
+            raise
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+        leave(2)

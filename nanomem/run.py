@@ -1,0 +1,501 @@
+"""
+What surrounds train.py's loop: the folder and settings of a run, checks before it starts, its metrics file,
+what it prints.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import math
+import os
+import shlex
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+from torch.distributed.device_mesh import DeviceMesh
+
+from nanomem import checkpoint, export, facts, optim, sharding, tokenizer
+from nanomem.cli import UserError
+from nanomem.config import Config, machine_memory
+from nanomem.data import INDEX, FactData, TextData, open_data
+from nanomem.kinds import KINDS
+from nanomem.model import GPT
+
+
+@dataclasses.dataclass
+class Job:
+    """A run: what is decided before the loop, and how far it is."""
+
+    config: Config
+    out_dir: Path
+    device: torch.device
+    data: FactData | TextData
+    model: GPT
+    optimizers: list[torch.optim.Optimizer]
+    mesh: DeviceMesh | None  # of several processes
+    batches: range  # the numbers of an update's batches that this process computes,
+    sequences: slice  # and its sequences of each
+    lock: object  # held until this process ends
+    step: int = 0
+    position: int = 0  # how many sequences of the training data have been used
+    elapsed: float = 0.0  # seconds of training before this process
+    saved_step: int | None = None
+    metrics: "Metrics | None" = None  # in the first process
+
+    def __post_init__(self):
+        is_cuda = self.device.type == "cuda"
+        half = self.config.dtype == "bfloat16" or (self.config.dtype == "auto" and is_cuda)
+        self.autocast = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half)
+        self.started = time.perf_counter()
+
+    def seconds(self) -> float:
+        """Seconds of training, in earlier processes too."""
+        return self.elapsed + time.perf_counter() - self.started
+
+    def mine(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """This process's sequences of a batch, on its device."""
+        return x[self.sequences].to(self.device), y[self.sequences].to(self.device)
+
+    def count_targets(self, y: torch.Tensor) -> int:
+        """The number of targets in this process's sequences of a batch: the weight of their mean loss."""
+        return (y[self.sequences] >= 0).sum().item()
+
+    def write_metrics(self, record: dict):
+        """Adds a line to metrics.jsonl."""
+        if self.metrics is not None:
+            self.metrics.write(record)
+
+    def save(self):
+        """Writes a checkpoint. Raises UserError if that fails."""
+        header = {"config": dataclasses.asdict(self.config), "data": self.data.digest(),
+                  "iteration": self.step, "position": self.position, "elapsed_s": self.seconds(),
+                  "launch": sharding.launch()}
+        checkpoint.save(self.out_dir, self.model, self.optimizers, header)
+        self.saved_step = self.step
+
+
+# ------------------------------------------------------------------------------------------------
+# Settings and folder
+
+
+def folder_of(given: dict) -> Path:
+    """The out_dir of a run with these settings. Raises UserError for one that can't be used."""
+    config = Config(**given)
+    out_dir = Path(config.out_dir)
+    if config.out_dir == "auto":
+        out_dir = Path(f"out/{Path(config.data).stem}-{config.ffn}")
+    if os.path.realpath(out_dir) == os.getcwd():
+        raise UserError(f"out_dir must be a folder of its own, such as out/mine; got {out_dir}")
+    if (out_dir / INDEX).exists():
+        raise UserError(f"out_dir={out_dir} holds prepared data; choose another folder, such as out/mine")
+    try:
+        str(out_dir).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"out_dir={out_dir} has bytes that are not UTF-8, which safetensors can't open; "
+                        "choose another with --out_dir") from None
+    return out_dir
+
+
+def find_checkpoint(given: dict, out_dir: Path, console: Console):
+    """The folder and header of the checkpoint to resume from, (None, None) if there is none.
+
+    That is the newest one of out_dir with --resume, and when torchrun restarts its processes after one of
+    them died.
+    """
+    folder, header, refused = None, None, {}
+    if given.get("resume"):
+        folder, header, refused = checkpoint.newest(out_dir)
+        if header is None and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+            missing = checkpoint.none_in(out_dir)
+            raise UserError(f"--resume: {missing}; without --resume a new run starts there")
+        if header and header.get("format", 1) != checkpoint.FORMAT:
+            raise UserError(f"--resume: the run in {out_dir} is from an earlier nanomem, with other batches; "
+                            "sample.py can read it, but train.py can't continue it: start a new run")
+    elif sharding.launch():
+        with contextlib.suppress(UserError):
+            found = checkpoint.newest(out_dir)
+            if found[1] and found[1].get("launch") == sharding.launch():
+                folder, header, refused = found
+    for problem in refused.values():
+        console.print(f"{problem}: using {folder}", soft_wrap=True)
+    return folder, header
+
+
+def settings(given: dict, out_dir: Path, header: dict | None) -> Config:
+    """The settings of the run. A resumed run keeps its settings, except for those given that may change.
+
+    Raises UserError for one that may not, and ValueError for an invalid one.
+    """
+    config = Config(**given)
+    if config.resume:
+        saved = checkpoint.read_json(out_dir / "config.json") or (header and header["config"]) or {}
+        for name in sorted(given.keys() & Config.fixed_on_resume()):
+            if saved and given[name] != saved.get(name):
+                raise UserError(f"--{name}={given[name]} can't change on --resume: the run in {out_dir} "
+                                f"has {name}={saved.get(name)}")
+        config = Config.from_saved(saved, out_dir).replace(**given)
+        if saved and (saved.get("dtype") == "float64") != (config.dtype == "float64"):
+            raise UserError(f"--dtype={config.dtype} can't change on --resume: the run in {out_dir} "
+                            f"has dtype={saved.get('dtype')}")
+        if header and config.max_iters < header["iteration"]:
+            raise UserError(f"--max_iters={config.max_iters}: the run in {out_dir} has done "
+                            f"{header['iteration']} iterations already")
+    config.out_dir = str(out_dir)
+    config.check()
+    return config
+
+
+def check_it_fits(config: Config, device: torch.device):
+    """Raises UserError for tables, experts or a batch larger than the machine's memory.
+
+    The system would kill the process without a message.
+    """
+    with torch.device("meta"):
+        model = GPT(config)
+    available = machine_memory(device)
+    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device.type == "cpu" else 1  # processes
+    shards = min(config.shards() or sharding.size(), sharding.size())
+    needed, in_tables = 0, 0
+    for table in optim.tables_of(model):
+        needed += table.values.nbytes / shards + 8 * table.n_slots  # RowAdam's state takes 8 bytes per row
+        in_tables += table.values.numel()
+    in_experts = model.count_parameters()[1] - in_tables
+    needed = sharing * (needed + 16 * in_experts)  # weights, gradients and AdamW's two moments
+    if needed > available:
+        name = KINDS[config.ffn].sparse_name
+        remedy = "a smaller mem_n_keys or mem_v_dim fits"
+        if device.type == "cuda":
+            remedy += ", or more GPUs"
+        raise UserError(f"mem_n_keys={config.mem_n_keys} makes {name} of {needed / 1e9:,.0f} GB, and "
+                        f"{device} has {available / 1e9:,.0f} GB; {remedy}")
+    logits = 4 * config.batch_size / sharding.size() * config.block_size * config.vocab_size
+    if logits > available:
+        raise UserError(f"batch_size={config.batch_size} sequences of block_size={config.block_size} take "
+                        f"{logits / 1e9:,.0f} GB for their logits alone, and {device} has "
+                        f"{available / 1e9:,.0f} GB; "
+                        "with gradient_accumulation_steps a smaller batch_size trains alike")
+
+
+def lock_existing(out_dir: Path):
+    """A lock on out_dir, if it exists. Other processes of the run need none."""
+    return checkpoint.lock(out_dir) if sharding.rank() == 0 and out_dir.is_dir() else None
+
+
+def open_data_of(config: Config, given: dict, out_dir: Path, header: dict | None):
+    """The data of a run, as config says; sets config's vocab_size, block_size and tokenizer to what the
+    data has.
+
+    Raises UserError if a resumed run's data has changed.
+    """
+    saved_tokenizer = out_dir / "tokenizer.tiktoken" if header else None
+    try:
+        data = open_data(config, saved_tokenizer, fit="block_size" not in given)
+    except ValueError as error:
+        hint = "; has the data changed since the run was saved?" if header else ""
+        raise UserError(f"{error}{hint}") from None
+    if header and header["data"] != data.digest():
+        raise UserError(f"--resume: {config.data} has changed since the run in {out_dir} was saved; restore "
+                        "the original, or start a new run with another --out_dir")
+    config.vocab_size = data.encoding.n_vocab
+    config.block_size = getattr(data, "block_size", config.block_size)
+    if data.encoding.name in tiktoken.list_encoding_names():
+        config.tokenizer = data.encoding.name  # a run's tokenizer.tiktoken doesn't say how it cuts words
+    return data
+
+
+def prepare_folder(job: Job, console: Console):
+    """Makes out_dir, moves an earlier run away and opens the metrics, in the first process only."""
+    if sharding.rank() != 0:
+        return
+    out_dir = job.out_dir
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"out_dir={out_dir} can't be made ({error.strerror})") from None
+    job.lock = job.lock or checkpoint.lock(out_dir)
+    if job.saved_step is None:
+        make_room(out_dir, console)
+    if not (out_dir / "tokenizer.tiktoken").exists():
+        tokenizer.save(job.data.encoding, out_dir / "tokenizer.tiktoken")
+    settings = json.dumps(dataclasses.asdict(job.config), indent=2) + "\n"
+    checkpoint.write_text(out_dir / "config.json", settings)
+    job.metrics = Metrics(out_dir / "metrics.jsonl", job.step, console)
+
+
+def make_room(out_dir: Path, console: Console):
+    """Moves what an earlier run or export left in out_dir to out_dir.1, or the next free number.
+
+    Nothing is overwritten, and other files there are not touched.
+    """
+    names = ("config.json", "metrics.jsonl", "tokenizer.tiktoken", export.FILE)
+    files = [path for path in (out_dir / name for name in names) if path.exists()]
+    checkpoints = checkpoint.folders(out_dir)
+    is_empty_run = files == [out_dir / name for name in names[:3]] and not files[1].stat().st_size
+    if not files or (is_empty_run and not checkpoints):
+        return
+    folder = Path(os.path.realpath(out_dir))  # beside a link's target is on the same disk
+    try:
+        earlier = move(files + checkpoints, folder)
+    except OSError:  # out_dir is a disk of its own, or no folder can be made beside it
+        earlier = move(files + checkpoints, folder / "earlier")
+    console.print(f"moved the earlier run in {out_dir} to {earlier}", soft_wrap=True)
+
+
+def move(paths: list[Path], name: Path) -> Path:
+    """Moves files into the first unused folder of name.1, name.2, ... and returns it. If that fails, moves
+    them back.
+    """
+    numbered = (Path(f"{name}.{n}") for n in itertools.count(1))
+    folder = next(path for path in numbered if not path.exists())
+    folder.mkdir()
+    moved = []
+    try:
+        for path in paths:
+            path.rename(folder / path.name)
+            moved.append(path)
+    except OSError:
+        for path in moved:
+            (folder / path.name).rename(path)
+        folder.rmdir()
+        raise
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------
+# During the run
+
+
+class Metrics:
+    """metrics.jsonl: one JSON object per line. A resumed run drops the lines written after its
+    checkpoint.
+    """
+
+    def __init__(self, path: Path, step: int, console: Console):
+        self.console, kept = console, []
+        for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that a kill cut short
+                if json.loads(line)["iter"] <= step:
+                    kept.append(line + "\n")
+        checkpoint.write_text(path, "".join(kept))
+        self.file = open(path, "a", encoding="utf-8")
+
+    def write(self, record: dict):
+        """Writes a line at once; if the disk is full, as soon as there is room."""
+        try:
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
+        except OSError as error:
+            self.console.print(f"could not write {self.file.name} ({error})", soft_wrap=True)
+
+
+class Display:
+    """A live progress bar on a terminal, and a line for each evaluation."""
+
+    def __init__(self, max_iters: int, step: int, console: Console):
+        self.console, self.max_iters, self.shown = console, max_iters, {}
+        self.bar = Progress(
+            BarColumn(bar_width=12), MofNCompleteColumn(), TimeRemainingColumn(),
+            TextColumn("{task.description}"), console=console, disable=not console.is_terminal)
+        self.task = self.bar.add_task("", total=max_iters, completed=step)
+
+    def update(self, record: dict):
+        """Moves the bar and shows the newest figures."""
+        self.shown["loss"] = f"loss {record['train_loss']:.3f}"
+        self.shown["speed"] = f"{record['tokens_per_sec']:,.0f} tok/s"
+        self.shown["wait"] = f"waits for data {record['data_wait']:.0%}" if record["data_wait"] > 0.02 else ""
+        for name, key in (("recall", recall_key(record)), ("slots", "mem_usage")):
+            if key in record:
+                self.shown[name] = f"{name} {record[key]:.1%}"
+        description = " ".join(text for text in self.shown.values() if text)
+        self.bar.update(self.task, completed=record["iter"], description=description)
+
+    def line(self, record: dict):
+        """A line that stays, for an evaluation."""
+        done = record["iter"]
+        parts = [f"iter {done:>5}/{self.max_iters}", f"train loss {record['train_loss']:.3f}",
+                 f"val loss {record['val_loss']:.3f}"]
+        for name, key in (("recall", recall_key(record)), ("slots in use", "mem_usage")):
+            if key in record:
+                parts.append(f"{name} {record[key]:.1%}")
+        parts.append(f"{record['tokens_per_sec']:,.0f} tokens/s")
+        if record["data_wait"] > 0.02:
+            parts.append(f"{record['data_wait']:.0%} of the time waiting for data")
+        seconds = int(record["elapsed_s"] / done * (self.max_iters - done))
+        parts.append(f"{seconds // 60}:{seconds % 60:02} left")
+        self.console.print("  ".join(parts), soft_wrap=True)
+
+
+def recall_key(record: dict) -> str:
+    """The recall to show during training: of the questions for choosing settings, if there are any."""
+    return "recall_select" if "recall_select" in record else "recall"
+
+
+class Pace:
+    """How fast a job has trained since the last line of metrics."""
+
+    def __init__(self, job: Job):
+        self.job = job
+        job.started = time.perf_counter()
+        self.restart()
+
+    def restart(self):
+        """Begins to measure anew."""
+        self.position, self.began, self.waited = self.job.position, time.perf_counter(), 0.0
+
+    @contextlib.contextmanager
+    def waiting(self):
+        """While open, the loop waits for data."""
+        asked = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - asked
+
+    def figures(self) -> dict:
+        """What metrics.jsonl gets: tokens so far, seconds, tokens per second, and the share of the time
+        spent waiting.
+        """
+        seconds, block_size = time.perf_counter() - self.began, self.job.config.block_size
+        return {"tokens": self.job.position * block_size, "elapsed_s": self.job.seconds(),
+                "tokens_per_sec": (self.job.position - self.position) * block_size / seconds,
+                "data_wait": self.waited / seconds}
+
+
+class Interrupt:
+    """Notices Ctrl-C, SIGTERM and a closed terminal. The update in progress is finished; a second signal
+    stops at once.
+    """
+
+    def __init__(self):
+        self.requested = False
+        signal.signal(signal.SIGINT, self._note)
+        signal.signal(signal.SIGTERM, self._note)
+        # A closed terminal sends SIGHUP, which Windows lacks and nohup ignores.
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            signal.signal(signal.SIGHUP, self._note)
+
+    def _note(self, signum, frame):
+        self.requested = True
+        signal.signal(signum, signal.SIG_DFL)
+
+
+def stop_unless_finite(number: float, what: str, iteration: int, out_dir: Path):
+    """Ends the run if training has diverged, before that reaches a checkpoint."""
+    if math.isfinite(number):
+        return
+    if sharding.rank() == 0:
+        good = checkpoint.folders(out_dir)
+        last = f"the last good checkpoint is {good[0]}" if good else "there is no checkpoint yet"
+        advice = "A lower learning_rate or mem_lr may help."
+        print(f"{what} is {number} at iteration {iteration}; {last}. {advice}", file=sys.stderr)
+    sharding.stop(1)
+
+
+# ------------------------------------------------------------------------------------------------
+# What is printed before and after
+
+
+def describe(job: Job, console: Console):
+    """Prints how large the model is, what it is compared with, and what each process does."""
+    config, model = job.config, job.model
+    core, sparse = model.count_parameters()
+    place = job.device.type if job.mesh else job.device
+    name, flops = KINDS[config.ffn].sparse_name, model.flops_per_token() / 1e6
+    console.print(f"{config.data}, {config.ffn}: {core:,} parameters + {sparse:,} in {name}, "
+                  f"{flops:.3f} million FLOPs a token, on {place} -> {config.out_dir}", soft_wrap=True)
+    if config.ffn != "memory" and not (config.ffn == "dense" and config.ffn_hidden):
+        flops, parameters = model.beside_memory()
+        console.print(f"compared with --ffn=memory and these settings: {flops:.3f} times the FLOPs, "
+                      f"{parameters:.3f} times the parameters", soft_wrap=True)
+    if job.mesh:
+        describe_processes(model, job.mesh, core, sparse, console)
+    if job.data.facts:
+        n_entities, n_attributes = job.data.facts.codes.shape
+        n_facts = n_entities * n_attributes
+        console.print(f"{n_entities:,} entities x {n_attributes} attributes = {n_facts:,} facts")
+    if job.saved_step is not None:
+        console.print(f"resuming from iteration {job.step}")
+    elif config.resume:
+        console.print(f"no checkpoint in {job.out_dir} yet: starting from the beginning")
+
+
+def describe_processes(model, mesh, core, sparse, console):
+    """Prints how the work is shared, and what goes over the wire."""
+    groups, shards = mesh.shape
+    tables = sharding.tables(model)
+    in_tables = sum(table.n_slots * table.v_dim for table in tables)
+    megabytes = 8 * (core + sparse - in_tables) * (1 - 1 / sharding.size()) / 1e6
+    shares = [f"1/{sharding.size()} of a batch"]
+    wire = [f"{megabytes:.1f} MB per update and process for gradients"]
+    if tables:
+        count = "1 group" if groups == 1 else f"{groups} groups"
+        shares.append(f"1/{shards} of the tables' columns ({count} of {shards})")
+        wire.append(f"{sharding.bytes_per_token(model):,} bytes per token for tables")
+        if groups > 1:
+            wire.append("the gradients of the rows that were read")
+    shares, wire = " and ".join(shares), ", ".join(wire)
+    console.print(f"{sharding.size()} processes, each with {shares}; on the wire: {wire}", soft_wrap=True)
+
+
+def recall_table(data: FactData, recalled: dict) -> Table:
+    """Recall by attribute and by frequency, beside that of always giving the most frequent answer."""
+    titles = {"report": "never asked", "taught": "taught wording"}
+    kinds = [kind for kind in titles if kind in recalled]
+    table = Table(title="Recall: whole answers, decoded greedily")
+    table.add_column("")
+    for title in [*(titles[kind] for kind in kinds), "always the most frequent"]:
+        table.add_column(title, justify="right")
+    attributes = [attribute.name for attribute in data.facts.attributes]
+    frequent = data.facts.most_frequent_scores()
+    baseline = dict(zip(attributes, frequent)) | {"all": frequent.mean()}
+    for name in [*attributes, "head", "torso", "tail", "all"]:
+        scores = [recalled[kind][name] for kind in kinds] + [baseline.get(name)]
+        cells = ["" if score is None else f"{score:.1%}" for score in scores]
+        table.add_row(name, *cells, end_section=name in (attributes[-1], "tail"))
+    return table
+
+
+def answer_table(job: Job, recalled: dict) -> Table:
+    """A few questions, the model's answers and the truth."""
+    data, never_asked = job.data, "report" in recalled
+    table = Table(title="Questions it was never asked" if never_asked else "What it was taught")
+    for title in ("prompt", "its answer", "truth"):
+        table.add_column(title, overflow="fold")
+    pairs = np.argwhere(data.facts.role == (facts.REPORT if never_asked else facts.ASKED))
+    for entity, a in pairs[:: max(1, len(pairs) // 8)][:8]:
+        attribute = data.facts.attributes[a]
+        wording = (attribute.questions or attribute.statements)[0]
+        answer = answer_of(job, data.sentences.prompt(entity, wording))
+        accepted = data.facts.answers(entity, a)
+        style = "green" if answer in accepted else "red"
+        question = wording.replace("{}", data.facts.entities[entity])
+        table.add_row(question, Text(answer, style=style), accepted[0])
+    return table
+
+
+def answer_of(job: Job, prompt: list[int]) -> str:
+    """What the model answers to a prompt, a list of tokens."""
+    data, end = job.data, job.data.sentences.end
+    idx = torch.tensor([[end] + prompt], device=job.device)[:, -job.config.block_size:]
+    longest, _ = data.sentences.longest()
+    # Processes that read a table together must take equally many steps, so they don't stop early.
+    stop, never = None if job.mesh else end, tokenizer.unassigned(data.encoding)
+    generated = job.model.generate(idx, longest, temperature=0, stop=stop, never=never)
+    tokens = torch.cat(list(generated), dim=1)[0].tolist()
+    return data.encoding.decode(list(itertools.takewhile(lambda token: token != end, tokens))).strip()
+
+
+def how_to_resume(job: Job) -> str:
+    """The command that continues a run."""
+    program = "python"
+    if job.mesh:
+        program = f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', sharding.size())}"
+    return f"{program} train.py --resume --out_dir={shlex.quote(str(job.out_dir))}"
