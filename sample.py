@@ -19,7 +19,8 @@ from nanomem.config import Config, machine_memory, pick_device
 class SampleConfig:
     """The settings of sample.py."""
 
-    out_dir: str = setting("auto", "folder of the run; auto: the latest in out/", section="Settings", path=True)
+    out_dir: str = setting(
+        "auto", "folder of the run; auto: the latest in out/", section="Settings", path=True)
     start: str = setting(
         "", "text to continue; without it, each line of the input, or a prompt on a terminal")
     max_new_tokens: int = setting(100, "tokens to write at most", least=1)

@@ -113,7 +113,7 @@ class Config(GPTConfig):
     n_entities: int = setting(3000, "people or cities to learn about")
     zipf: float = setting(0.6, "the entity of rank r is mentioned in proportion to r ** -zipf", least=0)
     tokenizer: str = setting(
-        "auto", "bytes, bpe (trained on the data), a .tiktoken file, or an encoding of tiktoken such as gpt2; "
+        "auto", "bytes, bpe (trained on the data), a .tiktoken file, or one of tiktoken's such as gpt2; "
         "auto: what comes with world and people, bytes for your own files", path=True)
     seed: int = setting(1337, "random seed for weights, batches and invented people", least=0, below=2**63)
 

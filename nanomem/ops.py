@@ -146,7 +146,7 @@ def first_derivative(operation, *inputs):
 
 
 def _register(function, name, fake=None):
-    """Registers function as the operation nanomem::name. fake(*inputs) gives its outputs' shapes and dtypes."""
+    """Registers the operation nanomem::name. fake(*inputs) gives the shapes and dtypes of its outputs."""
     operation = torch.library.custom_op(f"nanomem::{name}", function, mutates_args=())
     if fake is not None:
         operation.register_fake(fake)
@@ -215,8 +215,8 @@ def reads_table(shape_of):
     """Makes a decorator that makes forward(values, indices, x, sparse_grad) an operation with gradients.
 
     shape_of(values, indices, x) checks the inputs and returns the output's shape. `result.register_gradient`
-    decorates backward(grad, values, indices, x, values_need_it, x_needs_it) -> (rows, sums, grad_x), each None
-    if not needed: `sums` (u, dim) is the gradient of the rows (u,) int64 of values, and all others have none.
+    decorates backward(grad, values, indices, x, values_need_it, x_needs_it) -> (rows, sums, grad_x), each
+    None if not needed: `sums` (u, dim) is the gradient of the rows (u,) of values, and all others have none.
     With sparse_grad the gradient of values is a sparse tensor of these rows, otherwise a dense one.
     """
 
@@ -337,9 +337,9 @@ def dot_shape(values, indices, x):
     """
     check_lookups(values, indices)
     if x.shape != (indices.shape[0], values.shape[1]) or x.dtype != values.dtype:
+        shape = (indices.shape[0], values.shape[1])
         raise ValueError(
-            f"expected x of shape {(indices.shape[0], values.shape[1])} and the values' dtype {values.dtype}, "
-            f"got {tuple(x.shape)} and {x.dtype}"
+            f"expected x of shape {shape} and dtype {values.dtype}, got {tuple(x.shape)} and {x.dtype}"
         )
     return indices.shape
 
