@@ -100,9 +100,8 @@ def convert(setting, text):
     if setting.type is bool and text.lower() in ("true", "false"):
         return text.lower() == "true"
     if choices and text not in choices:
-        raise UserError(
-            f"--{setting.name} must be one of {', '.join(choices)}; got {text!r}{nearest(text, choices)}"
-        )
+        hint = nearest(text, choices)
+        raise UserError(f"--{setting.name} must be one of {', '.join(choices)}; got {text!r}{hint}")
     try:
         if setting.type is not bool:
             return setting.type(text)
@@ -185,13 +184,18 @@ def read_recipe(cls, name: str) -> dict:
         found = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except ValueError as error:  # of json, tomllib and bytes that are not UTF-8
         raise UserError(f"{path} is not a recipe: {error}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is not a recipe: expected settings by name, got {type(found).__name__}")
     settings = {f.name: f for f in dataclasses.fields(cls)}
     values = {}
     for key, value in found.items():
         if key not in settings:
             raise UserError(f"{path}: unknown setting {key}{nearest(key, settings)}; --help lists them all")
         text = str(value).lower() if isinstance(value, bool) else str(value)
-        values[key] = convert(settings[key], text)
+        try:
+            values[key] = convert(settings[key], text)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
     if path.suffix == ".json":  # that of a run: its own folder is not part of the recipe
         for key in ("out_dir", "resume"):
             values.pop(key, None)
