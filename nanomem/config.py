@@ -152,6 +152,8 @@ class Config(GPTConfig):
         """The Config of a run's saved {name: value}. Raises UserError naming settings this version doesn't
         have.
         """
+        if not isinstance(saved, dict):
+            raise UserError(f"the run in {where}: expected settings by name, got {type(saved).__name__}")
         fields = {f.name: f for f in dataclasses.fields(cls)}
         unknown = ", ".join(sorted(saved.keys() - fields.keys()))
         if unknown:

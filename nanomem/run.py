@@ -139,14 +139,15 @@ def settings(given: dict, out_dir: Path, header: dict | None) -> Config:
     config = Config(**given)
     if config.resume:
         saved = checkpoint.read_json(out_dir / "config.json") or (header and header["config"]) or {}
+        before = Config.from_saved(saved, out_dir)
         for name in sorted(given.keys() & Config.fixed_on_resume()):
-            if saved and given[name] != saved.get(name):
+            if saved and given[name] != getattr(before, name):
                 raise UserError(f"--{name}={given[name]} can't change on --resume: the run in {out_dir} "
-                                f"has {name}={saved.get(name)}")
-        config = Config.from_saved(saved, out_dir).replace(**given)
-        if saved and (saved.get("dtype") == "float64") != (config.dtype == "float64"):
+                                f"has {name}={getattr(before, name)}")
+        config = before.replace(**given)
+        if saved and (before.dtype == "float64") != (config.dtype == "float64"):
             raise UserError(f"--dtype={config.dtype} can't change on --resume: the run in {out_dir} "
-                            f"has dtype={saved.get('dtype')}")
+                            f"has dtype={before.dtype}")
         if header and config.max_iters < header["iteration"]:
             raise UserError(f"--max_iters={config.max_iters}: the run in {out_dir} has done "
                             f"{header['iteration']} iterations already")

@@ -12,7 +12,9 @@ from nanomem.config import GPTConfig
 from nanomem.memory import MemoryTable
 from nanomem.model import GPT, FeedForward, sized
 
-SHAPE = dict(vocab_size=512, n_layer=3, n_head=2, n_embd=32, block_size=16, mem_layers="1,2", mem_n_keys=64, mem_knn=8)
+SHAPE = dict(
+    vocab_size=512, n_layer=3, n_head=2, n_embd=32, block_size=16, mem_layers="1,2", mem_n_keys=64, mem_knn=8
+)
 
 
 def mixture(experts=6, k=2, dim=16):
@@ -96,7 +98,10 @@ def test_peer_is_a_sum_of_single_neurons_and_so_are_its_gradients():
     x = torch.randn(5, 16, dtype=torch.float64, requires_grad=True)
     found = layer(x)
     queries = (x @ layer.query_proj.weight.T + layer.query_proj.bias).view(5, 2, 2, 4)
-    queries, keys = F.normalize(queries, dim=-1) * layer.qk_scale.view(1, 2, 1, 1), F.normalize(layer.keys, dim=-1)
+    queries, keys = (
+        F.normalize(queries, dim=-1) * layer.qk_scale.view(1, 2, 1, 1),
+        F.normalize(layer.keys, dim=-1),
+    )
     out = []
     for t in range(5):
         y = 0
@@ -124,9 +129,19 @@ def test_memory_dot_gradients():
     assert torch.autograd.gradcheck(lambda v, x: memory_dot(v, indices, x), (values, x))
 
 
-@pytest.mark.parametrize("changes", [{}, dict(mem_layers="1"), dict(mem_share_values=False), dict(n_embd=64, mem_n_keys=128), dict(mem_v_dim=64),
-                                     dict(n_layer=2, mem_layers="0", mem_n_keys=100), dict(moe_k=1, mem_n_keys=160),
-                                     dict(moe_k=1, mem_n_keys=512, mem_heads=1, mem_layers="2")])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        dict(mem_layers="1"),
+        dict(mem_share_values=False),
+        dict(n_embd=64, mem_n_keys=128),
+        dict(mem_v_dim=64),
+        dict(n_layer=2, mem_layers="0", mem_n_keys=100),
+        dict(moe_k=1, mem_n_keys=160),
+        dict(moe_k=1, mem_n_keys=512, mem_heads=1, mem_layers="2"),
+    ],
+)
 @pytest.mark.parametrize("ffn", ["dense", "moe", "peer"])
 def test_sized_to_the_memory_models_flops_and_parameters(ffn, changes):
     config = GPTConfig(**(SHAPE | changes))

@@ -59,12 +59,23 @@ def test_a_program_started_without_streams_gets_empty_ones_and_no_file_takes_the
                "safe_streams()\n"
                "file = open('file', 'w'); file.write(f'{sys.stdin.read()!r} {file.fileno() > 2}')\n"
                "print('out'); print('err', file=sys.stderr)")
-    code = subprocess.run(["sh", "-c", '"$0" -c "$1" <&- >&- 2>&-', sys.executable, program], cwd=tmp_path).returncode
+    code = subprocess.run(
+        ["sh", "-c", '"$0" -c "$1" <&- >&- 2>&-', sys.executable, program], cwd=tmp_path
+    ).returncode
     assert code == 0 and (tmp_path / "file").read_text() == "'' True"
 
 
-@pytest.mark.parametrize("raised, code", [(UserError("no"), 2), (OSError("no"), 2), (SystemExit(0), 0), (SystemExit(), 0),
-                                          (KeyboardInterrupt(), 130), (RuntimeError("can't allocate memory: 4 bytes\nat"), 2)])
+@pytest.mark.parametrize(
+    "raised, code",
+    [
+        (UserError("no"), 2),
+        (OSError("no"), 2),
+        (SystemExit(0), 0),
+        (SystemExit(), 0),
+        (KeyboardInterrupt(), 130),
+        (RuntimeError("can't allocate memory: 4 bytes\nat"), 2),
+    ],
+)
 def test_every_way_out_goes_through_leave(raised, code, capsys):
     """Several processes can't leave by sys.exit."""
     left = []
@@ -92,9 +103,14 @@ class Paths:
 
 def test_a_tilde_is_the_home_folder_in_paths_and_itself_in_texts(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert parse(Paths, ["--folder=~/my run", "--text=~/my run"]) == {"folder": f"{tmp_path}/my run", "text": "~/my run"}
+    assert parse(Paths, ["--folder=~/my run", "--text=~/my run"]) == {
+        "folder": f"{tmp_path}/my run",
+        "text": "~/my run",
+    }
     assert expand("a/~") == "a/~" and expand("~") == str(tmp_path) and expand("./~x") == "./~x"
-    with pytest.raises(UserError, match="there is no user 'nobody-of-this-name'; a file of that name here is ./~nobody"):
+    with pytest.raises(
+        UserError, match="there is no user 'nobody-of-this-name'; a file of that name here is ./~nobody"
+    ):
         parse(Paths, ["--folder=~nobody-of-this-name/x"])
 
 

@@ -29,7 +29,10 @@ def test_topk_equals_brute_force_on_a_thousand_shapes():
     for trial in range(1000):
         n, heads, half, n_keys, knn = random_shape(rng)
         dtype, tolerance = ((torch.float64, 1e-12), (torch.float32, 1e-5))[trial % 2]
-        queries, keys = torch.randn(n, heads, 2, half, dtype=dtype), torch.randn(heads, 2, n_keys, half, dtype=dtype)
+        queries, keys = (
+            torch.randn(n, heads, 2, half, dtype=dtype),
+            torch.randn(heads, 2, n_keys, half, dtype=dtype),
+        )
         if trial % 3 == 0:  # small whole numbers: many ties, and exact arithmetic
             queries, keys = queries.round(), keys.round()
         scores, indices = product_key_topk(queries, keys, knn)
@@ -51,7 +54,9 @@ def test_topk_gradients():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("n_keys", [8, 36, 64])
 @pytest.mark.parametrize("ties", [False, True])
-def test_topk_of_many_tokens_and_keys(n_keys, ties, dtype, monkeypatch):  # for several chunks, and for groups of keys
+def test_topk_of_many_tokens_and_keys(
+    n_keys, ties, dtype, monkeypatch
+):  # for several chunks, and for groups of keys
     monkeypatch.setattr(ops, "tokens_at_once", lambda keys: 250)
     torch.manual_seed(0)
     queries, keys = torch.randn(600, 2, 2, 4, dtype=dtype), torch.randn(2, 2, n_keys, 4, dtype=dtype)
@@ -79,8 +84,12 @@ def read_reference(values, indices, weights):
     return (values[indices] * weights[..., None]).sum(1)
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
-@pytest.mark.parametrize("n, lookups, n_slots, v_dim", [(1, 1, 1, 1), (5, 7, 3, 13), (33, 8, 1000, 64), (0, 4, 9, 8)])
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)]
+)
+@pytest.mark.parametrize(
+    "n, lookups, n_slots, v_dim", [(1, 1, 1, 1), (5, 7, 3, 13), (33, 8, 1000, 64), (0, 4, 9, 8)]
+)
 def test_read_and_its_gradients_equal_float64(n, lookups, n_slots, v_dim, dtype, tolerance):
     torch.manual_seed(0)
     values = torch.randn(n_slots, v_dim).to(dtype).requires_grad_()
@@ -93,7 +102,9 @@ def test_read_and_its_gradients_equal_float64(n, lookups, n_slots, v_dim, dtype,
     out.backward(grad)
 
     def relative_error(ours, exact):
-        return ((ours.double() - exact).norm() / exact.norm().clamp(min=1e-30)).item() if exact.numel() else 0.0
+        return (
+            ((ours.double() - exact).norm() / exact.norm().clamp(min=1e-30)).item() if exact.numel() else 0.0
+        )
 
     assert relative_error(out, read_reference(exact_values, indices, exact_weights)) < tolerance
     assert relative_error(values.grad, exact_values.grad) < tolerance
@@ -123,7 +134,9 @@ def test_read_refuses_shapes_that_do_not_fit():
 
 
 def paper_layer(layer, x):
-    """The layer as the paper and its released code describe it, token by token and head by head, over all slots."""
+    """The layer as the paper and its released code describe it, token by token and head by head, over all
+    slots.
+    """
     out = []
     for token in x.reshape(-1, layer.dim):
         y = torch.zeros(layer.table.v_dim, dtype=x.dtype)
@@ -146,12 +159,16 @@ def paper_layer(layer, x):
 @pytest.mark.parametrize("knn", [1, 4])
 def test_layer_equals_the_papers(gated, v_dim, knn):
     torch.manual_seed(0)
-    layer = ProductKeyMemory(6, MemoryTable(25, v_dim, sparse_grad=False), heads=3, knn=knn, k_dim=8, qk_norm=False, gated=gated).double()
+    layer = ProductKeyMemory(
+        6, MemoryTable(25, v_dim, sparse_grad=False), heads=3, knn=knn, k_dim=8, qk_norm=False, gated=gated
+    ).double()
     x = torch.randn(2, 5, 6, dtype=torch.float64)
     ours, papers = layer(x), paper_layer(layer, x)
     torch.testing.assert_close(ours, papers, rtol=1e-12, atol=1e-12)
     parameters = list(layer.parameters())
-    for a, b in zip(torch.autograd.grad(ours.sin().sum(), parameters), torch.autograd.grad(papers.sin().sum(), parameters)):
+    for a, b in zip(
+        torch.autograd.grad(ours.sin().sum(), parameters), torch.autograd.grad(papers.sin().sum(), parameters)
+    ):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
@@ -186,7 +203,9 @@ def test_layer_refuses_a_table_that_is_no_square():
 
 
 class LargestTensor(TorchDispatchMode):
-    """Records the number of elements of the largest dense tensor that any operation makes; views and in-place don't count."""
+    """Records the number of elements of the largest dense tensor that any operation makes; views and in-
+    place don't count.
+    """
 
     largest = 0
 
@@ -197,7 +216,9 @@ class LargestTensor(TorchDispatchMode):
 
         out = func(*args, **(kwargs or {}))
         made = storages(out if isinstance(out, (tuple, list)) else [out])
-        self.largest = max([self.largest] + [made[pointer] for pointer in made.keys() - storages(args).keys()])
+        self.largest = max(
+            [self.largest] + [made[pointer] for pointer in made.keys() - storages(args).keys()]
+        )
         return out
 
 
@@ -219,7 +240,11 @@ def test_a_step_builds_nothing_of_the_tables_size_nor_of_tokens_times_lookups_ti
     # The gradients of the rows read, fewer than lookups, are the largest there is. What must not be would be larger:
     # (tokens, heads, 2, n_keys) scores, (tokens, lookups, v_dim) rows, the table.
     lookups = n * heads * knn
-    assert max(backward.largest, update.largest) < 0.95 * lookups * dim < min(n * heads * 2 * n_keys, n_keys**2 * dim)
+    assert (
+        max(backward.largest, update.largest)
+        < 0.95 * lookups * dim
+        < min(n * heads * 2 * n_keys, n_keys**2 * dim)
+    )
 
 
 def test_a_compiled_layer_is_two_graphs_and_one_break():
@@ -255,7 +280,9 @@ def test_observer_sees_what_the_layer_reads():
         y = layer(x)
     layer(x)
     (indices, weights), = seen
-    torch.testing.assert_close(read_reference(layer.table.values, indices.flatten(1), weights.flatten(1))[None], y)
+    torch.testing.assert_close(
+        read_reference(layer.table.values, indices.flatten(1), weights.flatten(1))[None], y
+    )
 
 
 def test_columns_begin_as_in_the_whole_table():

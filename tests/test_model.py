@@ -8,7 +8,17 @@ from nanomem.config import GPTConfig
 from nanomem.memory import MemoryTable
 from nanomem.model import GPT, choose
 
-SMALL = dict(vocab_size=50, n_layer=3, n_head=2, n_embd=16, block_size=12, mem_layers="0,2", mem_n_keys=8, mem_heads=2, mem_knn=3)
+SMALL = dict(
+    vocab_size=50,
+    n_layer=3,
+    n_head=2,
+    n_embd=16,
+    block_size=12,
+    mem_layers="0,2",
+    mem_n_keys=8,
+    mem_heads=2,
+    mem_knn=3,
+)
 
 
 def small(**changes):
@@ -30,7 +40,9 @@ def test_gradients_equal_those_with_a_dense_table_gradient():
         model(idx, targets)[1].backward()
     for (name, a), (_, b) in zip(sparse_model.named_parameters(), dense_model.named_parameters()):
         assert b.grad.abs().sum() > 0, name
-        torch.testing.assert_close(a.grad.to_dense() if a.grad.is_sparse else a.grad, b.grad, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(
+            a.grad.to_dense() if a.grad.is_sparse else a.grad, b.grad, rtol=1e-9, atol=1e-12
+        )
 
 
 def test_a_token_does_not_see_the_ones_after_it():
@@ -73,7 +85,13 @@ def test_generation_goes_on_past_the_block_and_ends_at_stop():
 def test_tokens_are_drawn_from_the_likeliest_as_often_as_their_probability_says():
     p = torch.tensor([[0.05, 0.4, 0.1, 0.25, 0.2]])
     generator = torch.Generator().manual_seed(0)
-    for top_k, top_p, kept in ((None, 1.0, [0, 1, 2, 3, 4]), (3, 1.0, [1, 3, 4]), (None, 0.66, [1, 3, 4]), (None, 0.6, [1, 3]), (4, 0.01, [1])):
+    for top_k, top_p, kept in (
+        (None, 1.0, [0, 1, 2, 3, 4]),
+        (3, 1.0, [1, 3, 4]),
+        (None, 0.66, [1, 3, 4]),
+        (None, 0.6, [1, 3]),
+        (4, 0.01, [1]),
+    ):
         drawn = choose(p.log().expand(20_000, -1) * 2, 2.0, top_k, top_p, generator).flatten()
         shares = torch.bincount(drawn, minlength=5) / len(drawn)
         expected = torch.zeros(5)
@@ -106,14 +124,20 @@ def test_flops_equal_torchs_count_of_the_products(ffn, monkeypatch):
     monkeypatch.setattr(memory_module, "product_key_topk", memory_module.product_key_topk.__wrapped__)
     model = small(ffn=ffn)
     idx = batch(4)[0]
-    with torch.no_grad(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # attention as products it can count
+    with (
+        torch.no_grad(),
+        FlopCounterMode(display=False) as counter,
+        sdpa_kernel(SDPBackend.MATH),
+    ):  # attention as products it can count
         model(idx)
     # torch counts matrix products; the read of heads * knn rows in each memory layer is a gather to it.
     reads = len(model.memory_layers()) * 2 * (2 * 3 * 16)
     assert model.flops_per_token() * idx.numel() == counter.get_total_flops() + reads * idx.numel()
 
 
-@pytest.mark.parametrize("changes", [{}, dict(n_embd=64, n_head=4, mem_n_keys=32), dict(mem_v_dim=8, mem_gated=False)])
+@pytest.mark.parametrize(
+    "changes", [{}, dict(n_embd=64, n_head=4, mem_n_keys=32), dict(mem_v_dim=8, mem_gated=False)]
+)
 def test_dense_takes_as_many_flops_as_memory_by_default(changes):
     memory, dense = small(**changes), small(ffn="dense", **changes)
     assert dense.flops_per_token() == pytest.approx(memory.flops_per_token(), rel=0.02)
@@ -130,10 +154,20 @@ def test_plain_memory_has_neither_gate_nor_qk_norm():
     assert layer.gate_proj is None and layer.out_proj is None and layer.qk_scale is None
 
 
-@pytest.mark.parametrize("changes, message", [
-    (dict(mem_layers="3"), "from 0 to 2"), (dict(mem_layers="1,1"), "different"), (dict(mem_layers="x"), "mem_layers"),
-    (dict(mem_layers=""), "at least one"), (dict(mem_knn=9), "mem_n_keys = 8"), (dict(n_embd=18), "multiple"),
-    (dict(n_layer=0), "n_layer"), (dict(mem_k_dim=5), "even"), (dict(dropout=1.0), "dropout")])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(mem_layers="3"), "from 0 to 2"),
+        (dict(mem_layers="1,1"), "different"),
+        (dict(mem_layers="x"), "mem_layers"),
+        (dict(mem_layers=""), "at least one"),
+        (dict(mem_knn=9), "mem_n_keys = 8"),
+        (dict(n_embd=18), "multiple"),
+        (dict(n_layer=0), "n_layer"),
+        (dict(mem_k_dim=5), "even"),
+        (dict(dropout=1.0), "dropout"),
+    ],
+)
 def test_settings_that_cannot_be_are_named(changes, message):
     with pytest.raises(ValueError, match=message):
         small(**changes)
@@ -144,18 +178,25 @@ def test_a_compiled_model_gives_the_same_loss_and_gradients():
     model = small()
     idx, targets = batch()
     model(idx, targets)[1].backward()
-    expected = {name: p.grad.to_dense().clone() if p.grad.is_sparse else p.grad.clone() for name, p in model.named_parameters()}
+    expected = {
+        name: p.grad.to_dense().clone() if p.grad.is_sparse else p.grad.clone()
+        for name, p in model.named_parameters()
+    }
     loss = model(idx, targets)[1].item()
     model.zero_grad()
     compiled = torch.compile(model)(idx, targets)[1]
     compiled.backward()
     assert compiled.item() == pytest.approx(loss, rel=1e-5)
     for name, p in model.named_parameters():
-        torch.testing.assert_close(p.grad.to_dense() if p.grad.is_sparse else p.grad, expected[name], rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(
+            p.grad.to_dense() if p.grad.is_sparse else p.grad, expected[name], rtol=1e-3, atol=1e-5
+        )
 
 
 def test_no_target_is_no_loss_and_no_gradient():
-    model = GPT(GPTConfig(vocab_size=20, n_layer=1, n_embd=8, n_head=2, block_size=8, ffn="dense", mem_layers="0"))
+    model = GPT(
+        GPTConfig(vocab_size=20, n_layer=1, n_embd=8, n_head=2, block_size=8, ffn="dense", mem_layers="0")
+    )
     loss = model(torch.zeros(2, 8, dtype=torch.int64), torch.full((2, 8), -1))[1]
     loss.backward()
     assert loss == 0 and all((p.grad == 0).all() for p in model.parameters())

@@ -19,13 +19,25 @@ def out_dir(tmp_path_factory):
 
 
 def test_it_goes_on_from_the_start_the_same_each_time(out_dir):
-    first, again = (runs.run("sample.py", f"--out_dir={out_dir}", "--start=In which country is Tokyo?", "--max_new_tokens=8")[0] for _ in range(2))
+    first, again = (
+        runs.run(
+            "sample.py", f"--out_dir={out_dir}", "--start=In which country is Tokyo?", "--max_new_tokens=8"
+        )[0]
+        for _ in range(2)
+    )
     assert "In which country is Tokyo?" in first and first == again
 
 
 def test_samples_differ_and_the_seed_decides_them(out_dir):
     def sample(seed):
-        return runs.run("sample.py", f"--out_dir={out_dir}", "--start=The city", "--temperature=2", "--num_samples=2", f"--seed={seed}")[0]
+        return runs.run(
+            "sample.py",
+            f"--out_dir={out_dir}",
+            "--start=The city",
+            "--temperature=2",
+            "--num_samples=2",
+            f"--seed={seed}",
+        )[0]
 
     one = sample(1)
     assert one == sample(1) != sample(2)
@@ -36,11 +48,19 @@ def test_samples_differ_and_the_seed_decides_them(out_dir):
 def test_each_line_of_the_input_is_answered(out_dir):
     asked = "The city of Lagos is in\nIn which country is Tokyo?\n"
     said = runs.run("sample.py", f"--out_dir={out_dir}", "--max_new_tokens=4", input=asked)[0]
-    assert [line[:len(prompt)] for line, prompt in zip(said.splitlines()[1:], asked.splitlines())] == asked.splitlines()
+    assert [
+        line[: len(prompt)] for line, prompt in zip(said.splitlines()[1:], asked.splitlines())
+    ] == asked.splitlines()
 
 
 def test_one_sample_is_streamed_as_it_would_be_beside_others(out_dir):
-    arguments = ["sample.py", f"--out_dir={out_dir}", "--start=The city", "--temperature=0", "--max_new_tokens=9"]
+    arguments = [
+        "sample.py",
+        f"--out_dir={out_dir}",
+        "--start=The city",
+        "--temperature=0",
+        "--max_new_tokens=9",
+    ]
     one, three = runs.run(*arguments)[0], runs.run(*arguments, "--num_samples=3")[0]
     answer = one.splitlines()[-1]
     assert [line for line in three.splitlines()[1:] if line] == [answer] * 3
@@ -49,19 +69,32 @@ def test_one_sample_is_streamed_as_it_would_be_beside_others(out_dir):
 
 def test_a_model_is_not_exported_into_its_run(out_dir):
     before = (out_dir / "config.json").read_bytes()
-    assert f"{out_dir} has a run already; name another folder" in runs.run("sample.py", f"--out_dir={out_dir}", f"--export={out_dir}", code=2)[1]
+    assert (
+        f"{out_dir} has a run already; name another folder"
+        in runs.run("sample.py", f"--out_dir={out_dir}", f"--export={out_dir}", code=2)[1]
+    )
     assert (out_dir / "config.json").read_bytes() == before
 
 
 def test_an_exported_model_answers_alike(out_dir, tmp_path):
     runs.run("sample.py", f"--out_dir={out_dir}", f"--export={tmp_path / 'model'}")
-    said = [runs.run("sample.py", f"--out_dir={folder}", "--start=The city", "--max_new_tokens=9")[0].splitlines()[1:]
-            for folder in (out_dir, tmp_path / "model")]
+    said = [
+        runs.run("sample.py", f"--out_dir={folder}", "--start=The city", "--max_new_tokens=9")[
+            0
+        ].splitlines()[1:]
+        for folder in (out_dir, tmp_path / "model")
+    ]
     assert said[0] == said[1]
 
 
 def test_trace_shows_each_token_and_layer_and_what_else_reads_its_slots(out_dir):
-    out, _ = runs.run("sample.py", f"--out_dir={out_dir}", "--start=The country of Tokyo is", "--trace", "--max_new_tokens=2")
+    out, _ = runs.run(
+        "sample.py",
+        f"--out_dir={out_dir}",
+        "--start=The country of Tokyo is",
+        "--trace",
+        "--max_new_tokens=2",
+    )
     assert "layer 0" in out and "layer 1" in out and "read by" in out
     for token in ("The", "·country", "·of", "·is"):
         assert f"│ {token} " in out
@@ -104,12 +137,16 @@ def test_an_answer_that_is_lost_is_a_mistake_and_a_reader_that_leaves_is_none(ou
                 endless.stdout.close()
     assert endless.wait(timeout=60) == 0
     err = lost.communicate(timeout=60)[1]
-    assert lost.returncode == 2 and "sample.py: the output could not be written (No space left on device)" in err
+    assert (
+        lost.returncode == 2 and "sample.py: the output could not be written (No space left on device)" in err
+    )
 
 
 def test_only_line_ends_end_a_line_of_the_input(out_dir):
     asked = ["The city\u2028of Lagos", "a\x0bb\x0cc\x1cd\x85e", "", "The city"]
-    said = runs.run("sample.py", f"--out_dir={out_dir}", "--max_new_tokens=1", input="\r\n".join(asked) + "\n")
+    said = runs.run(
+        "sample.py", f"--out_dir={out_dir}", "--max_new_tokens=1", input="\r\n".join(asked) + "\n"
+    )
     assert said[1].count("tokens/s") == 4 and asked[0] in said[0]
 
 
@@ -120,15 +157,23 @@ def test_a_number_without_a_token_is_never_drawn(tmp_path, monkeypatch):
                              special_tokens={"<|endoftext|>": 700})
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: gaps)
     (tmp_path / "book.txt").write_text("some words " * 300)
-    runs.train(tmp_path / "run", f"--data={tmp_path / 'book.txt'}", "--tokenizer=cl100k_base", "--max_iters=1")
-    for arguments in (["--temperature=5", "--top_k=0"], ["--temperature=5", "--num_samples=3"], ["--temperature=0"]):
+    runs.train(
+        tmp_path / "run", f"--data={tmp_path / 'book.txt'}", "--tokenizer=cl100k_base", "--max_iters=1"
+    )
+    for arguments in (
+        ["--temperature=5", "--top_k=0"],
+        ["--temperature=5", "--num_samples=3"],
+        ["--temperature=0"],
+    ):
         arguments += [f"--out_dir={tmp_path / 'run'}", "--start=some", "--max_new_tokens=60"]
         assert "tokens/s" in runs.run("sample.py", *arguments)[1]
 
 
 @pytest.mark.parametrize("temperature", [0, 1])
 def test_generate_takes_none_of_the_tokens_it_must_never_choose(temperature):
-    model = GPT(GPTConfig(vocab_size=8, n_layer=1, n_embd=8, n_head=2, ffn="dense", mem_layers="0", block_size=16))
+    model = GPT(
+        GPTConfig(vocab_size=8, n_layer=1, n_embd=8, n_head=2, ffn="dense", mem_layers="0", block_size=16)
+    )
     start = torch.zeros(4, 1, dtype=torch.int64)
     tokens = torch.cat(list(model.generate(start, 40, temperature, never=[0, 1, 2, 3, 4, 7])), dim=1)
     assert set(tokens.flatten().tolist()) <= {5, 6}
