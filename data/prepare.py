@@ -8,13 +8,14 @@ Turns text into shards of tokens that train.py reads from disk, whatever their s
     python data/prepare.py enwik8 --from-file=enwik8.zip    a named set fetched by hand
     python train.py --data=mine
 
-- the input is cut into pieces of 32 MB, and each becomes a shard of its own: the shards are the same bit for bit whatever the number
-  of workers, and after a kill the pieces that are done are not done again
+- the input is cut into pieces of 32 MB, and each becomes a shard of its own: the shards are the same bit
+  for bit whatever the number of workers, and after a kill the pieces that are done are not done again
 - memory stays small whatever the input's size: a worker holds one megabyte of text at a time
 - workers are threads: tiktoken encodes without Python's lock, in a Rust of its own
-- validation: documents are chosen by a hash of their text; a few plain files, one document each, keep their last tenth for it
-- a .gz gives the same training and validation text as the file unpacked. It can only be read from its beginning,
-  so it is not cut into pieces: JSON lines become one shard, plain text one for each split
+- validation: documents are chosen by a hash of their text; a few plain files, one document each, keep their
+  last tenth for it
+- a .gz gives the same training and validation text as the file unpacked. It can only be read from its
+  beginning, so it is not cut into pieces: JSON lines become one shard, plain text one for each split
 """
 
 import contextlib
@@ -37,18 +38,32 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 from nanomem import facts, tokenizer
 from nanomem.checkpoint import read_json, write_text
-from nanomem.config import UserError, expand, nearest, one_line_errors, parse, safe_streams, setting
+from nanomem.cli import UserError, expand, nearest, one_line_errors, parse, safe_streams, setting
 from nanomem.data import INDEX, SPLITS, file_digest, token_dtype
 
 FOLDER = Path(__file__).resolve().parent
 PIECE = 32 * 2**20  # bytes of plain text or of JSON lines in a shard
 SEGMENT = 2**20  # bytes that are encoded at a time
 # A file's ending, before a .gz, and how it is read
-ENDINGS = {".txt": "text", ".md": "text", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
+ENDINGS = {
+    ".txt": "text",
+    ".md": "text",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".parquet": "parquet",
+}
 FEW = 20  # plain files that each keep their last tenth for validation
 
 console = Console(highlight=False, markup=False, soft_wrap=True)
@@ -68,13 +83,26 @@ class Named:
 
 HUGGING_FACE = "https://huggingface.co/datasets"
 NAMED = {
-    "shakespeare": Named("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt", 1115394,
-                         "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"),
+    "shakespeare": Named(
+        "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+        1115394,
+        "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+    ),
     "enwik8": Named("https://mattmahoney.net/dc/enwik8.zip", 36445475, member="enwik8"),
-    "wikitext-103": Named("https://wikitext.smerity.com/wikitext-103-raw-v1.zip", member="wikitext-103-raw/wiki.train.raw", tokenizer="gpt2"),
-    "fineweb-edu": Named(f"{HUGGING_FACE}/HuggingFaceFW/fineweb-edu/resolve/main/sample/10BT/000_00000.parquet", tokenizer="gpt2"),
-    "tinystories": Named(f"{HUGGING_FACE}/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-train.txt", tokenizer="gpt2",
-                         separator="<|endoftext|>"),
+    "wikitext-103": Named(
+        "https://wikitext.smerity.com/wikitext-103-raw-v1.zip",
+        member="wikitext-103-raw/wiki.train.raw",
+        tokenizer="gpt2",
+    ),
+    "fineweb-edu": Named(
+        f"{HUGGING_FACE}/HuggingFaceFW/fineweb-edu/resolve/main/sample/10BT/000_00000.parquet",
+        tokenizer="gpt2",
+    ),
+    "tinystories": Named(
+        f"{HUGGING_FACE}/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-train.txt",
+        tokenizer="gpt2",
+        separator="<|endoftext|>",
+    ),
 }
 
 
@@ -83,9 +111,18 @@ class PrepareConfig:
     """The settings of prepare.py."""
 
     arguments = f"({' | '.join(NAMED)} | FILE or FOLDER ...) "
-    out: str = setting("auto", "folder for the shards; auto: data/NAME, where train.py --data=NAME finds them", group="Settings", path=True)
-    tokenizer: str = setting("auto", "bytes, bpe (trained on the text), a .tiktoken file, or an encoding of tiktoken such as gpt2; "
-                                     "auto: gpt2 for wikitext-103, fineweb-edu and tinystories, bytes otherwise", path=True)
+    out: str = setting(
+        "auto",
+        "folder for the shards; auto: data/NAME, where train.py --data=NAME finds them",
+        section="Settings",
+        path=True,
+    )
+    tokenizer: str = setting(
+        "auto",
+        "bytes, bpe (trained on the text), a .tiktoken file, or an encoding of tiktoken such as gpt2; "
+        "auto: gpt2 for wikitext-103, fineweb-edu and tinystories, bytes otherwise",
+        path=True,
+    )
     vocab_size: int = setting(8192, "tokens of a bpe")
     workers: int = setting(0, "threads that encode; 0: one a core")
     val_share: float = setting(0.01, "share of the documents that are for validation")
@@ -99,7 +136,9 @@ class PrepareConfig:
 
 
 def fetch(name, set_, folder, from_file):
-    """The path of a named set's file: from_file, or downloaded into folder. Raises UserError saying which file to fetch by hand."""
+    """The path of a named set's file: from_file, or downloaded into folder. Raises UserError saying which
+    file to fetch by hand.
+    """
     path = Path(from_file) if from_file else folder / Path(set_.url).name
     by_hand = f"fetch {set_.url} by hand and pass it: python data/prepare.py {name} --from-file={Path(set_.url).name}"
     if from_file and not path.is_file():
@@ -111,21 +150,36 @@ def fetch(name, set_, folder, from_file):
             raise UserError(f"{name} could not be downloaded ({error}); {by_hand}") from None
     mend = by_hand if from_file else f"delete it, or {by_hand}"
     if set_.size and path.stat().st_size != set_.size:
-        raise UserError(f"{path} is not {name}: it has {path.stat().st_size:,} bytes, {name} has {set_.size:,}; {mend}")
+        raise UserError(
+            f"{path} is not {name}: it has {path.stat().st_size:,} bytes, {name} has {set_.size:,}; {mend}"
+        )
     if set_.sha256 and file_digest(path) != set_.sha256:
         raise UserError(f"{path} is not {name}: its SHA-256 is not {set_.sha256[:12]}...; {mend}")
     return unzip(path, set_.member, folder) if path.suffix == ".zip" else path
 
 
 def download(url, path):
-    """Downloads url to path, with progress; a part that an earlier try left is gone on with. Raises OSError."""
+    """Downloads url to path, with progress; a part that an earlier try left is gone on with. Raises
+    OSError.
+    """
     part = path.with_name(path.name + ".part")
-    have = max(0, part.stat().st_size - 1) if part.exists() else 0  # its last byte again: past the end of a whole file a server answers with an error
+    have = (
+        max(0, part.stat().st_size - 1) if part.exists() else 0
+    )  # its last byte again: past the end of a whole file a server answers with an error
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    bar = Progress(TextColumn(path.name), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(), console=console)
+    bar = Progress(
+        TextColumn(path.name),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )
     with urllib.request.urlopen(request, timeout=60) as response, bar:
         have = have if response.status == 206 else 0
-        total = have + int(response.headers["Content-Length"]) if "Content-Length" in response.headers else None
+        total = (
+            have + int(response.headers["Content-Length"]) if "Content-Length" in response.headers else None
+        )
         task = bar.add_task("", total=total, completed=have)
         with open(part, "r+b" if have else "wb") as file:
             file.truncate(have)
@@ -134,7 +188,9 @@ def download(url, path):
                 file.write(block)
                 bar.advance(task, len(block))
     if total is not None and part.stat().st_size != total:
-        raise OSError(f"the connection ended after {part.stat().st_size:,} of {total:,} bytes; a second try goes on from there")
+        raise OSError(
+            f"the connection ended after {part.stat().st_size:,} of {total:,} bytes; a second try goes on from there"
+        )
     os.replace(part, path)
 
 
@@ -170,7 +226,9 @@ class Piece:
 
 
 def files_below(folder):
-    """All files in a folder and those in it, links followed, each folder once. Raises UserError for a link that leads nowhere."""
+    """All files in a folder and those in it, links followed, each folder once. Raises UserError for a link
+    that leads nowhere.
+    """
     found, seen = [], set()
     for parent, folders, names in os.walk(folder, followlinks=True):
         if os.path.realpath(parent) in seen:  # a second link to a folder, or one back up
@@ -186,7 +244,9 @@ def files_below(folder):
 
 
 def find_files(inputs):
-    """The files that names of files and folders stand for, folders in order. Raises UserError for what there is no reader for."""
+    """The files that names of files and folders stand for, folders in order. Raises UserError for what
+    there is no reader for.
+    """
     files = []
     for name in inputs:
         path = Path(name)
@@ -195,19 +255,25 @@ def find_files(inputs):
             readable = [p for p in files_below(path) if kind_of(p)]
             inside = sorted(p for p in readable if p.suffix.lower() != ".json")
             if not inside:
-                raise UserError(f"{name}: no .txt, .md, .jsonl, .ndjson, a .gz of these or .parquet in this folder")
+                raise UserError(
+                    f"{name}: no .txt, .md, .jsonl, .ndjson, a .gz of these or .parquet in this folder"
+                )
             files += inside
         elif path.is_file():
             files.append(path)
         else:
-            raise UserError(f"expected one of {', '.join(NAMED)}, a file or a folder; got {name!r}{nearest(name, NAMED)}")
+            raise UserError(
+                f"expected one of {', '.join(NAMED)}, a file or a folder; got {name!r}{nearest(name, NAMED)}"
+            )
     for path in files:
         check_file(path)
     return files
 
 
 def check_file(path):
-    """Raises UserError or ValueError for a file that is empty, of an unknown compression, or JSON named as text."""
+    """Raises UserError or ValueError for a file that is empty, of an unknown compression, or JSON named as
+    text.
+    """
     facts.refuse_compressed(path)
     with opened(path) as file:
         beginning = file.read(SEGMENT)
@@ -255,7 +321,9 @@ def unpacked_digest(path):
 
 
 def pieces_of(files, val_share, separator=""):
-    """All pieces, in order. Few plain files keep their last tenth for validation; of many, whole files go there, chosen by hash."""
+    """All pieces, in order. Few plain files keep their last tenth for validation; of many, whole files go
+    there, chosen by hash.
+    """
     kinds = {path: "separated" if separator else kind_of(path) or "text" for path in files}
     few = sum(kind == "text" for kind in kinds.values()) <= FEW
     found = []
@@ -272,7 +340,11 @@ def pieces_of(files, val_share, separator=""):
             halves = [(0, tenth, "train"), (tenth, size, "val")]
             if not few:
                 halves = [(0, size, SPLITS[in_val(unpacked_digest(path), val_share)])]
-            found += [piece for start, stop, split in halves for piece in cut_up(path, start, stop, kind, split=split)]
+            found += [
+                piece
+                for start, stop, split in halves
+                for piece in cut_up(path, start, stop, kind, split=split)
+            ]
         else:
             found += cut_up(path, 0, size, kind, end=separator or "\n", separator=separator)
     return found
@@ -295,10 +367,11 @@ def find_cut(path, at, stop, end="\n", inside=False):
 
 
 def read_to_cut(file, held, least, left, end, inside):
-    """How many bytes to take next. `left` are to come, of which `held` has the first; reads more of them into it.
+    """How many bytes to take next. `left` are to come, of which `held` has the first; reads more of them
+    into it.
 
-    The cut follows the first `end` at `least` or later, however far that is. With `inside`, where none follows
-    within a SEGMENT, it is at the first character that begins at `least` or later.
+    The cut follows the first `end` at `least` or later, however far that is. With `inside`, where none
+    follows within a SEGMENT, it is at the first character that begins at `least` or later.
     """
     searched, last = least, min(left - 1, least + SEGMENT) if inside else left - 1
     while True:
@@ -329,7 +402,9 @@ def texts_of(piece):
     """
     if piece.kind == "parquet":
         for batch in open_parquet(piece.path).iter_batches(64, row_groups=[piece.start], columns=["text"]):
-            yield from ((text, True, len(text)) for text in batch.column("text").to_pylist() if text and text.strip())
+            yield from (
+                (text, True, len(text)) for text in batch.column("text").to_pylist() if text and text.strip()
+            )
     elif piece.kind in ("jsonl", "gz"):
         yield from json_texts(piece)
     else:
@@ -397,7 +472,9 @@ def open_parquet(path):
         raise UserError(f"{path} is no parquet file ({error})") from None
     columns = {column.name: str(column.type) for column in file.schema_arrow}
     if columns.get("text") not in ("string", "large_string"):
-        raise UserError(f"{path}: expected a column \"text\" of strings, got {', '.join(f'{name} ({kind})' for name, kind in columns.items())}")
+        raise UserError(
+            f"{path}: expected a column \"text\" of strings, got {', '.join(f'{name} ({kind})' for name, kind in columns.items())}"
+        )
     return file
 
 
@@ -411,8 +488,8 @@ def in_val(digest, share):
 
 
 def write_shards(number, piece, folder, encoding, val_share, stopping, progress):
-    """Writes train-NUMBER.bin and val-NUMBER.bin, and part-NUMBER.json with what is in them, which it returns. One that is
-    there already is not made again.
+    """Writes train-NUMBER.bin and val-NUMBER.bin, and part-NUMBER.json with what is in them, which it
+    returns. One that is there already is not made again.
     """
     record = folder / f"part-{number:05}.json"
     if (done := read_json(record)) is not None:
@@ -458,8 +535,16 @@ class Shard:
         self.file.flush()
         os.fsync(self.file.fileno())
         self.file.close()
-        np.save(self.path.with_suffix(".ends.npy"), np.array(self.ends, dtype=np.int64))  # where documents end
-        return {"file": self.path.name, "tokens": self.tokens, "bytes": self.bytes, "documents": len(self.ends), "sha256": self.digest.hexdigest()}
+        np.save(
+            self.path.with_suffix(".ends.npy"), np.array(self.ends, dtype=np.int64)
+        )  # where documents end
+        return {
+            "file": self.path.name,
+            "tokens": self.tokens,
+            "bytes": self.bytes,
+            "documents": len(self.ends),
+            "sha256": self.digest.hexdigest(),
+        }
 
 
 def prepare(pieces, folder, encoding, name, config):
@@ -468,23 +553,47 @@ def prepare(pieces, folder, encoding, name, config):
     Raises UserError if the folder has shards of something else, or a piece can't be read.
     """
     files = {piece.path: os.stat(piece.path) for piece in pieces}
-    plan = {"pieces": [dataclasses.asdict(piece) for piece in pieces], "files": {path: [s.st_size, s.st_mtime_ns] for path, s in files.items()},
-            "vocabulary": tokenizer.digest(encoding), "val_share": config.val_share}
+    plan = {
+        "pieces": [dataclasses.asdict(piece) for piece in pieces],
+        "files": {path: [s.st_size, s.st_mtime_ns] for path, s in files.items()},
+        "vocabulary": tokenizer.digest(encoding),
+        "val_share": config.val_share,
+    }
     folder.mkdir(parents=True, exist_ok=True)
     begun = read_json(folder / "plan.json")
     if (folder / INDEX).exists():
         if begun != plan:
-            raise UserError(f"{folder} has shards of other text, or made with other settings; delete it, or name another folder with --out")
+            raise UserError(
+                f"{folder} has shards of other text, or made with other settings; delete it, or name another folder with --out"
+            )
         return read_json(folder / INDEX)
     if begun != plan:
         clear(folder)
         write_text(folder / "plan.json", json.dumps(plan))
-    bar = Progress(BarColumn(), TextColumn("{task.percentage:>3.0f}%"), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(), console=console)
+    bar = Progress(
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )
     stopping, workers = threading.Event(), config.workers or os.cpu_count()
     with bar, ThreadPoolExecutor(workers) as pool:
         task = bar.add_task("", total=sum(piece.weight for piece in pieces))
-        futures = [pool.submit(write_shards, number, piece, folder, encoding, config.val_share, stopping, lambda n: bar.advance(task, n))
-                   for number, piece in enumerate(pieces)]
+        futures = [
+            pool.submit(
+                write_shards,
+                number,
+                piece,
+                folder,
+                encoding,
+                config.val_share,
+                stopping,
+                lambda n: bar.advance(task, n),
+            )
+            for number, piece in enumerate(pieces)
+        ]
         try:
             records = [future.result() for future in futures]
         except BaseException as error:
@@ -501,8 +610,10 @@ def prepare(pieces, folder, encoding, name, config):
         if all(piece.split for piece in pieces):
             raise UserError("the text is too short to keep a tenth of it for validation")
         documents = sum(shard["documents"] for shards in index.values() for shard in shards)
-        raise UserError(f"of {documents} documents none is for {'training' if index['val'] else 'validation'}; "
-                        f"another --val_share than {config.val_share:g} settles it, such as {min(0.5, 5 / max(documents, 10)):.2g}")
+        raise UserError(
+            f"of {documents} documents none is for {'training' if index['val'] else 'validation'}; "
+            f"another --val_share than {config.val_share:g} settles it, such as {min(0.5, 5 / max(documents, 10)):.2g}"
+        )
     if name.endswith(".tiktoken"):
         tokenizer.save(encoding, folder / name)
     about = {"tokenizer": name, "vocabulary": tokenizer.digest(encoding), "vocab_size": encoding.n_vocab,
@@ -532,7 +643,9 @@ def choose_tokenizer(config, default, pieces):
 
 def beginning(pieces, n_bytes=2**25):
     """The first texts for training, about so many bytes of them."""
-    for text, _, _ in itertools.chain.from_iterable(texts_of(piece) for piece in pieces if piece.split != "val"):
+    for text, _, _ in itertools.chain.from_iterable(
+        texts_of(piece) for piece in pieces if piece.split != "val"
+    ):
         yield text
         n_bytes -= len(text)
         if n_bytes < 0:
@@ -559,12 +672,16 @@ def named_pieces(name, folder, config):
 
 
 def check_folder(folder):
-    """Raises UserError for a folder with tokens of somebody else, or the facts that come with nanomem, or a file."""
+    """Raises UserError for a folder with tokens of somebody else, or the facts that come with nanomem, or a
+    file.
+    """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out={folder} is a file; it must name a folder, such as --out=data/mine")
     others = [path.name for pattern in ("*.bin", "*.tiktoken") for path in folder.glob(pattern)]
     if others and not (folder / "plan.json").exists():
-        raise UserError(f"{folder} has {others[0]}, which prepare.py did not write; name another folder with --out, such as --out=data/mine")
+        raise UserError(
+            f"{folder} has {others[0]}, which prepare.py did not write; name another folder with --out, such as --out=data/mine"
+        )
 
 
 def main():
@@ -582,29 +699,43 @@ def main():
     if config.from_file and not named:
         raise UserError(f"--from-file is for a named set: {', '.join(NAMED)}")
     if config.out == "auto" and len(inputs) > 1:
-        raise UserError(f"{len(inputs)} inputs go into one set, which --out must name, such as --out=data/mine")
+        raise UserError(
+            f"{len(inputs)} inputs go into one set, which --out must name, such as --out=data/mine"
+        )
     stem = Path(inputs[0]).resolve().name
     for ending in (".gz", *ENDINGS):
         stem = stem[:-len(ending)] if stem.lower().endswith(ending) else stem
     folder = Path(config.out) if config.out != "auto" else FOLDER / (named or stem)
     check_folder(folder)
     if named and (folder / INDEX).exists():
-        raise UserError(f"{named} is in {folder} already; delete that folder to prepare it anew, or name another with --out")
+        raise UserError(
+            f"{named} is in {folder} already; delete that folder to prepare it anew, or name another with --out"
+        )
     try:
-        pieces, downloaded = named_pieces(named, folder, config) if named else (pieces_of(find_files(inputs), config.val_share), [])
+        pieces, downloaded = (
+            named_pieces(named, folder, config)
+            if named
+            else (pieces_of(find_files(inputs), config.val_share), [])
+        )
         encoding, name = choose_tokenizer(config, NAMED[named].tokenizer if named else "bytes", pieces)
         index = prepare(pieces, folder, encoding, name, config)
     finally:
         with contextlib.suppress(OSError):
             folder.rmdir()  # only if it is empty, which it is after what can't be had or read
     for split in SPLITS:
-        tokens, size, documents = (sum(shard[key] for shard in index[split]) for key in ("tokens", "bytes", "documents"))
-        console.print(f"{split}: {tokens:,} tokens of {size:,} bytes, {documents:,} documents, in {len(index[split])} shards")
+        tokens, size, documents = (
+            sum(shard[key] for shard in index[split]) for key in ("tokens", "bytes", "documents")
+        )
+        console.print(
+            f"{split}: {tokens:,} tokens of {size:,} bytes, {documents:,} documents, in {len(index[split])} shards"
+        )
     for path in downloaded if not config.keep_download else ():
         path.unlink(missing_ok=True)
         (folder / Path(NAMED[named].url).name).unlink(missing_ok=True)
     where = folder.name if folder.parent == FOLDER else folder
-    console.print(f"{index['vocab_size']:,} tokens in the vocabulary; in {folder}; now: python train.py --data={shlex.quote(str(where))}")
+    console.print(
+        f"{index['vocab_size']:,} tokens in the vocabulary; in {folder}; now: python train.py --data={shlex.quote(str(where))}"
+    )
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ from pathlib import Path
 class _WhenUsed(types.ModuleType):
     """A module that runs once one of its functions is asked for.
 
-    importlib's LazyLoader runs a module for any attribute, and torch.library asks all modules for their __file__.
+    importlib's LazyLoader runs a module for any attribute, and torch.library asks all modules for their
+    __file__.
     """
 
     lock = threading.RLock()
@@ -25,10 +26,12 @@ class _WhenUsed(types.ModuleType):
         return getattr(self, name)
 
 
-# kernels.py lies at the top level, for readers, and is imported as nanomem.kernels: PyPI has a `kernels` of its own, which
-# other programs look for. It needs Triton, which only Linux has and only GPUs want.
+# kernels.py lies at the top level, for readers, and is imported as nanomem.kernels: PyPI has a `kernels` of
+# its own, which other programs look for. It needs Triton, which only Linux has and only GPUs want.
 _folder = Path(__file__).resolve().parent
-_path = next(path for path in (_folder / "kernels.py", _folder.parent / "kernels.py") if path.exists())  # installed, or a clone
+_path = next(
+    path for path in (_folder / "kernels.py", _folder.parent / "kernels.py") if path.exists()
+)  # installed, or a clone
 kernels = importlib.util.module_from_spec(importlib.util.spec_from_file_location("nanomem.kernels", _path))
 kernels.__class__ = _WhenUsed
 sys.modules["nanomem.kernels"] = kernels

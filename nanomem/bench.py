@@ -8,7 +8,8 @@ How long one training step of a memory layer takes, beside what one would write 
     python -m nanomem.bench --generation        writing 256 tokens, with and without the cache of keys and values
     python -m nanomem.bench --prepare=big.txt   data/prepare.py's speed and memory, beside tiktoken's alone (--tokenizer=FILE.tiktoken)
 
-A step is forward, backward (to the input, too), and the update of all parameters. All layers have the same parts
+A step is forward, backward (to the input, too), and the update of all parameters. All layers have the same
+parts
 (query projection, qk-norm, gate, output projection; the paper's has no qk-norm) and differ in three places:
 
     nanomem   pruned candidates                 memory_read         RowAdam over the rows read
@@ -16,10 +17,12 @@ A step is forward, backward (to the input, too), and the update of all parameter
     compiled  the same, compiled                by torch.compile    (on a GPU)
     paper     einsum and all k*k candidates     its Triton kernels  fused AdamW over the table's dense gradient
 
-Each measurement runs in a process of its own, since whichever layer came first would pay for the memory of all; they take
-turns, and the table shows medians. "Read" has the gate and the output projection in it. On a CPU each is timed twice: with
-memory allocated as it comes, and as train.py has it (nanomem.config.keep_freed_memory), which helps dense gradients most. On a GPU a second table tells how near the kernels
-come to what the card can do: bytes they must move over time, as a share of what a copy reaches in the same process.
+Each measurement runs in a process of its own, since whichever layer came first would pay for the memory of
+all; they take turns, and the table shows medians. "Read" has the gate and the output projection in it. On a
+CPU each is timed twice: with memory allocated as it comes, and as train.py has it
+(nanomem.config.keep_freed_memory), which helps dense gradients most. On a GPU a second table tells how near
+the kernels come to what the card can do: bytes they must move over time, as a share of what a copy reaches
+in the same process.
 
 What was tried (2 cores of an AMD EPYC, AVX2, 1M slots, the CPU's shape; in ms, predicted -> measured):
 
@@ -28,18 +31,23 @@ What was tried (2 cores of an AMD EPYC, AVX2, 1M slots, the CPU's shape; in ms, 
       the same on 2 threads of our own, OpenMP's spinning beside them         56 ->  40 ->  54   kept: it scales with cores
       bitonic sorting network of torch.minimum and maximum                    85 -> 100          not written: passes over memory
     gradient of the keys: matrix products with a one-hot matrix, 128 keys    3.9 -> 1.5 -> 3.6   dropped: a key can occur twice in a
-                                                                                                 token's slots, and scatter_add_ is slow
+                                                                                                 token's
+                                                                                                 slots, and
+                                                                                                 scatter_add_
+                                                                                                 is slow
     sorting lookups as int32 or int16 instead of int64: radix passes           3.8 -> 2 -> 2.1   kept
     gradient of the weights: sampled_addmm instead of gathering rows         97 ->     ->  25   kept
     large temporaries: page faults of a fresh 117 MB gradient                 62 ->   8 ->   8   keep_freed_memory
       and pages of 2 MB: a whole step with freed memory kept                 317 -> 300 -> 278   keep_freed_memory
 
-No GPU could be had yet. What the kernels were designed by, to be measured (H100, the paper's shape: 32k tokens, d=1024, 4 heads,
+No GPU could be had yet. What the kernels were designed by, to be measured (H100, the paper's shape: 32k
+tokens, d=1024, 4 heads,
 k=32, k_dim 512, 1M slots, bf16):
 
     select    648 million warp instructions, counted in the compiled code: 0.7 ms at full issue, 1.5 expected; plus the scores,
-              0.2 ms of cuBLAS and 0.7 of writing and reading them, 128 MB at a time. A warp to 2 rows (512 packed numbers) instead of 4 warps to 16: 79 registers
-              in place of 255, and a quarter fewer instructions.
+              0.2 ms of cuBLAS and 0.7 of writing and reading them, 128 MB at a time. A warp to 2 rows (512
+              packed numbers) instead of 4 warps to 16: 79 registers in place of 255, and a quarter fewer
+              instructions.
     read      8.7 GB: 2.9 ms at 3 TB/s
     backward  8.6 GB of a 67 MB gradient, of which the 50 MB L2 holds a part, and 2.1 + 2.1 GB of rows, for both gradients in one
               pass: 4 to 5 ms; in two, 8.6 GB of values more
@@ -67,7 +75,8 @@ from rich.progress import track
 from rich.table import Table
 
 from nanomem import optim, tokenizer
-from nanomem.config import GPTConfig, UserError, keep_freed_memory, machine_memory, one_line_errors, parse, pick_device, safe_streams, setting
+from nanomem.cli import UserError, one_line_errors, parse, safe_streams, setting
+from nanomem.config import GPTConfig, keep_freed_memory, machine_memory, pick_device
 from nanomem.memory import MemoryTable, ProductKeyMemory, memory_read, merge_halves, product_key_topk
 from nanomem.model import GPT
 
@@ -75,14 +84,21 @@ ROOT = Path(__file__).resolve().parent.parent
 KINDS = ("nanomem", "pytorch", "compiled", "paper")
 SHAPE = ("tokens", "dim", "heads", "knn", "k_dim", "n_keys")
 CPU_SHAPES = [(4096, 128, 4, 16, 128, 1024), (4096, 128, 4, 16, 128, 4096)]
-GPU_SHAPES = [(4096, 128, 4, 16, 128, 1024), (16384, 512, 4, 32, 256, 512), (32768, 1024, 4, 32, 512, 1024), (32768, 1024, 4, 32, 512, 2048)]
+GPU_SHAPES = [
+    (4096, 128, 4, 16, 128, 1024),
+    (16384, 512, 4, 32, 256, 512),
+    (32768, 1024, 4, 32, 512, 1024),
+    (32768, 1024, 4, 32, 512, 2048),
+]
 
 
 @dataclass
 class BenchConfig:
     """The settings of the benchmark."""
 
-    n_keys: str = setting("auto", "keys a half, one or several: n_keys**2 slots; auto: the shapes above", group="Settings")
+    n_keys: str = setting(
+        "auto", "keys a half, one or several: n_keys**2 slots; auto: the shapes above", section="Settings"
+    )
     tokens: int = setting(4096, "tokens a step")
     dim: int = setting(128, "width of input, output and values")
     heads: int = setting(4, "lookups a token")
@@ -90,14 +106,26 @@ class BenchConfig:
     k_dim: int = setting(128, "length of a query and of a key")
     steps: int = setting(10, "steps timed in a process, after 3 that are not")
     rounds: int = setting(3, "processes for each measurement, in turn")
-    device: str = setting("auto", "cpu, cuda, cuda:1, mps; auto: the first of cuda, mps and cpu that is there")
-    dtype: str = setting("auto", "of parameters and activations; auto: bfloat16 on cuda, else float32", ("auto", "float32", "bfloat16"))
-    peer: str = setting("", "a checkout of facebookresearch/memory, the paper's code, to measure beside", path=True)
+    device: str = setting(
+        "auto", "cpu, cuda, cuda:1, mps; auto: the first of cuda, mps and cpu that is there"
+    )
+    dtype: str = setting(
+        "auto",
+        "of parameters and activations; auto: bfloat16 on cuda, else float32",
+        ("auto", "float32", "bfloat16"),
+    )
+    peer: str = setting(
+        "", "a checkout of facebookresearch/memory, the paper's code, to measure beside", path=True
+    )
     generation: bool = setting(False, "time whole models that write 256 tokens in place of layers")
     prepare: str = setting("", "time data/prepare.py on this text file in place of layers", path=True)
     tokenizer: str = setting("bytes", "the tokenizer for --prepare", path=True)
     keep_freed: bool = setting(False, "with --only: call keep_freed_memory first, as train.py does")
-    only: str = setting("", "measure this in this process and print JSON: what the benchmark calls itself with", ("", *KINDS, "kernels"))
+    only: str = setting(
+        "",
+        "measure this in this process and print JSON: what the benchmark calls itself with",
+        ("", *KINDS, "kernels"),
+    )
 
 
 # ------------------------------------------------------------------------------------------------
@@ -108,14 +136,18 @@ class PlainPyTorchTable(MemoryTable):
     """Reads as one would at first."""
 
     def forward(self, indices, weights):
-        return F.embedding_bag(indices, self.values, per_sample_weights=weights.to(self.values.dtype), mode="sum")
+        return F.embedding_bag(
+            indices, self.values, per_sample_weights=weights.to(self.values.dtype), mode="sum"
+        )
 
 
 class PlainPyTorchMemory(ProductKeyMemory):
     """The same layer, its lookup written as one would at first."""
 
     def lookup(self, x):
-        queries = F.normalize(self.query_proj(x).view(len(x), self.heads, 2, -1), dim=-1) * self.qk_scale.view(1, -1, 1, 1)
+        queries = F.normalize(
+            self.query_proj(x).view(len(x), self.heads, 2, -1), dim=-1
+        ) * self.qk_scale.view(1, -1, 1, 1)
         half_scores = torch.einsum("nhcd,hckd->nhck", queries, F.normalize(self.keys, dim=-1))
         scores, indices = half_scores.topk(self.knn)
         sums = (scores[:, :, 0, :, None] + scores[:, :, 1, None, :]).flatten(-2)
@@ -129,7 +161,14 @@ def paper_layer(config, n_keys):
     sys.path.insert(0, config.peer)
     from lingua.product_key.memory import HashingMemory
 
-    layer = HashingMemory(config.dim, config.dim, mem_k_dim=config.k_dim, mem_heads=config.heads, mem_knn=config.knn, mem_n_keys=n_keys)
+    layer = HashingMemory(
+        config.dim,
+        config.dim,
+        mem_k_dim=config.k_dim,
+        mem_heads=config.heads,
+        mem_knn=config.knn,
+        mem_n_keys=n_keys,
+    )
     layer.reset_parameters()
     return layer, layer.values
 
@@ -140,7 +179,11 @@ def build(kind, config, n_keys, device, dtype):
         if kind == "paper":
             layer, table = paper_layer(config, n_keys)
         else:
-            layer_class, table_class = (ProductKeyMemory, MemoryTable) if kind == "nanomem" else (PlainPyTorchMemory, PlainPyTorchTable)
+            layer_class, table_class = (
+                (ProductKeyMemory, MemoryTable)
+                if kind == "nanomem"
+                else (PlainPyTorchMemory, PlainPyTorchTable)
+            )
             table = table_class(n_keys**2, config.dim, dtype=dtype)
             layer = layer_class(config.dim, table, config.heads, config.knn, config.k_dim)
     layer.to(dtype)
@@ -179,7 +222,9 @@ class Clock:
 
 
 def measure(kind, config, n_keys):
-    """One process's timings in ms, medians: {"lookup", "read", "backward", "update", "step"}, and "peak_gb"."""
+    """One process's timings in ms, medians: {"lookup", "read", "backward", "update", "step"}, and
+    "peak_gb".
+    """
     device = pick_device(config.device)
     dtype = dtype_of(config, device)
     if config.keep_freed:
@@ -192,7 +237,11 @@ def measure(kind, config, n_keys):
     hooked = kind != "compiled"  # torch.compile sees no parts
     if hooked:
         table.register_forward_pre_hook(clock.mark)
-    names = ("lookup", "read", "backward", "update", "step") if hooked else ("forward", "backward", "update", "step")
+    names = (
+        ("lookup", "read", "backward", "update", "step")
+        if hooked
+        else ("forward", "backward", "update", "step")
+    )
 
     rows = []
     for _ in range(3 + config.steps):
@@ -209,17 +258,27 @@ def measure(kind, config, n_keys):
         clock.mark()
         rows.append(clock.read())
     result = {name: statistics.median(column) for name, column in zip(names, zip(*rows[3:]))}
-    return result | {"peak_gb": torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else peak_rss()}
+    return result | {
+        "peak_gb": torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else peak_rss()
+    }
 
 
 def measure_kernels(config, n_keys):
-    """The parts alone, on a GPU: milliseconds, and bytes they must move over time as a share of what a copy reaches.
+    """The parts alone, on a GPU: milliseconds, and bytes they must move over time as a share of what a copy
+    reaches.
 
-    Reads and gradients are of slots drawn evenly; "scattered" of 100,000 slots spread over ever larger tables. The share of
-    the backward pass counts each gradient that is gathered, so it can exceed 1 where the L2 cache holds them.
+    Reads and gradients are of slots drawn evenly; "scattered" of 100,000 slots spread over ever larger
+    tables. The share of the backward pass counts each gradient that is gathered, so it can exceed 1 where
+    the L2 cache holds them.
     """
     device = pick_device(config.device)
-    dtype, tokens, dim, heads, knn = dtype_of(config, device), config.tokens, config.dim, config.heads, config.knn
+    dtype, tokens, dim, heads, knn = (
+        dtype_of(config, device),
+        config.tokens,
+        config.dim,
+        config.heads,
+        config.knn,
+    )
     clock, lookups, size = Clock(device), heads * knn, dtype.itemsize
 
     def ms(function):
@@ -247,12 +306,17 @@ def measure_kernels(config, n_keys):
     del half_scores, candidates
     scores, _ = product_key_topk(queries.requires_grad_(), keys.requires_grad_(), knn)
     grad_scores = torch.randn_like(scores)
-    result["topk_backward"] = ms(lambda: torch.autograd.grad(scores, (queries, keys), grad_scores, retain_graph=True))
+    result["topk_backward"] = ms(
+        lambda: torch.autograd.grad(scores, (queries, keys), grad_scores, retain_graph=True)
+    )
 
     def read_and_update(n_slots, unique):
         with device:
             table = MemoryTable(n_slots, dim, dtype=dtype)
-        optimizer, weights = optim.RowAdam([table.values]), torch.rand(tokens, lookups, device=device, dtype=dtype)
+        optimizer, weights = (
+            optim.RowAdam([table.values]),
+            torch.rand(tokens, lookups, device=device, dtype=dtype),
+        )
         indices = torch.randint(unique, (tokens, lookups), device=device) * (n_slots // unique)
         grad = torch.randn(tokens, dim, device=device, dtype=dtype)
         with torch.no_grad():
@@ -266,10 +330,18 @@ def measure_kernels(config, n_keys):
     read, backward, update, unique = read_and_update(n_keys**2, n_keys**2)
     row = size * dim
     result |= {
-        "read": read, "read_share": row * tokens * (lookups + 1) / read / copied,
-        "backward": backward, "backward_share": row * (tokens * (lookups + 1) + 2 * unique) / backward / copied,
-        "update": update, "update_share": unique * (3 * row + 24) / update / copied}
-    scattered = {n: read_and_update(n**2, 10**5) for n in (512, 1024, 2048, 4096) if n**2 * (2 * row + 8) < 0.8 * machine_memory(device)}
+        "read": read,
+        "read_share": row * tokens * (lookups + 1) / read / copied,
+        "backward": backward,
+        "backward_share": row * (tokens * (lookups + 1) + 2 * unique) / backward / copied,
+        "update": update,
+        "update_share": unique * (3 * row + 24) / update / copied,
+    }
+    scattered = {
+        n: read_and_update(n**2, 10**5)
+        for n in (512, 1024, 2048, 4096)
+        if n**2 * (2 * row + 8) < 0.8 * machine_memory(device)
+    }
     return result | {f"scattered_{n**2:,}": sum(times[:3]) for n, times in scattered.items()}
 
 
@@ -283,14 +355,23 @@ def peak_rss():
     """The process's largest resident size so far, in GB."""
     import resource  # not on Windows
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    return (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    )
 
 
 def in_own_process(kind, shape, config, keep_freed=False):
-    """`measure` or `measure_kernels` in a new process; {"failed": the last line it said} if it did, so that no other result is lost."""
+    """`measure` or `measure_kernels` in a new process; {"failed": the last line it said} if it did, so that
+    no other result is lost.
+    """
     settings = dict(zip(SHAPE, shape)) | {"only": kind, "keep_freed": str(keep_freed).lower()}
     settings |= {name: getattr(config, name) for name in ("steps", "device", "dtype", "peer")}
-    command = [sys.executable, "-m", "nanomem.bench", *(f"--{name}={value}" for name, value in settings.items())]
+    command = [
+        sys.executable,
+        "-m",
+        "nanomem.bench",
+        *(f"--{name}={value}" for name, value in settings.items()),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         return {"failed": (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1][:200]}
@@ -298,7 +379,9 @@ def in_own_process(kind, shape, config, keep_freed=False):
 
 
 def memory_needed(kind, shape, item_size):
-    """Bytes that the table takes in training: values, gradient and two moments, or values and 8 bytes a slot."""
+    """Bytes that the table takes in training: values, gradient and two moments, or values and 8 bytes a
+    slot.
+    """
     _, dim, _, _, _, n_keys = shape
     return n_keys**2 * (dim * item_size + 8 if kind == "nanomem" else dim * item_size * 4)
 
@@ -308,7 +391,9 @@ def memory_needed(kind, shape, item_size):
 
 
 def shapes_of(config, given, device):
-    """The shapes to measure, as tuples in the order of SHAPE. Raises UserError for settings that can't be."""
+    """The shapes to measure, as tuples in the order of SHAPE. Raises UserError for settings that can't
+    be.
+    """
     for name in ("tokens", "dim", "heads", "knn", "k_dim", "steps", "rounds"):
         if getattr(config, name) < 1:
             raise UserError(f"{name} must be 1 or more, got {getattr(config, name)}")
@@ -316,7 +401,9 @@ def shapes_of(config, given, device):
         return GPU_SHAPES if device.type == "cuda" else CPU_SHAPES
     sizes = "1024,4096" if config.n_keys == "auto" else config.n_keys
     if not all(n.strip().isdecimal() and int(n) >= config.knn for n in sizes.split(",")):
-        raise UserError(f"n_keys must be numbers such as 1024,4096, none below knn = {config.knn}; got {sizes!r}")
+        raise UserError(
+            f"n_keys must be numbers such as 1024,4096, none below knn = {config.knn}; got {sizes!r}"
+        )
     if config.k_dim % 2:
         raise UserError(f"k_dim must be even, to be split into two halves, got {config.k_dim}")
     return [(*(getattr(config, name) for name in SHAPE[:-1]), int(n)) for n in sizes.split(",")]
@@ -331,21 +418,37 @@ def title_of(shape):
 def show_steps(console, shape, rows):
     """A table of the layers' steps; rows {(kind, kept): medians, or {"failed": why}}."""
     table = Table(title=title_of(shape), box=box.SIMPLE, padding=(0, 1), title_justify="left")
-    for title in ("layer", "memory", "lookup", "read", "backward", "update", "step ms", "peak GB", "times as fast"):
+    for title in (
+        "layer",
+        "memory",
+        "lookup",
+        "read",
+        "backward",
+        "update",
+        "step ms",
+        "peak GB",
+        "times as fast",
+    ):
         table.add_column(title, justify="left" if title in ("layer", "memory") else "right")
     for (kind, kept), row in rows.items():
         cells = [kind, {None: "", True: "as train.py", False: "as it comes"}[kept]]
         if "failed" in row:
             table.add_row(*cells, row["failed"])
             continue
-        cells += [f"{row['lookup']:.1f}", f"{row['read']:.1f}"] if "lookup" in row else [f"{row['forward']:.1f}", ""]
+        cells += (
+            [f"{row['lookup']:.1f}", f"{row['read']:.1f}"]
+            if "lookup" in row
+            else [f"{row['forward']:.1f}", ""]
+        )
         cells += [f"{row[key]:.1f}" for key in ("backward", "update", "step", "peak_gb")]
         plain = rows.get(("pytorch", kept), {})
         table.add_row(*cells, f"{plain['step'] / row['step']:.2f}" if "step" in plain else "")
     console.print(table)
     ours, plain = rows.get(("nanomem", True), {}), rows.get(("pytorch", False), {})
     if "step" in ours and "step" in plain:
-        console.print(f"  nanomem as train.py runs it, against pytorch as it comes: {plain['step'] / ours['step']:.2f} times as fast\n")
+        console.print(
+            f"  nanomem as train.py runs it, against pytorch as it comes: {plain['step'] / ours['step']:.2f} times as fast\n"
+        )
 
 
 def show_kernels(console, row):
@@ -353,20 +456,42 @@ def show_kernels(console, row):
     if "failed" in row:
         console.print(f"the parts alone: {row['failed']}")
         return
-    console.print(f"copy {row['copy_gb_s']:,.0f} GB/s   scores and top-k {row['topk']:.2f} ms, their gradients {row['topk_backward']:.2f} ms; "
-                  f"top-k alone {row['select']:.2f} ms, the two torch.topk in its place {row['two_torch_topk']:.2f} ms")
-    console.print("   ".join(f"{name} {row[name]:.2f} ms, {row[name + '_share']:.0%} of the copy's bandwidth" for name in ("read", "backward", "update")))
-    scattered = {name.removeprefix("scattered_"): ms for name, ms in row.items() if name.startswith("scattered_")}
-    console.print("read, backward and update of 100,000 slots scattered over " + ", ".join(f"{n}: {ms:.2f} ms" for n, ms in scattered.items()) + "\n")
+    console.print(
+        f"copy {row['copy_gb_s']:,.0f} GB/s   scores and top-k {row['topk']:.2f} ms, their gradients {row['topk_backward']:.2f} ms; "
+        f"top-k alone {row['select']:.2f} ms, the two torch.topk in its place {row['two_torch_topk']:.2f} ms"
+    )
+    console.print(
+        "   ".join(
+            f"{name} {row[name]:.2f} ms, {row[name + '_share']:.0%} of the copy's bandwidth"
+            for name in ("read", "backward", "update")
+        )
+    )
+    scattered = {
+        name.removeprefix("scattered_"): ms for name, ms in row.items() if name.startswith("scattered_")
+    }
+    console.print(
+        "read, backward and update of 100,000 slots scattered over "
+        + ", ".join(f"{n}: {ms:.2f} ms" for n, ms in scattered.items())
+        + "\n"
+    )
 
 
-WRITERS = {"the default model": dict(), "12 layers, 512 wide": dict(n_layer=12, n_head=8, n_embd=512, mem_layers="3,7,11")}
+WRITERS = {
+    "the default model": dict(),
+    "12 layers, 512 wide": dict(n_layer=12, n_head=8, n_embd=512, mem_layers="3,7,11"),
+}
 
 
 @torch.no_grad()
 def time_generation(console, device, rounds, tokens=256):
-    """A table of seconds that models take to write so many tokens, one at a time, with the cache and without, in turn."""
-    table = Table(title=f"Writing {tokens} tokens after a prompt of 8, {device}, seconds (medians of {rounds})", box=box.SIMPLE, title_justify="left")
+    """A table of seconds that models take to write so many tokens, one at a time, with the cache and
+    without, in turn.
+    """
+    table = Table(
+        title=f"Writing {tokens} tokens after a prompt of 8, {device}, seconds (medians of {rounds})",
+        box=box.SIMPLE,
+        title_justify="left",
+    )
     for title in ("model", "parameters", "with the cache", "without", "times as fast", "the same tokens"):
         table.add_column(title, justify="right")
     for name, shape in WRITERS.items():
@@ -384,14 +509,21 @@ def time_generation(console, device, rounds, tokens=256):
             written[cached] = idx.tolist()  # waits for a GPU
             seconds[cached].append(time.perf_counter() - started)
         fast, slow = (statistics.median(seconds[cached]) for cached in (True, False))
-        table.add_row(name, f"{sum(model.count_parameters()):,}", f"{fast:.2f}", f"{slow:.2f}", f"{slow / fast:.1f}",
-                      "yes" if written[True] == written[False] else "no")
+        table.add_row(
+            name,
+            f"{sum(model.count_parameters()):,}",
+            f"{fast:.2f}",
+            f"{slow:.2f}",
+            f"{slow / fast:.1f}",
+            "yes" if written[True] == written[False] else "no",
+        )
     console.print(table)
 
 
 def time_prepare(console, config, sample=2**25):
-    """Says how fast data/prepare.py turns a text file into shards and the memory it takes, and how fast tiktoken alone is in one thread
-    and in as many threads as there are workers, each on the first `sample` bytes, before and after: cores may share what is in them.
+    """Says how fast data/prepare.py turns a text file into shards and the memory it takes, and how fast
+    tiktoken alone is in one thread and in as many threads as there are workers, each on the first `sample`
+    bytes, before and after: cores may share what is in them.
     """
     import resource  # which Windows doesn't have
 
@@ -404,25 +536,44 @@ def time_prepare(console, config, sample=2**25):
         """MB/s of them all."""
         started = time.perf_counter()
         with ThreadPoolExecutor(threads) as pool:
-            for done in [pool.submit(lambda: [encoding.encode_to_numpy(segment, disallowed_special=()) for segment in segments]) for _ in range(threads)]:
+            for done in [
+                pool.submit(
+                    lambda: [encoding.encode_to_numpy(segment, disallowed_special=()) for segment in segments]
+                )
+                for _ in range(threads)
+            ]:
                 done.result()
         return threads * len(text.encode()) / (time.perf_counter() - started) / 1e6
 
     one, many = [alone(1)], [alone(workers)]
     with tempfile.TemporaryDirectory(dir=Path(config.prepare).resolve().parent) as folder:
         started = time.perf_counter()
-        ended = subprocess.run([sys.executable, str(ROOT / "data" / "prepare.py"), config.prepare, f"--out={folder}/shards", f"--workers={workers}",
-                                f"--tokenizer={config.tokenizer}"], capture_output=True, encoding="utf-8")
+        ended = subprocess.run(
+            [
+                sys.executable,
+                str(ROOT / "data" / "prepare.py"),
+                config.prepare,
+                f"--out={folder}/shards",
+                f"--workers={workers}",
+                f"--tokenizer={config.tokenizer}",
+            ],
+            capture_output=True,
+            encoding="utf-8",
+        )
         if ended.returncode:
             raise UserError(f"data/prepare.py failed: {ended.stderr.strip()}")
         speed = Path(config.prepare).stat().st_size / (time.perf_counter() - started) / 1e6
     one.append(alone(1))
     many.append(alone(workers))
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    console.print(f"data/prepare.py with {workers} workers: {speed:.1f} MB/s from start to end, peak memory {peak / 1e6:.0f} MB")
+    console.print(
+        f"data/prepare.py with {workers} workers: {speed:.1f} MB/s from start to end, peak memory {peak / 1e6:.0f} MB"
+    )
     for threads, speeds in ((1, one), (workers, many)):
-        console.print(f"tiktoken alone, {threads} thread{'s' * (threads > 1)}: {' and '.join(f'{s:.1f}' for s in speeds)} MB/s, so that is "
-                      f"{speed * threads / workers / statistics.mean(speeds):.0%} of {f'{workers} times as much' if threads == 1 else 'it'}")
+        console.print(
+            f"tiktoken alone, {threads} thread{'s' * (threads > 1)}: {' and '.join(f'{s:.1f}' for s in speeds)} MB/s, so that is "
+            f"{speed * threads / workers / statistics.mean(speeds):.0%} of {f'{workers} times as much' if threads == 1 else 'it'}"
+        )
 
 
 def main():
@@ -433,7 +584,11 @@ def main():
     console.width = max(console.width, 110)
     shapes = shapes_of(config, given, device)
     if config.only:
-        result = measure_kernels(config, shapes[0][-1]) if config.only == "kernels" else measure(config.only, config, shapes[0][-1])
+        result = (
+            measure_kernels(config, shapes[0][-1])
+            if config.only == "kernels"
+            else measure(config.only, config, shapes[0][-1])
+        )
         print(json.dumps(result))
         return
     if config.prepare:
@@ -444,18 +599,35 @@ def main():
         return
     on_cpu, on_gpu = device.type == "cpu", device.type == "cuda"
     if config.peer and not Path(config.peer, "lingua", "product_key", "memory.py").exists():
-        raise UserError(f"--peer={config.peer} has no lingua/product_key/memory.py: expected a checkout of facebookresearch/memory")
+        raise UserError(
+            f"--peer={config.peer} has no lingua/product_key/memory.py: expected a checkout of facebookresearch/memory"
+        )
     if config.peer and (not on_gpu or config.heads < 2):
-        raise UserError(f"--peer needs --device=cuda and 2 heads or more, got {device} and {config.heads}: the paper's layer asks for both")
-    name = torch.cuda.get_device_name(device) if on_gpu else f"{torch.get_num_threads()} threads, {platform.machine()}"
+        raise UserError(
+            f"--peer needs --device=cuda and 2 heads or more, got {device} and {config.heads}: the paper's layer asks for both"
+        )
+    name = (
+        torch.cuda.get_device_name(device)
+        if on_gpu
+        else f"{torch.get_num_threads()} threads, {platform.machine()}"
+    )
     dtype = dtype_of(config, device)
     console.print(f"One training step of a memory layer; {name}, {dtype}, torch {torch.__version__}")
     kinds = [kind for kind in KINDS if (kind != "compiled" or on_gpu) and (kind != "paper" or config.peer)]
-    tasks = [(shape, kind, kept) for shape in shapes for kept in ((False, True) if on_cpu else (None,)) for kind in kinds]
+    tasks = [
+        (shape, kind, kept)
+        for shape in shapes
+        for kept in ((False, True) if on_cpu else (None,))
+        for kind in kinds
+    ]
     tasks += [(shape, "kernels", None) for shape in shapes if on_gpu]
     found = {task: [] for task in tasks}
-    for shape, kind, kept in track(tasks * config.rounds, "measuring", console=console, disable=not console.is_terminal):
-        if kind != "kernels" and (needed := memory_needed(kind, shape, dtype.itemsize)) > 0.9 * machine_memory(device):
+    for shape, kind, kept in track(
+        tasks * config.rounds, "measuring", console=console, disable=not console.is_terminal
+    ):
+        if kind != "kernels" and (
+            needed := memory_needed(kind, shape, dtype.itemsize)
+        ) > 0.9 * machine_memory(device):
             found[shape, kind, kept].append({"failed": f"{needed / 1e9:.0f} GB"})
         else:
             found[shape, kind, kept].append(in_own_process(kind, shape, config, bool(kept)))
@@ -465,7 +637,15 @@ def main():
             key: statistics.median(r[key] for r in rows) for key in rows[0]}
 
     for shape in shapes:
-        show_steps(console, shape, {(kind, kept): median(rows) for (s, kind, kept), rows in found.items() if s == shape and kind != "kernels"})
+        show_steps(
+            console,
+            shape,
+            {
+                (kind, kept): median(rows)
+                for (s, kind, kept), rows in found.items()
+                if s == shape and kind != "kernels"
+            },
+        )
         if on_gpu:
             show_kernels(console, median(found[shape, "kernels", None]))
 

@@ -1,15 +1,16 @@
 """
-Checkpoints: a folder with the model and the optimizers' state in safetensors files, one from each process of the first group that
-shares the tables, and a JSON file with the settings, where the run stands, and the files' sizes.
+Checkpoints: a folder with the model and the optimizers' state in safetensors files, one from each process
+of the first group that shares the tables, and a JSON file with the settings, where the run stands, and the
+files' sizes.
 
     out/people-memory/checkpoint-2560/checkpoint.json
     out/people-memory/checkpoint-2560/part-1-of-1.safetensors
 
 - loaded as data, never as code: no pickle
-- loaded into any number of processes, whatever number wrote it: the files are laid out as torch.distributed.checkpoint's
-  HuggingFaceStorageReader reads them, which cuts columns anew
-- written under another name and moved into place, so that a kill at any moment leaves a whole one; the one before is kept too, and
-  used where a file of the newest is missing or cut
+- loaded into any number of processes, whatever number wrote it: the files are laid out as
+  torch.distributed.checkpoint's HuggingFaceStorageReader reads them, which cuts columns anew
+- written under another name and moved into place, so that a kill at any moment leaves a whole one; the one
+  before is kept too, and used where a file of the newest is missing or cut
 """
 
 import contextlib
@@ -25,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from nanomem import sharding
-from nanomem.config import UserError, nearest
+from nanomem.cli import UserError, nearest
 
 try:
     import fcntl
@@ -75,7 +76,9 @@ def write_text(path, text):
 
 
 def read_json(path):
-    """A JSON file's content, None if there is no such file. Raises UserError for a file that is not JSON."""
+    """A JSON file's content, None if there is no such file. Raises UserError for a file that is not
+    JSON.
+    """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -99,7 +102,9 @@ def lock(out_dir):
     except BlockingIOError:
         file.seek(0)
         holder = file.read() or "another process"
-        raise UserError(f"{holder} is training in {out_dir}; wait until it ends, or name another folder with --out_dir") from None
+        raise UserError(
+            f"{holder} is training in {out_dir}; wait until it ends, or name another folder with --out_dir"
+        ) from None
     except OSError:
         pass  # some network file systems have no locks
     with contextlib.suppress(OSError):  # a full disk
@@ -115,28 +120,39 @@ def lock(out_dir):
 
 def folders(out_dir):
     """The folders of out_dir's checkpoints, the newest first."""
-    numbered = [(int(path.name.removeprefix("checkpoint-")), path) for path in Path(out_dir).glob("checkpoint-*")
-                if path.name.removeprefix("checkpoint-").isdecimal()]
+    numbered = [
+        (int(path.name.removeprefix("checkpoint-")), path)
+        for path in Path(out_dir).glob("checkpoint-*")
+        if path.name.removeprefix("checkpoint-").isdecimal()
+    ]
     return [path for _, path in sorted(numbered, reverse=True)]
 
 
 def none_in(out_dir):
-    """The message for a folder without checkpoints: its name, and the most similar folder beside it with some."""
+    """The message for a folder without checkpoints: its name, and the most similar folder beside it with
+    some.
+    """
     runs = sorted({str(path.parent) for path in Path(out_dir).parent.glob("*/checkpoint-*")})
     return f"there is no checkpoint in {out_dir}{nearest(str(out_dir), runs)}"
 
 
 def read_header(folder):
-    """The header that a checkpoint was saved with, and "files". Raises UserError naming the file that is missing, cut or none."""
+    """The header that a checkpoint was saved with, and "files". Raises UserError naming the file that is
+    missing, cut or none.
+    """
     header = read_json(folder / HEADER)
     try:
         sizes = header["files"].items()
         header["config"], header["iteration"]
         newer = header.get("format", 1) > FORMAT
     except (KeyError, TypeError, AttributeError):
-        raise UserError(f"{folder / HEADER} is {'missing' if header is None else 'not the header of a nanomem checkpoint'}") from None
+        raise UserError(
+            f"{folder / HEADER} is {'missing' if header is None else 'not the header of a nanomem checkpoint'}"
+        ) from None
     if newer:
-        raise UserError(f"{folder} has format {header['format']}, of a newer nanomem; this one reads up to {FORMAT}")
+        raise UserError(
+            f"{folder} has format {header['format']}, of a newer nanomem; this one reads up to {FORMAT}"
+        )
     for name, size in sizes:
         path = folder / name
         if not path.exists():
@@ -152,8 +168,8 @@ def read_header(folder):
 
 
 def newest(out_dir):
-    """out_dir's newest whole checkpoint: (its folder, its header, {folder of a newer one: what is wrong with it}); (None, None, {})
-    if there are no checkpoints.
+    """out_dir's newest whole checkpoint: (its folder, its header, {folder of a newer one: what is wrong
+    with it}); (None, None, {}) if there are no checkpoints.
 
     Raises UserError if there are, and none is whole.
     """
@@ -175,35 +191,51 @@ def newest(out_dir):
 def _optimizer_tensors(model, optimizers):
     """{name: tensor} of the optimizers' state; the name holds the parameter's."""
     name_of = {id(p): name for name, p in model.named_parameters()}
-    return {f"optimizer.{name_of[id(p)]}.{key}": tensor
-            for optimizer in optimizers for p, state in optimizer.state.items() for key, tensor in state.items()}
+    return {
+        f"optimizer.{name_of[id(p)]}.{key}": tensor
+        for optimizer in optimizers
+        for p, state in optimizer.state.items()
+        for key, tensor in state.items()
+    }
 
 
 def _tables(model):
     """{name of its values: ShardedTable}"""
-    return {name: table for table in sharding.tables(model) for name, p in model.named_parameters() if p is table.values}
+    return {
+        name: table
+        for table in sharding.tables(model)
+        for name, p in model.named_parameters()
+        if p is table.values
+    }
 
 
 def _part(model, optimizers):
-    """What this process writes: (its number, of how many, {name: tensor}, {name: the row and column its tensor begins at}).
+    """What this process writes: (its number, of how many, {name: tensor}, {name: the row and column its
+    tensor begins at}).
 
-    The processes of the first group write their columns of the tables, the first of them all else too, which all have alike.
+    The processes of the first group write their columns of the tables, the first of them all else too,
+    which all have alike.
     """
     tables = {f"model.{name}": table for name, table in _tables(model).items()}
-    tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()} | _optimizer_tensors(model, optimizers)
+    tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()} | _optimizer_tensors(
+        model, optimizers
+    )
     mesh = next((table.mesh for table in tables.values()), None)
     group, number = mesh.get_coordinate() if mesh else (sharding.rank(), 0)
     if number:
         tensors = {name: tensors[name] for name in tables}
-    begins = {name: [0, tables[name].columns.start] if name in tables else [0] * tensor.dim() for name, tensor in tensors.items()}
+    begins = {
+        name: [0, tables[name].columns.start] if name in tables else [0] * tensor.dim()
+        for name, tensor in tensors.items()
+    }
     return number, mesh["shard"].size() if mesh else 1, tensors if group == 0 else {}, begins
 
 
 def save(out_dir, model, optimizers, header):
     """Writes out_dir/checkpoint-ITERATION, then deletes all but the newest two. All processes call it.
 
-    header: a dict for JSON, `config` and `iteration` among it. Raises UserError, in all processes and with the checkpoints
-    before it kept, if it can't be written.
+    header: a dict for JSON, `config` and `iteration` among it. Raises UserError, in all processes and with
+    the checkpoints before it kept, if it can't be written.
     """
     folder = Path(out_dir) / f"checkpoint-{header['iteration']}"
     temporary = folder.with_name(folder.name + ".tmp")
@@ -218,28 +250,37 @@ def save(out_dir, model, optimizers, header):
                 temporary.mkdir()
         with sharding.together():
             if tensors:  # torch.distributed.checkpoint's own writer would first make two copies of them
-                info = {name: {"saved_offsets": begin} for name, begin in begins.items()}  # as its reader expects
+                info = {
+                    name: {"saved_offsets": begin} for name, begin in begins.items()
+                }  # as its reader expects
                 save_file(tensors, files[number], metadata={"DCP_SHARDING_INFO": json.dumps(info)})
                 sync(files[number])
         with sharding.together():
             if first:
                 about = {"format": FORMAT, "files": {f.name: f.stat().st_size for f in files}}
                 write_text(temporary / HEADER, json.dumps(header | about, indent=2) + "\n")
-                shutil.rmtree(folder, ignore_errors=True)  # of the same iteration there can only be one that `newest` has refused
+                shutil.rmtree(
+                    folder, ignore_errors=True
+                )  # of the same iteration there can only be one that `newest` has refused
                 os.replace(temporary, folder)
                 sync_folder(folder.parent)
                 newest_first = folders(out_dir)
-                for old in newest_first[newest_first.index(folder) + KEPT:]:  # those refused are newer, and stay
+                for old in newest_first[
+                    newest_first.index(folder) + KEPT :
+                ]:  # those refused are newer, and stay
                     shutil.rmtree(old, ignore_errors=True)
     except UserError as error:
         if first:
             shutil.rmtree(temporary, ignore_errors=True)
         kept = [path.name for path in folders(out_dir)[:1]]
-        raise UserError(f"could not write {folder} ({error}); {f'{kept[0]} is kept' if kept else 'there is none before it'}") from None
+        raise UserError(
+            f"could not write {folder} ({error}); {f'{kept[0]} is kept' if kept else 'there is none before it'}"
+        ) from None
 
 
 def load(folder, model, optimizers=()):
-    """Fills model and optimizers from a checkpoint's folder, each process with the columns it holds, whoever wrote them.
+    """Fills model and optimizers from a checkpoint's folder, each process with the columns it holds,
+    whoever wrote them.
 
     Raises UserError if a file is damaged or is of a model of another shape.
     """
@@ -257,16 +298,32 @@ def load(folder, model, optimizers=()):
                 whole = DTensor.from_local(whole, tables[name].mesh, [Replicate(), Shard(1)], run_check=False)
             found = saved.get(f"model.{name}")
             if found is None or found.size != whole.shape:
-                raise UserError(f"{folder}: {name} has shape {tuple(found.size) if found else None}, the model's is {tuple(whole.shape)}")
+                raise UserError(
+                    f"{folder}: {name} has shape {tuple(found.size) if found else None}, the model's is {tuple(whole.shape)}"
+                )
             target[f"model.{name}"] = whole
             for optimizer in optimizers:
                 if any(p is q for group in optimizer.param_groups for q in group["params"]):
                     prefix = f"optimizer.{name}."
-                    optimizer.state[p] = {key.removeprefix(prefix): torch.empty(found.size, dtype=found.properties.dtype, device=p.device)
-                                          for key, found in saved.items() if key.startswith(prefix)}
+                    optimizer.state[p] = {
+                        key.removeprefix(prefix): torch.empty(
+                            found.size, dtype=found.properties.dtype, device=p.device
+                        )
+                        for key, found in saved.items()
+                        if key.startswith(prefix)
+                    }
                     target |= {prefix + key: tensor for key, tensor in optimizer.state[p].items()}
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # no news: each process reads for itself
+            warnings.filterwarnings(
+                "ignore", "torch.distributed is disabled"
+            )  # no news: each process reads for itself
             dcp.load(target, storage_reader=reader, no_dist=True)
-    except (SafetensorError, OSError, KeyError, ValueError, RuntimeError, dcp.CheckpointException) as error:  # of damaged files
+    except (
+        SafetensorError,
+        OSError,
+        KeyError,
+        ValueError,
+        RuntimeError,
+        dcp.CheckpointException,
+    ) as error:  # of damaged files
         raise UserError(f"{folder} can't be loaded ({error})") from None

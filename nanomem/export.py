@@ -17,18 +17,29 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from nanomem import checkpoint, tokenizer
-from nanomem.config import Config, GPTConfig, UserError
+from nanomem.cli import UserError
+from nanomem.config import Config, GPTConfig
 from nanomem.model import GPT, sized
 
 FILE = "model.safetensors"
 
 
 def save(folder, model, encoding, config):
-    """Writes a model to a folder. Raises UserError if there is a model or a run already, or it can't be written."""
+    """Writes a model to a folder. Raises UserError if there is a model or a run already, or it can't be
+    written.
+    """
     folder = Path(folder)
     if (folder / FILE).exists() or (folder / "config.json").exists():
-        raise UserError(f"{folder} has {'an exported model' if (folder / FILE).exists() else 'a run'} already; name another folder")
-    kept = {f.name for f in dataclasses.fields(GPTConfig)} | {"data", "n_entities", "zipf", "tokenizer", "seed"}
+        raise UserError(
+            f"{folder} has {'an exported model' if (folder / FILE).exists() else 'a run'} already; name another folder"
+        )
+    kept = {f.name for f in dataclasses.fields(GPTConfig)} | {
+        "data",
+        "n_entities",
+        "zipf",
+        "tokenizer",
+        "seed",
+    }
     settings = {key: value for key, value in dataclasses.asdict(sized(config)).items() if key in kept}
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -37,12 +48,18 @@ def save(folder, model, encoding, config):
     checkpoint.write_text(folder / "config.json", json.dumps(settings, indent=2) + "\n")
     tokenizer.save(encoding, folder / "tokenizer.tiktoken")
     tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
-    checkpoint.write_atomically(folder / FILE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-    os.chmod(folder / FILE, os.stat(folder / "config.json").st_mode)  # safetensors makes files for their owner alone
+    checkpoint.write_atomically(
+        folder / FILE, lambda path: save_file(tensors, path, metadata={"format": "pt"})
+    )
+    os.chmod(
+        folder / FILE, os.stat(folder / "config.json").st_mode
+    )  # safetensors makes files for their owner alone
 
 
 def load(folder):
-    """(the GPT, its Config) that `save` wrote. Raises UserError naming what is missing, damaged or of another shape."""
+    """(the GPT, its Config) that `save` wrote. Raises UserError naming what is missing, damaged or of
+    another shape.
+    """
     folder = Path(folder)
     settings = checkpoint.read_json(folder / "config.json")
     if settings is None:
@@ -57,6 +74,8 @@ def load(folder):
     for name in parameters.keys() | tensors.keys():
         shapes = [tuple(group[name].shape) if name in group else None for group in (tensors, parameters)]
         if shapes[0] != shapes[1]:
-            raise UserError(f"{folder / FILE}: {name} has shape {shapes[0]}, that of config.json's model is {shapes[1]}")
+            raise UserError(
+                f"{folder / FILE}: {name} has shape {shapes[0]}, that of config.json's model is {shapes[1]}"
+            )
         parameters[name].data = tensors[name]
     return model, config

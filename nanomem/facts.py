@@ -2,9 +2,11 @@
 Sets of facts, the sentences that state them, and how much of them a model recalls.
 
 - A fact is an (entity, attribute) pair with an answer: (Lagos, country) -> Nigeria.
-- Every fact is stated, in several wordings or in biographies. Half of the pairs are also asked as questions while training;
-  the questions of the other half are never seen, so answering one takes the fact itself and not the sentence.
-- `world` has real cities, `people` invented biographies with a known number of bits, `from_jsonl` a user's facts.
+- Every fact is stated, in several wordings or in biographies. Half of the pairs are also asked as questions
+  while training; the questions of the other half are never seen, so answering one takes the fact itself and
+  not the sentence.
+- `world` has real cities, `people` invented biographies with a known number of bits, `from_jsonl` a user's
+  facts.
 """
 
 import codecs
@@ -24,7 +26,11 @@ from nanomem import tokenizer
 PACKAGE = Path(__file__).resolve().parent
 INSTALLED, CLONE = PACKAGE / "shipped", PACKAGE.parent / "data"
 DATA = INSTALLED if INSTALLED.exists() else CLONE
-ASKED, SELECT, REPORT = 0, 1, 2  # a pair's questions: asked while training; never, and for choosing settings; never, and reported
+ASKED, SELECT, REPORT = (
+    0,
+    1,
+    2,
+)  # a pair's questions: asked while training; never, and for choosing settings; never, and reported
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,8 @@ WORLD_ATTRIBUTES = (
 )
 
 # Every prompt ends in the same token, so that what a model keeps at the place where it answers is found again whatever the wording:
-# with questions that end otherwise than biographies, a memory layer keeps as many facts and answers half as many questions.
+# with questions that end otherwise than biographies, a memory layer keeps as many facts and answers half as
+# many questions.
 PEOPLE_ATTRIBUTES = (
     Attribute("birth date", ("{} born:",), ("When was {} born:", "Birth date of {}:")),
     Attribute("birth city", ("{} from:",), ("Where was {} born:", "Birth city of {}:")),
@@ -71,10 +78,12 @@ class FactSet:
     Args:
         entities: names, from the most to the least frequent.
         attributes: Attribute, ...
-        values: for each attribute a list of values; a value is a tuple of accepted spellings, the first one taught.
+        values: for each attribute a list of values; a value is a tuple of accepted spellings, the first one
+        taught.
         codes: (entities, attributes) integers, which value each pair has.
         zipf: entity number r (from 0) is mentioned in proportion to (r + 1) ** -zipf; 0 mentions all alike.
-        biographies: facts are stated together, the statements of all attributes after an entity's name: each has one, "{} ...".
+        biographies: facts are stated together, the statements of all attributes after an entity's name:
+            each has one, "{} ...".
     """
 
     def __init__(self, entities, attributes, values, codes, zipf=0.0, biographies=False):
@@ -85,7 +94,8 @@ class FactSet:
         self.role = self._split()
 
     def _split(self):
-        """(entities, attributes) of ASKED, SELECT or REPORT: a half and two quarters of each attribute's pairs.
+        """(entities, attributes) of ASKED, SELECT or REPORT: a half and two quarters of each attribute's
+        pairs.
 
         The same for every training seed, so that no run was ever taught what another is asked.
         """
@@ -101,7 +111,9 @@ class FactSet:
         return self.values[attribute][self.codes[entity, attribute]]
 
     def bands(self):
-        """'head', 'torso' and 'tail' -> the entities that make up a third of all mentions each (Sun et al. 2023)."""
+        """'head', 'torso' and 'tail' -> the entities that make up a third of all mentions each (Sun et al.
+        2023).
+        """
         third = np.minimum((np.cumsum(self.frequency) - self.frequency / 2) * 3, 2).astype(int)
         return {name: np.flatnonzero(third == i) for i, name in enumerate(("head", "torso", "tail"))}
 
@@ -110,7 +122,9 @@ class FactSet:
         return sum(math.log2(len(values)) for values in self.values)
 
     def most_frequent_scores(self):
-        """For each attribute the recall of a model that always answers its most frequent value: (attributes,)."""
+        """For each attribute the recall of a model that always answers its most frequent value:
+        (attributes,).
+        """
         return np.array([np.bincount(column).max() / len(column) for column in self.codes.T])
 
 
@@ -126,11 +140,14 @@ def world(n_entities=1000, zipf=0.0):
     names, *columns = zip(*rows[:n_entities])
     unique = [np.unique(column, return_inverse=True) for column in columns]
     values = [[(str(value),) for value in distinct] for distinct, _ in unique]
-    return FactSet(list(names), WORLD_ATTRIBUTES, values, np.stack([code for _, code in unique], axis=1), zipf)
+    return FactSet(
+        list(names), WORLD_ATTRIBUTES, values, np.stack([code for _, code in unique], axis=1), zipf
+    )
 
 
 def people(n_entities=8000, zipf=0.0, seed=0):
-    """Invented people with five facts each, like bioS of "Physics of Language Models: Part 3.3" (Allen-Zhu & Li 2024).
+    """Invented people with five facts each, like bioS of "Physics of Language Models: Part 3.3" (Allen-Zhu
+    & Li 2024).
 
     Every value is drawn evenly and on its own, so a person is worth exactly `bits_per_entity()` bits, 46.6.
     Up to 32,768 people have a first name and a surname, more of them a middle name too.
@@ -140,14 +157,21 @@ def people(n_entities=8000, zipf=0.0, seed=0):
     last = [a + b for a in lists["surname beginnings"] for b in lists["surname endings"]]
     parts = [first, last] if n_entities <= len(first) * len(last) else [first, first, last]
     if not 4 <= n_entities <= math.prod(map(len, parts)):
-        raise ValueError(f"n_entities for data=people must be from 4 to {math.prod(map(len, parts))}, got {n_entities}")
+        raise ValueError(
+            f"n_entities for data=people must be from 4 to {math.prod(map(len, parts))}, got {n_entities}"
+        )
     rng = np.random.default_rng(seed)
     numbers = rng.choice(math.prod(map(len, parts)), n_entities, replace=False)
     names = [" ".join(part[i] for part, i in zip(parts, index))
              for index in zip(*np.unravel_index(numbers, [len(part) for part in parts]))]
     months = lists["months"]
     values = [
-        [(f"{day} {month} {year}",) for month in months for day in range(1, 29) for year in range(1900, 2100)],
+        [
+            (f"{day} {month} {year}",)
+            for month in months
+            for day in range(1, 29)
+            for year in range(1900, 2100)
+        ],
         [(city,) for city in lists["cities"]],
         [(f"{place} {kind}",) for kind in lists["university kinds"] for place in lists["university places"]],
         [(major,) for major in lists["majors"]],
@@ -158,12 +182,15 @@ def people(n_entities=8000, zipf=0.0, seed=0):
 
 
 def teaches_facts(data):
-    """Whether --data teaches facts and not a text: world, people, or a file named .jsonl, in any letter case."""
+    """Whether --data teaches facts and not a text: world, people, or a file named .jsonl, in any letter
+    case.
+    """
     return data in ("world", "people") or data.lower().endswith(".jsonl")
 
 
 def from_jsonl(path):
-    """A user's own facts: one {"prompt": ..., "answer": ...} a line, the answer a string or a list of accepted strings.
+    """A user's own facts: one {"prompt": ..., "answer": ...} a line, the answer a string or a list of
+    accepted strings.
 
     Raises ValueError naming file and line for anything else.
     """
@@ -175,9 +202,13 @@ def from_jsonl(path):
         try:
             fact = json.loads(line)
         except (json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"{where}: not JSON ({getattr(error, 'msg', error)}); expected {{\"prompt\": ..., \"answer\": ...}}") from None
+            raise ValueError(
+                f"{where}: not JSON ({getattr(error, 'msg', error)}); expected {{\"prompt\": ..., \"answer\": ...}}"
+            ) from None
         if not isinstance(fact, dict):
-            raise ValueError(f"{where}: expected an object with \"prompt\" and \"answer\", got {type(fact).__name__}")
+            raise ValueError(
+                f"{where}: expected an object with \"prompt\" and \"answer\", got {type(fact).__name__}"
+            )
         for key in ("prompt", "answer"):
             if key not in fact:
                 hint = f"; for documents: {prepare_command(shlex.quote(str(path)))}" if "text" in fact else ""
@@ -186,17 +217,26 @@ def from_jsonl(path):
         if not isinstance(fact["prompt"], str) or not fact["prompt"].strip():
             raise ValueError(f"{where}: \"prompt\" must be a string that is not empty")
         if not accepted or not all(isinstance(a, str) and a.strip() for a in accepted):
-            raise ValueError(f"{where}: \"answer\" must be a string, or a list of strings, none of them empty")
+            raise ValueError(
+                f"{where}: \"answer\" must be a string, or a list of strings, none of them empty"
+            )
         prompt, accepted = fact["prompt"].strip(), tuple(a.strip() for a in accepted)
         if any(0xD800 <= ord(character) < 0xE000 for text in (prompt, *accepted) for character in text):
             raise ValueError(f"{where}: half of a \\ud800 pair stands alone, which is no character")
         if prompt in answers:
-            raise ValueError(f"{where}: the prompt {prompt[:60]!r} is there twice; list its answers in one line")
+            raise ValueError(
+                f"{where}: the prompt {prompt[:60]!r} is there twice; list its answers in one line"
+            )
         answers[prompt] = accepted
     if not answers:
         raise ValueError(f"{path}: no facts in it; expected one {{\"prompt\": ..., \"answer\": ...}} a line")
     # Each line is an entity of its own whose name is the prompt.
-    return FactSet(list(answers), (Attribute("fact", ("{}",)),), [list(answers.values())], np.arange(len(answers))[:, None])
+    return FactSet(
+        list(answers),
+        (Attribute("fact", ("{}",)),),
+        [list(answers.values())],
+        np.arange(len(answers))[:, None],
+    )
 
 
 def read_text(path):
@@ -226,7 +266,8 @@ def refuse_compressed(path):
 
 
 def refuse_json(path, text):
-    """Raises ValueError, with the remedy, for JSON in a file that is not named .jsonl: a model should not learn its braces.
+    """Raises ValueError, with the remedy, for JSON in a file that is not named .jsonl: a model should not
+    learn its braces.
 
     text: the file's text, or its beginning.
     """
@@ -279,16 +320,23 @@ def all_sentences(facts):
 
 
 class Sentences:
-    """Turns facts into tokens. Words are encoded piece by piece once, so that a batch only has to join lists."""
+    """Turns facts into tokens. Words are encoded piece by piece once, so that a batch only has to join
+    lists.
+    """
 
     def __init__(self, facts, encoding):
         self.facts, self.encoding = facts, encoding
         self.end = encoding.eot_token
-        def encode(texts):  # tiktoken's batches start threads each time, which takes longer than short texts do
+
+        def encode(
+            texts,
+        ):  # tiktoken's batches start threads each time, which takes longer than short texts do
             return [tokenizer.encode(encoding, text).tolist() for text in texts]
         # A name in mid-sentence is encoded with its space: " Lagos".
         self.names = {False: encode(facts.entities), True: encode([" " + name for name in facts.entities])}
-        self.values = [[encode([" " + spelling for spelling in value]) for value in values] for values in facts.values]
+        self.values = [
+            [encode([" " + spelling for spelling in value]) for value in values] for values in facts.values
+        ]
         self.codes = facts.codes.tolist()  # read one by one faster than an array's elements
         self.pieces = {wording: encode([wording.split("{}")[0].rstrip(" "), wording.split("{}")[1]])
                        for a in facts.attributes for wording in a.statements + a.questions}
@@ -303,12 +351,16 @@ class Sentences:
         return self.values[attribute][self.codes[entity][attribute]]
 
     def longest(self):
-        """(tokens of the longest document, with its longest accepted answers and <|endoftext|>; the entity it is about)"""
+        """(tokens of the longest document, with its longest accepted answers and <|endoftext|>; the entity
+        it is about)
+        """
         names = {inside: np.array([len(name) for name in names]) for inside, names in self.names.items()}
         lengths, biography = [], names[False] + 1
         for a, attribute in enumerate(self.facts.attributes):
             answers = np.array([max(map(len, value)) for value in self.values[a]])[self.facts.codes[:, a]]
-            for before, after in (self.pieces[wording] for wording in attribute.statements + attribute.questions):
+            for before, after in (
+                self.pieces[wording] for wording in attribute.statements + attribute.questions
+            ):
                 lengths.append(len(before) + names[bool(before)] + len(after) + answers + 1)
             biography = biography + len(self.pieces[attribute.statements[0]][1]) + answers
         longest = np.max(lengths + [biography] * self.facts.biographies, axis=0)
@@ -319,7 +371,9 @@ class Sentences:
         return self.prompt(entity, wording) + self.answers(entity, attribute)[0] + [self.end]
 
     def biography(self, entity, order):
-        """The entity's name, and the statement and taught answer of each attribute in this order; <|endoftext|>."""
+        """The entity's name, and the statement and taught answer of each attribute in this order;
+        <|endoftext|>.
+        """
         tokens = list(self.names[False][entity])
         for a in order:
             tokens += self.pieces[self.facts.attributes[a].statements[0]][1]
@@ -333,8 +387,9 @@ class Sentences:
 
 @torch.no_grad()
 def recall(model, sentences, pairs, questions, batch_size=64):
-    """Which facts the model recalls: the answer it decodes greedily, to its end, is an accepted one. (In a biography no end
-    follows, but another statement: there what it decodes must begin with an accepted answer.)
+    """Which facts the model recalls: the answer it decodes greedily, to its end, is an accepted one. (In a
+    biography no end follows, but another statement: there what it decodes must begin with an accepted
+    answer.)
 
     Args:
         model: a GPT.
@@ -363,8 +418,8 @@ def recall(model, sentences, pairs, questions, batch_size=64):
             tokens[j, :len(row)] = torch.tensor(row)
         logits, _ = model(tokens[:, :-1].to(device))
         hits = (logits.argmax(-1).cpu() == tokens[:, 1:]).numpy()
-        # Greedy decoding gives exactly this answer if every token of it is the likeliest after those before it,
-        # so one forward pass over prompt and answer tells what decoding token by token would.
+        # Greedy decoding gives exactly this answer if every token of it is the likeliest after those before
+        # it, so one forward pass over prompt and answer tells what decoding token by token would.
         for j, (number, row, start) in enumerate(batch):
             known[number] |= hits[j, start - 1:len(row) - 1].all()
     model.train(was_training)
@@ -372,13 +427,18 @@ def recall(model, sentences, pairs, questions, batch_size=64):
 
 
 def measure(model, sentences, most):
-    """What a model recalls: {"select": scores, "report": scores, "taught": scores}, each from at most `most` pairs.
+    """What a model recalls: {"select": scores, "report": scores, "taught": scores}, each from at most
+    `most` pairs.
 
-    select and report are by questions never asked of the pair, taught is by a statement and over all pairs; a kind
-    without pairs is left out. Scores are those of `scores`. The pairs are the same at each call.
+    select and report are by questions never asked of the pair, taught is by a statement and over all pairs;
+    a kind without pairs is left out. Scores are those of `scores`. The pairs are the same at each call.
     """
     facts, measured = sentences.facts, {}
-    for kind, role in (("select", facts.role == SELECT), ("report", facts.role == REPORT), ("taught", facts.role >= 0)):
+    for kind, role in (
+        ("select", facts.role == SELECT),
+        ("report", facts.role == REPORT),
+        ("taught", facts.role >= 0),
+    ):
         pairs = np.argwhere(role)
         if len(pairs) > most:
             pairs = pairs[np.random.default_rng(0).choice(len(pairs), most, replace=False)]
@@ -388,7 +448,9 @@ def measure(model, sentences, most):
 
 
 def scores(facts, pairs, known):
-    """The share of pairs known: under "all", "head", "torso", "tail" and each attribute's name. None without pairs."""
+    """The share of pairs known: under "all", "head", "torso", "tail" and each attribute's name. None
+    without pairs.
+    """
     groups = {"all": np.ones(len(pairs), dtype=bool)}
     groups |= {band: np.isin(pairs[:, 0], entities) for band, entities in facts.bands().items()}
     groups |= {a.name: pairs[:, 1] == i for i, a in enumerate(facts.attributes)}

@@ -214,10 +214,11 @@ def search(forward):
 def reads_table(shape_of):
     """Makes a decorator that makes forward(values, indices, x, sparse_grad) an operation with gradients.
 
-    shape_of(values, indices, x) checks the inputs and returns the output's shape. `result.register_gradient`
-    decorates backward(grad, values, indices, x, values_need_it, x_needs_it) -> (rows, sums, grad_x), each
-    None if not needed: `sums` (u, dim) is the gradient of the rows (u,) of values, and all others have none.
-    With sparse_grad the gradient of values is a sparse tensor of these rows, otherwise a dense one.
+    shape_of(values, indices, x) checks the inputs and returns the output's shape.
+    `result.register_gradient` decorates backward(grad, values, indices, x, values_need_it, x_needs_it) ->
+    (rows, sums, grad_x), each None if not needed: `sums` (u, dim) is the gradient of the rows (u,) of
+    values, and all others have none. With sparse_grad the gradient of values is a sparse tensor of these
+    rows, otherwise a dense one.
     """
 
     def decorate(forward):

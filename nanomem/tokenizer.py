@@ -1,5 +1,6 @@
 """
-Tokenizers, all of them tiktoken encodings with a special token, <|endoftext|>, that stands between documents.
+Tokenizers, all of them tiktoken encodings with a special token, <|endoftext|>, that stands between
+documents.
 
     bytes                   256 tokens and <|endoftext|>: works for any text
     bpe                     trained on the text at hand (pip install -e '.[bpe]')
@@ -29,7 +30,9 @@ LONGEST_BLANK = 100_000  # blanks in a row for tiktoken, whose regular expressio
 
 def from_ranks(ranks, name="nanomem"):
     """A tiktoken encoding from {token bytes: rank}, with <|endoftext|> after the last rank."""
-    return tiktoken.Encoding(name, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)})
+    return tiktoken.Encoding(
+        name, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)}
+    )
 
 
 def byte_encoding():
@@ -82,23 +85,30 @@ def unassigned(encoding):
 
 def load(path):
     """Reads a .tiktoken file. Raises ValueError, naming the line, for one that is not."""
-    # tiktoken's own reader is no use here: it caches by path, and a retrained tokenizer would never be seen.
+    # tiktoken's own reader is no use here: it caches by path, and a retrained tokenizer would never be
+    # seen.
     ranks = {}
     for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
         try:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except (ValueError, binascii.Error):
-            raise ValueError(f"{path}, line {number}: expected a token in base64 and its rank, got {line[:40]!r}") from None
+            raise ValueError(
+                f"{path}, line {number}: expected a token in base64 and its rank, got {line[:40]!r}"
+            ) from None
     if sorted(ranks.values()) != list(range(len(ranks))) or len(ranks) < 256:
-        raise ValueError(f"{path}: expected ranks 0, 1, 2, ... with all 256 bytes among the tokens, got {len(ranks)} tokens")
+        raise ValueError(
+            f"{path}: expected ranks 0, 1, 2, ... with all 256 bytes among the tokens, got {len(ranks)} tokens"
+        )
     return from_ranks(ranks)
 
 
 def save(encoding, path):
     """Writes an encoding's tokens to a .tiktoken file."""
     ranks = sorted((rank, token) for token, rank in encoding._mergeable_ranks.items())
-    checkpoint.write_text(path, "".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in ranks))
+    checkpoint.write_text(
+        path, "".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in ranks)
+    )
 
 
 def digest(encoding):
@@ -110,16 +120,22 @@ def digest(encoding):
 
 
 def train_bpe(texts, vocab_size):
-    """Byte-pair encoding trained on an iterable of strings, as a tiktoken encoding of at most vocab_size tokens, 257 or more.
+    """Byte-pair encoding trained on an iterable of strings, as a tiktoken encoding of at most vocab_size
+    tokens, 257 or more.
 
-    Raises ValueError for fewer, and ModuleNotFoundError, saying what to install, where the `tokenizers` package is missing.
+    Raises ValueError for fewer, and ModuleNotFoundError, saying what to install, where the `tokenizers`
+    package is missing.
     """
     if vocab_size < 257:
-        raise ValueError(f"vocab_size must be 257 or more for a bpe, 256 bytes and <|endoftext|>, got {vocab_size}")
+        raise ValueError(
+            f"vocab_size must be 257 or more for a bpe, 256 bytes and <|endoftext|>, got {vocab_size}"
+        )
     try:
         from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
     except ModuleNotFoundError:
-        raise ModuleNotFoundError("training a BPE needs the package tokenizers: pip install -e '.[bpe]'") from None
+        raise ModuleNotFoundError(
+            "training a BPE needs the package tokenizers: pip install -e '.[bpe]'"
+        ) from None
     bpe = Tokenizer(models.BPE())
     words = Regex(PATTERN.replace("+", f"{{1,{LONGEST_WORD}}}"))  # a long word is several
     bpe.pre_tokenizer = pre_tokenizers.Sequence([
@@ -137,8 +153,14 @@ def train_bpe(texts, vocab_size):
 
 
 def byte_of_printable():
-    """GPT-2's table from printable character to byte: printable bytes stand for themselves, the others for 256, 257, ..."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    """GPT-2's table from printable character to byte: printable bytes stand for themselves, the others for
+    256, 257, ...
+    """
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
     others = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
 
@@ -146,7 +168,8 @@ def byte_of_printable():
 def by_name(name):
     """The encoding "bytes", that of a .tiktoken file, or one of tiktoken's own.
 
-    Raises ValueError for an unknown name, and OSError for a file that can't be read or a download that fails.
+    Raises ValueError for an unknown name, and OSError for a file that can't be read or a download that
+    fails.
     """
     if name == "bytes":
         return byte_encoding()
@@ -154,7 +177,9 @@ def by_name(name):
         return load(name)
     names = tiktoken.list_encoding_names()
     if name not in names:
-        raise ValueError(f"tokenizer must be auto, bytes, bpe, a .tiktoken file, or one of {', '.join(names)}; got {name!r}")
+        raise ValueError(
+            f"tokenizer must be auto, bytes, bpe, a .tiktoken file, or one of {', '.join(names)}; got {name!r}"
+        )
     try:
         return tiktoken.get_encoding(name)
     except Exception as error:  # whatever the HTTP library raises

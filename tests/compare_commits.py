@@ -3,8 +3,8 @@ Trains two versions of nanomem with the same settings and compares all their met
 
     python tests/compare_commits.py BEFORE [AFTER]     commits; without AFTER, the files as they are now
 
-Run it after a change that should not change what is computed. It takes about three minutes on two cores. The exit code is 1
-if any run differs.
+Run it after a change that should not change what is computed. It takes about three minutes on two cores.
+The exit code is 1 if any run differs.
 """
 
 import json

@@ -1,10 +1,10 @@
 """
 Compiles every kernel for a GPU that need not be there: python tests/compile_kernels.py sm_90 default odd
 
-A memory layer, PEER and RowAdam take a step on CPU tensors, with Triton's launch replaced by its compilation, so what is
-compiled is what would run, with the same dtypes. SHAPES says how large the layer is; without names all of them are compiled.
-Prints a line of JSON for each kernel: its name, the length of the rows it reads, its shared memory in bytes, and whether it
-loads 16 bytes at once.
+A memory layer, PEER and RowAdam take a step on CPU tensors, with Triton's launch replaced by its
+compilation, so what is compiled is what would run, with the same dtypes. SHAPES says how large the layer
+is; without names all of them are compiled. Prints a line of JSON for each kernel: its name, the length of
+the rows it reads, its shared memory in bytes, and whether it loads 16 bytes at once.
 """
 
 import json
@@ -20,7 +20,12 @@ from nanomem import kernels, memory, optim
 from nanomem.baselines import PEER
 from nanomem.memory import MemoryTable, ProductKeyMemory
 
-TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32), "gfx942": ("hip", "gfx942", 64)}
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
 BF16, FP32 = torch.bfloat16, torch.float32
 SHAPES = {  # (tokens, n_keys, heads, knn, k_dim, v_dim, dtype of the keys, dtype of the values)
     "default": (64, 512, 1, 32, 64, 128, BF16, FP32),  # train.py's model, under autocast
@@ -53,25 +58,36 @@ def compile_only(kernel, grid):
         compiled = kernel.run(*args, grid=grid, warmup=True, **options)
         named = dict(zip(kernel.arg_names, args))
         assembly = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
-        results.add(json.dumps({
-            "kernel": kernel.__name__,
-            "row_length": named.get("dim", named.get("half")),
-            "shared": compiled.metadata.shared,
-            "wide_loads": re.search(r"ld\.global\S*\.v[48]\.b32|(global|buffer)_load_dwordx4", assembly) is not None,
-        }))
+        results.add(
+            json.dumps(
+                {
+                    "kernel": kernel.__name__,
+                    "row_length": named.get("dim", named.get("half")),
+                    "shared": compiled.metadata.shared,
+                    "wide_loads": re.search(
+                        r"ld\.global\S*\.v[48]\.b32|(global|buffer)_load_dwordx4", assembly
+                    )
+                    is not None,
+                }
+            )
+        )
 
     return call
 
 
 def merge_halves(half_scores, knn, pairs):
-    """kernels.merge_halves, whose results are not computed: half of the tokens get slot 0, which makes a row of many lookups."""
+    """kernels.merge_halves, whose results are not computed: half of the tokens get slot 0, which makes a
+    row of many lookups.
+    """
     scores, slots = launch_merge(half_scores, knn, pairs)
     slots.random_(half_scores.shape[-1]**2)[::2] = 0
     return scores.zero_(), slots
 
 
 def step(layer, x):
-    """A forward and a backward pass, and RowAdam's update: of whole rows, and of columns as sharding.py has them."""
+    """A forward and a backward pass, and RowAdam's update: of whole rows, and of columns as sharding.py has
+    them.
+    """
     layer(x).sum().backward()
     for table in optim.tables_of(layer):
         values = table.values
@@ -79,7 +95,9 @@ def step(layer, x):
         rows, grads = optim.coalesce_gradient_(values)
         state = torch.zeros(table.n_slots), torch.zeros(table.n_slots, dtype=torch.int32)
         kernels.row_adam(values.detach(), rows, grads, *state, 0.01, 0.99, 1e-10, 0)
-        kernels.row_adam(values.detach(), rows, grads, *state, 0.01, 0.99, 1e-10, 0, torch.zeros(len(rows)), table.v_dim)
+        kernels.row_adam(
+            values.detach(), rows, grads, *state, 0.01, 0.99, 1e-10, 0, torch.zeros(len(rows)), table.v_dim
+        )
 
 
 JITFunction.__getitem__ = compile_only

@@ -1,7 +1,7 @@
 """
-Kills training with SIGKILL at random moments until it has been killed KILLS times and has ended, then compares weights, to the
-bit, and metrics with those of a run left alone. One process is started again with --resume; of several, which torchrun starts
-again by itself, a random one is killed.
+Kills training with SIGKILL at random moments until it has been killed KILLS times and has ended, then
+compares weights, to the bit, and metrics with those of a run left alone. One process is started again with
+--resume; of several, which torchrun starts again by itself, a random one is killed.
 
     python tests/kill_and_resume.py [KILLS [PROCESSES]]
 """
@@ -19,7 +19,10 @@ import runs
 
 from nanomem import checkpoint
 
-LONG = ["--max_iters=80", "--eval_interval=2"]  # a checkpoint every other iteration: many kills fall into writing one
+LONG = [
+    "--max_iters=80",
+    "--eval_interval=2",
+]  # a checkpoint every other iteration: many kills fall into writing one
 
 
 def kill_and_resume(folder, kills, seed=0):
@@ -35,7 +38,10 @@ def kill_and_resume(folder, kills, seed=0):
         process.kill()
         out, err = process.communicate()
         assert process.returncode in (-9, 0), f"kill {number}: exit code {process.returncode}\n{out}\n{err}"
-        print(f"kill {number + 1}: {'it had ended' if process.returncode == 0 else 'killed'}, {checkpoints(killed)}", flush=True)
+        print(
+            f"kill {number + 1}: {'it had ended' if process.returncode == 0 else 'killed'}, {checkpoints(killed)}",
+            flush=True,
+        )
         if process.returncode == 0:  # it came to its end before the kill: begin anew
             check(alone, killed)
             shutil.rmtree(killed)
@@ -49,8 +55,8 @@ def resume(out_dir):
 
 
 def kill_ranks(folder, kills, processes, seed=0):
-    """Raises AssertionError if a run of several processes, a random one of which is killed again and again, doesn't end, or not
-    as the one left alone.
+    """Raises AssertionError if a run of several processes, a random one of which is killed again and again,
+    doesn't end, or not as the one left alone.
     """
     rng = random.Random(seed)
     alone, killed = folder / "alone", folder / "killed"
@@ -65,7 +71,9 @@ def kill_ranks(folder, kills, processes, seed=0):
             try:
                 while number < kills and torchrun.poll() is None:
                     time.sleep(rng.uniform(0, whole))
-                    ranks = subprocess.run(["pgrep", "-P", str(torchrun.pid)], capture_output=True, text=True).stdout.split()
+                    ranks = subprocess.run(
+                        ["pgrep", "-P", str(torchrun.pid)], capture_output=True, text=True
+                    ).stdout.split()
                     if ranks:
                         number += subprocess.run(["kill", "-9", rng.choice(ranks)]).returncode == 0
                         print(f"kill {number}: {checkpoints(killed)}", flush=True)
@@ -79,7 +87,9 @@ def kill_ranks(folder, kills, processes, seed=0):
 
 def launch(out_dir, processes, **options):
     """A running torchrun of train.py."""
-    return runs.start("train.py", *runs.TINY, *LONG, f"--out_dir={out_dir}", processes=processes, restarts=10**6, **options)
+    return runs.start(
+        "train.py", *runs.TINY, *LONG, f"--out_dir={out_dir}", processes=processes, restarts=10**6, **options
+    )
 
 
 def checkpoints(out_dir):

@@ -1,10 +1,10 @@
 import math
 
 import pytest
+import runs
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import runs
 
 from nanomem import optim
 from nanomem.baselines import PEER, MixtureOfExperts, memory_dot, moe_shape

@@ -21,7 +21,9 @@ def test_the_two_layers_compared_compute_the_same():
 def test_the_table_shows_both_and_how_many_times_as_fast():
     out, _ = runs.run("nanomem/bench.py", "--n_keys=32", "--tokens=64", "--dim=16", "--k_dim=8", "--steps=2",
                       "--rounds=1", "--device=cpu")
-    assert out.count("nanomem") >= 2 and out.count("pytorch") >= 2 and "1,024" in out and "times as fast" in out
+    assert (
+        out.count("nanomem") >= 2 and out.count("pytorch") >= 2 and "1,024" in out and "times as fast" in out
+    )
 
 
 def test_generation_is_timed_with_the_cache_and_without(monkeypatch):
@@ -35,4 +37,6 @@ def test_generation_is_timed_with_the_cache_and_without(monkeypatch):
 def test_prepare_is_timed_beside_tiktoken_alone(tmp_path):
     (tmp_path / "book.txt").write_text("All work and no play makes Jack a dull boy.\n" * 2000)
     out, _ = runs.run("nanomem/bench.py", f"--prepare={tmp_path / 'book.txt'}")
-    assert "MB/s from start to end, peak memory" in out and list(tmp_path.iterdir()) == [tmp_path / "book.txt"]
+    assert "MB/s from start to end, peak memory" in out and list(tmp_path.iterdir()) == [
+        tmp_path / "book.txt"
+    ]

@@ -6,11 +6,22 @@ import torch
 from safetensors.torch import load_file
 
 from nanomem import checkpoint
-from nanomem.config import Config, GPTConfig, UserError
+from nanomem.cli import UserError
+from nanomem.config import Config, GPTConfig
 from nanomem.model import GPT
 from nanomem.optim import build_optimizer
 
-CONFIG = GPTConfig(vocab_size=20, n_layer=2, n_embd=8, n_head=2, block_size=8, mem_layers="0,1", mem_n_keys=4, mem_knn=2, mem_heads=1)
+CONFIG = GPTConfig(
+    vocab_size=20,
+    n_layer=2,
+    n_embd=8,
+    n_head=2,
+    block_size=8,
+    mem_layers="0,1",
+    mem_n_keys=4,
+    mem_knn=2,
+    mem_heads=1,
+)
 HEADER = {"config": {}, "iteration": 3}
 
 
@@ -100,7 +111,9 @@ def test_the_one_before_is_used_where_a_file_is_missing_or_cut(name, harm, tmp_p
     assert folder == tmp_path / "checkpoint-3" and header["iteration"] == 3
     assert list(refused) == [tmp_path / "checkpoint-4"] and name in refused[tmp_path / "checkpoint-4"]
     checkpoint.save(tmp_path, model, optimizers, HEADER | {"iteration": 4})  # made anew
-    assert checkpoint.newest(tmp_path)[0] == tmp_path / "checkpoint-4" and (tmp_path / "checkpoint-3").exists()
+    assert (
+        checkpoint.newest(tmp_path)[0] == tmp_path / "checkpoint-4" and (tmp_path / "checkpoint-3").exists()
+    )
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no limits to set")
@@ -109,7 +122,9 @@ def test_a_disk_that_takes_no_more_keeps_the_checkpoint_before(tmp_path):
     model, optimizers = trained(0)
     checkpoint.save(tmp_path, model, optimizers, HEADER)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # as on a full disk, the kernel refuses what goes beyond it
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (1000, hard)
+    )  # as on a full disk, the kernel refuses what goes beyond it
     try:
         with pytest.raises(UserError, match=r"could not write .*checkpoint-4 .*checkpoint-3 is kept"):
             checkpoint.save(tmp_path, model, optimizers, HEADER | {"iteration": 4})

@@ -22,9 +22,13 @@ def test_every_recipe_is_valid_and_changes_something(name):
 
 def test_the_command_line_takes_precedence_over_a_recipe_wherever_it_stands(tmp_path):
     recipe = tmp_path / "mine.toml"
-    recipe.write_text('n_layer = 5\nmem_layers = "1,3"\nlearning_rate = 1\nmem_gated = false  # an experiment\n')
+    recipe.write_text(
+        'n_layer = 5\nmem_layers = "1,3"\nlearning_rate = 1\nmem_gated = false  # an experiment\n'
+    )
     expected = {"n_layer": 7, "mem_layers": "1,3", "learning_rate": 1.0, "mem_gated": False}
-    assert parse(Config, [str(recipe), "--n_layer=7"]) == parse(Config, ["--n_layer=7", str(recipe)]) == expected
+    assert (
+        parse(Config, [str(recipe), "--n_layer=7"]) == parse(Config, ["--n_layer=7", str(recipe)]) == expected
+    )
     assert type(parse(Config, [str(recipe)])["learning_rate"]) is float
 
 
@@ -65,7 +69,9 @@ def test_json_that_is_no_object_is_no_recipe(tmp_path):
         parse(Config, [str(tmp_path / "config.json")])
 
 
-@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(Config) if f.metadata["least"] is not None])
+@pytest.mark.parametrize(
+    "name", [f.name for f in dataclasses.fields(Config) if f.metadata["least"] is not None]
+)
 def test_limits_are_checked_and_named(name):
     field = next(f for f in dataclasses.fields(Config) if f.name == name)
     for value in (field.metadata["least"] - 1, float("nan") if field.type is float else 2**70):
@@ -76,9 +82,11 @@ def test_limits_are_checked_and_named(name):
 @pytest.mark.parametrize("program", ["train.py", "sample.py"])
 @pytest.mark.parametrize("argument", ["--help", "--sead=1"])
 def test_help_and_mistakes_are_answered_before_anything_slow_is_imported(program, argument):
-    code = (f"import runpy, sys\nsys.argv = [{program!r}, {argument!r}]\n"
-            f"try: runpy.run_path({str(runs.ROOT / program)!r}, run_name='__main__')\n"
-            "except SystemExit as end: print(end.code or 0, {'torch', 'numpy', 'rich', 'tiktoken'} & set(sys.modules))")
+    code = (
+        f"import runpy, sys\nsys.argv = [{program!r}, {argument!r}]\n"
+        f"try: runpy.run_path({str(runs.ROOT / program)!r}, run_name='__main__')\n"
+        "except SystemExit as end: print(end.code or 0, {'torch', 'numpy', 'rich', 'tiktoken'} & set(sys.modules))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=runs.ROOT)
     assert done.stdout.splitlines()[-1] == f"{2 if argument != '--help' else 0} set()"
     assert ("--seed" in done.stdout) if argument == "--help" else ("did you mean seed?" in done.stderr)

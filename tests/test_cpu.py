@@ -48,8 +48,15 @@ def test_sddmm_equals_products_of_gathered_rows():
     torch.testing.assert_close(cpu.sddmm(few, rows, x), (few[rows] * x[:, None]).sum(-1))
 
 
-@pytest.mark.parametrize("scores", [[1.0, -float("inf"), 2.0], [1.0, 2.0, float("inf"), float("inf"), -float("inf")], [-float("inf")] * 4])
+@pytest.mark.parametrize(
+    "scores",
+    [[1.0, -float("inf"), 2.0], [1.0, 2.0, float("inf"), float("inf"), -float("inf")], [-float("inf")] * 4],
+)
 def test_infinite_scores(scores):
     scores = many(scores)
     best, places = cpu.topk(scores, 2)
-    assert torch.equal(best, scores.topk(2).values) and torch.equal(scores.gather(-1, places), best) and (places[:, 0] != places[:, 1]).all()
+    assert (
+        torch.equal(best, scores.topk(2).values)
+        and torch.equal(scores.gather(-1, places), best)
+        and (places[:, 0] != places[:, 1]).all()
+    )

@@ -31,7 +31,9 @@ def test_targets_are_the_inputs_one_later(data):
 def test_the_stream_of_sequences_does_not_depend_on_how_it_is_cut_into_batches(kind, data):
     if kind == "text":
         tokens = np.arange(2000)
-        data = TextData({"train": [tokens[:1800]], "val": [tokens[1800:]]}, 100, tokenizer.byte_encoding(), 20, seed=0)
+        data = TextData(
+            {"train": [tokens[:1800]], "val": [tokens[1800:]]}, 100, tokenizer.byte_encoding(), 20, seed=0
+        )
     whole = data.batch("train", 5, 12)
     parts = [data.batch("train", 5 + start, 4) for start in (0, 4, 8)]
     for i in range(2):
@@ -44,8 +46,16 @@ def draws(generator):
 
 def test_no_two_streams_of_a_seed_are_the_same_and_none_is_that_of_the_people():
     for seed in (0, 1, 1337, 2**32 + 1, 2**63 - 1):
-        streams = {draws(random_stream(seed, purpose, number)) for purpose in range(3) for number in (0, 1, 2, 2**32, 10**9)}
-        streams |= {draws(random_stream(seed, DROPOUT, 3, 1)), draws(np.random.default_rng(seed)), draws(np.random.default_rng([seed, 0, 0]))}
+        streams = {
+            draws(random_stream(seed, purpose, number))
+            for purpose in range(3)
+            for number in (0, 1, 2, 2**32, 10**9)
+        }
+        streams |= {
+            draws(random_stream(seed, DROPOUT, 3, 1)),
+            draws(np.random.default_rng(seed)),
+            draws(np.random.default_rng([seed, 0, 0])),
+        }
         assert len(streams) == 3 * 5 + 1 + 1
 
 
@@ -63,10 +73,15 @@ def test_no_block_names_an_entity_twice_and_no_question_is_asked_that_should_not
     for e, name in enumerate(data.facts.entities):
         for a, attribute in enumerate(data.facts.attributes):
             for question in attribute.questions:
-                questions[f"{question.replace('{}', name)} {data.facts.answers(e, a)[0]}"] = data.facts.role[e, a]
-    sentence_entity = {f"{w.replace('{}', name)} {data.facts.answers(e, a)[0]}": e
-                       for e, name in enumerate(data.facts.entities) for a, at in enumerate(data.facts.attributes)
-                       for w in at.statements + at.questions}
+                questions[f"{question.replace('{}', name)} {data.facts.answers(e, a)[0]}"] = data.facts.role[
+                    e, a
+                ]
+    sentence_entity = {
+        f"{w.replace('{}', name)} {data.facts.answers(e, a)[0]}": e
+        for e, name in enumerate(data.facts.entities)
+        for a, at in enumerate(data.facts.attributes)
+        for w in at.statements + at.questions
+    }
     asked = 0
     for split in ("train", "val"):
         for step in range(20):
@@ -94,8 +109,12 @@ def test_entities_are_mentioned_as_often_as_their_frequency_says(data):
 
 def test_people_are_told_in_biographies_and_asked_about():
     data = open_data(Config(data="people", n_entities=60, block_size=64))
-    questions = {f"{question.replace('{}', name)} {data.facts.answers(e, a)[0]}": data.facts.role[e, a]
-                 for e, name in enumerate(data.facts.entities) for a, attribute in enumerate(data.facts.attributes) for question in attribute.questions}
+    questions = {
+        f"{question.replace('{}', name)} {data.facts.answers(e, a)[0]}": data.facts.role[e, a]
+        for e, name in enumerate(data.facts.entities)
+        for a, attribute in enumerate(data.facts.attributes)
+        for question in attribute.questions
+    }
     biographies, asked, orders = 0, 0, set()
     for step in range(20):
         for row in data.batch("train", step * 8, 8)[0]:
@@ -106,7 +125,10 @@ def test_people_are_told_in_biographies_and_asked_about():
                     continue
                 biographies += 1
                 e = next(e for e, name in enumerate(data.facts.entities) if text.startswith(name + " "))
-                places = [text.index(f"{at.statements[0].replace('{}', '')} {data.facts.answers(e, a)[0]}") for a, at in enumerate(data.facts.attributes)]
+                places = [
+                    text.index(f"{at.statements[0].replace('{}', '')} {data.facts.answers(e, a)[0]}")
+                    for a, at in enumerate(data.facts.attributes)
+                ]
                 orders.add(tuple(sorted(range(5), key=lambda a: places[a])))
     assert 0.2 < asked / (asked + biographies) < 0.4 and len(orders) > 60
 
@@ -142,7 +164,10 @@ def test_an_epoch_of_text_reads_each_block_once():
 def test_a_text_keeps_its_last_tenth():
     text = "".join(chr(97 + i % 26) for i in range(990)) + "é" * 5
     data = TextData.from_text(text, tokenizer.byte_encoding(), 20)
-    assert [len(data.tokens[split][0]) for split in ("train", "val")] == [900, 100] and data.bytes_per_token == 1
+    assert [len(data.tokens[split][0]) for split in ("train", "val")] == [
+        900,
+        100,
+    ] and data.bytes_per_token == 1
     assert bytes(data.batch("val", 0, 1)[0][0].tolist()) in text.encode()[900:]
 
 
@@ -158,8 +183,15 @@ def config_for(path, **changes):
     return Config(data=str(path), **changes)
 
 
-@pytest.mark.parametrize("content, message", [
-    (b"", "empty"), (b" \n", "empty"), (b"short", "train split has 5 tokens, too few for block_size=64"), (b"a\nb\xff\n", "line 2: byte 2 is not UTF-8")])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "empty"),
+        (b" \n", "empty"),
+        (b"short", "train split has 5 tokens, too few for block_size=64"),
+        (b"a\nb\xff\n", "line 2: byte 2 is not UTF-8"),
+    ],
+)
 def test_text_that_will_not_do_is_named(tmp_path, content, message):
     path = tmp_path / "book.txt"
     path.write_bytes(content)
@@ -197,18 +229,37 @@ def test_a_bpe_trained_on_the_data(tmp_path):
 FACT, DOCUMENT = '{"prompt": "a", "answer": "b"}', '{"text": "some words"}'
 
 
-@pytest.mark.parametrize("name, content, remedy", [
-    ("facts.json", f"{FACT}\n" * 100, "facts.json looks like JSON; save it as {}/facts.jsonl, one object a line, to teach"),
-    ("facts.ndjson", f"\ufeff\n{FACT}\n" * 100, "save it as {}/facts.jsonl"),
-    ("facts.v2.txt", f"\r\n {FACT}\r\n" * 100, "save it as {}/facts.v2.jsonl"),
-    ("facts", f"{FACT}\n" * 100, "save it as {}/facts.jsonl"),
-    ("array.json", f"[\n  {FACT},\n  {FACT}\n]\n", "save it as {}/array.jsonl"),
-    ("pretty.json", FACT.replace(" ", "\n  "), "save it as {}/pretty.jsonl"),
-    ("text.json", f"{DOCUMENT}\n" * 100, "python data/prepare.py {}/text.jsonl --out=data/mine"),
-    ("strings.json", '["a b", "c d"]\n', "looks like JSON; expected text, or {}/strings.jsonl with one object a line"),
-    ("other.txt", '{"question": "a"}\n' * 100, 'one object a line: {{"prompt": ..., "answer": ...}} for train.py'),
-    ("text.jsonl", f"{DOCUMENT}\n", '"prompt" is missing; for documents: python data/prepare.py {}/text.jsonl'),
-])
+@pytest.mark.parametrize(
+    "name, content, remedy",
+    [
+        (
+            "facts.json",
+            f"{FACT}\n" * 100,
+            "facts.json looks like JSON; save it as {}/facts.jsonl, one object a line, to teach",
+        ),
+        ("facts.ndjson", f"\ufeff\n{FACT}\n" * 100, "save it as {}/facts.jsonl"),
+        ("facts.v2.txt", f"\r\n {FACT}\r\n" * 100, "save it as {}/facts.v2.jsonl"),
+        ("facts", f"{FACT}\n" * 100, "save it as {}/facts.jsonl"),
+        ("array.json", f"[\n  {FACT},\n  {FACT}\n]\n", "save it as {}/array.jsonl"),
+        ("pretty.json", FACT.replace(" ", "\n  "), "save it as {}/pretty.jsonl"),
+        ("text.json", f"{DOCUMENT}\n" * 100, "python data/prepare.py {}/text.jsonl --out=data/mine"),
+        (
+            "strings.json",
+            '["a b", "c d"]\n',
+            "looks like JSON; expected text, or {}/strings.jsonl with one object a line",
+        ),
+        (
+            "other.txt",
+            '{"question": "a"}\n' * 100,
+            'one object a line: {{"prompt": ..., "answer": ...}} for train.py',
+        ),
+        (
+            "text.jsonl",
+            f"{DOCUMENT}\n",
+            '"prompt" is missing; for documents: python data/prepare.py {}/text.jsonl',
+        ),
+    ],
+)
 def test_json_by_another_name_is_not_trained_on_as_text(tmp_path, name, content, remedy):
     (tmp_path / name).write_text(content, encoding="utf-8", newline="")
     with pytest.raises(ValueError) as error:
@@ -216,8 +267,18 @@ def test_json_by_another_name_is_not_trained_on_as_text(tmp_path, name, content,
     assert remedy.format(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("text", [
-    "{ int a; }\n", "[1] a note\n", '{"a": 1} is JSON\n', "[" * 2000, '"quoted"\n', "[1]\n[2]\n", "{{ jinja }}\n"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{ int a; }\n",
+        "[1] a note\n",
+        '{"a": 1} is JSON\n',
+        "[" * 2000,
+        '"quoted"\n',
+        "[1]\n[2]\n",
+        "{{ jinja }}\n",
+    ],
+)
 def test_text_that_only_begins_like_json_is_text(tmp_path, text):
     (tmp_path / "book.txt").write_text(text * 400)
     assert open_data(config_for(tmp_path / "book.txt")).facts is None
@@ -231,7 +292,9 @@ def test_jsonl_is_facts_in_any_letter_case(tmp_path):
 @pytest.mark.parametrize("name", ["book.txt.zst", "book.BZ2", "notes.zip", "notes.tar.gz"])
 def test_other_compression_than_gzip_is_named(tmp_path, name):
     (tmp_path / name).write_bytes(b"\x28\xb5\x2f\xfd")
-    with pytest.raises(ValueError, match=f"{name}: nanomem reads no compressed files but .gz; unpack it first"):
+    with pytest.raises(
+        ValueError, match=f"{name}: nanomem reads no compressed files but .gz; unpack it first"
+    ):
         open_data(config_for(tmp_path / name))
 
 

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nanomem import export, tokenizer
-from nanomem.config import Config, UserError
+from nanomem.cli import UserError
+from nanomem.config import Config
 from nanomem.model import GPT
 
 SHAPE = dict(vocab_size=257, n_layer=3, n_head=2, n_embd=16, block_size=16, mem_n_keys=8, mem_knn=2)
@@ -22,8 +23,12 @@ def test_what_is_loaded_computes_what_was_saved(ffn, tmp_path):
     assert torch.equal(model(idx)[0], loaded(idx)[0])
     assert (loaded_config.n_entities, loaded_config.data, loaded_config.ffn) == (77, "people", ffn)
     tensors = load_file(tmp_path / "model" / "model.safetensors")
-    assert {name: tensor.shape for name, tensor in tensors.items()} == {name: p.shape for name, p in model.named_parameters()}
-    assert sum(name.endswith("table.values") for name in tensors) == (ffn in ("memory", "peer"))  # a shared table once
+    assert {name: tensor.shape for name, tensor in tensors.items()} == {
+        name: p.shape for name, p in model.named_parameters()
+    }
+    assert sum(name.endswith("table.values") for name in tensors) == (
+        ffn in ("memory", "peer")
+    )  # a shared table once
 
 
 def test_a_model_that_is_there_is_kept_and_a_damaged_one_is_named(tmp_path):
@@ -33,7 +38,9 @@ def test_a_model_that_is_there_is_kept_and_a_damaged_one_is_named(tmp_path):
         export.save(tmp_path, GPT(config), tokenizer.byte_encoding(), config)
     tensors = load_file(tmp_path / "model.safetensors")
     save_file(tensors | {"norm.weight": torch.ones(3)}, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match=r"norm.weight has shape \(3,\), that of config.json's model is \(16,\)"):
+    with pytest.raises(
+        UserError, match=r"norm.weight has shape \(3,\), that of config.json's model is \(16,\)"
+    ):
         export.load(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"no tensors")
     with pytest.raises(UserError, match="model.safetensors can't be loaded"):

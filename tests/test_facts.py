@@ -36,7 +36,9 @@ def test_a_number_of_cities_that_is_not_there(n):
 
 def test_half_of_the_pairs_are_asked_and_a_quarter_each_is_for_choosing_and_reported(world):
     for attribute in range(5):
-        shares = [(world.role[:, attribute] == role).mean() for role in (facts.ASKED, facts.SELECT, facts.REPORT)]
+        shares = [
+            (world.role[:, attribute] == role).mean() for role in (facts.ASKED, facts.SELECT, facts.REPORT)
+        ]
         assert shares == [0.5, 0.25, 0.25]
     assert (facts.world(300).role == world.role).all()
 
@@ -51,13 +53,19 @@ def test_bands_hold_a_third_of_all_mentions_each(world):
 
 def test_most_frequent_answer_baseline():
     values = [[("a",), ("b",)]]
-    made = facts.FactSet(["w", "x", "y", "z"], (facts.Attribute("letter", ("{} is",)),), values, np.array([[0], [1], [1], [1]]))
+    made = facts.FactSet(
+        ["w", "x", "y", "z"], (facts.Attribute("letter", ("{} is",)),), values, np.array([[0], [1], [1], [1]])
+    )
     assert made.most_frequent_scores().tolist() == [0.75]
 
 
 def test_people_are_distinct_reproducible_and_of_known_bits():
     made, again, other = facts.people(500, seed=1), facts.people(500, seed=1), facts.people(500, seed=2)
-    assert made.entities == again.entities and (made.codes == again.codes).all() and made.entities != other.entities
+    assert (
+        made.entities == again.entities
+        and (made.codes == again.codes).all()
+        and made.entities != other.entities
+    )
     assert len(set(made.entities)) == 500
     choices = [12 * 28 * 200, 200, 300, 100, 256]
     assert made.bits_per_entity() == pytest.approx(sum(np.log2(choices)))
@@ -74,7 +82,11 @@ def write(path, *lines):
 def test_jsonl_facts(tmp_path):
     made = facts.from_jsonl(write(tmp_path / "f.jsonl", '\ufeff{"prompt": "Sky?", "answer": " blue"}', "",
                                   '{"prompt": "Colour of grass?", "answer": ["green", "Green"]}'))
-    assert made.entities == ["Sky?", "Colour of grass?"] and made.answers(0, 0) == ("blue",) and made.answers(1, 0) == ("green", "Green")
+    assert (
+        made.entities == ["Sky?", "Colour of grass?"]
+        and made.answers(0, 0) == ("blue",)
+        and made.answers(1, 0) == ("green", "Green")
+    )
 
 
 @pytest.mark.parametrize("lines, message", [
@@ -116,14 +128,19 @@ def test_a_biography_states_every_fact_once():
     sentences = facts.Sentences(people, tokenizer.load(facts.DATA / "people" / "tokenizer.tiktoken"))
     text = sentences.encoding.decode(sentences.biography(7, [4, 0, 3, 1, 2]))
     date, city, university, major, employer = (people.answers(7, a)[0] for a in range(5))
-    assert text == f"{people.entities[7]} joined: {employer} born: {date} studied: {major} from: {city} attended: {university}<|endoftext|>"
+    assert (
+        text
+        == f"{people.entities[7]} joined: {employer} born: {date} studied: {major} from: {city} attended: {university}<|endoftext|>"
+    )
     assert sentences.biography(7, [4, 0, 3, 1, 2]) == sentences.encoding.encode(text, allowed_special="all")
     assert len(sentences.names[False][7]) == 2  # a token for each part of a name
     assert sentences.longest()[0] == max(len(sentences.biography(e, range(5))) for e in range(50))
 
 
 def test_what_is_recalled_in_a_biography_needs_no_end():
-    """A model that goes on with another statement after the answer recalls the fact in a biography, and not in a question."""
+    """A model that goes on with another statement after the answer recalls the fact in a biography, and not
+    in a question.
+    """
     people = facts.people(8)
     sentences = facts.Sentences(people, tokenizer.load(facts.DATA / "people" / "tokenizer.tiktoken"))
     joined, after = sentences.encoding.encode_ordinary(" joined"), {}
@@ -137,8 +154,12 @@ def test_what_is_recalled_in_a_biography_needs_no_end():
         """Knows each fact, and goes on after it."""
 
         def forward(self, tokens):
-            following = [[after.get(tuple(row[:i]), 0) for i in range(1, len(row) + 1)] for row in tokens.tolist()]
-            return torch.nn.functional.one_hot(torch.tensor(following), sentences.encoding.n_vocab).float(), None
+            following = [
+                [after.get(tuple(row[:i]), 0) for i in range(1, len(row) + 1)] for row in tokens.tolist()
+            ]
+            return torch.nn.functional.one_hot(
+                torch.tensor(following), sentences.encoding.n_vocab
+            ).float(), None
 
     pairs = np.argwhere(people.role >= 0)
     assert facts.recall(Tells(1, 1), sentences, pairs, questions=False).all()
@@ -149,7 +170,9 @@ def test_recall_is_what_greedy_decoding_says():
     torch.manual_seed(0)
     world = facts.world(20)
     data = FactData(world, tokenizer.load(facts.DATA / "world" / "tokenizer.tiktoken"), 48)
-    model = GPT(GPTConfig(n_layer=2, n_embd=32, n_head=2, block_size=48, mem_layers="1", mem_n_keys=16, mem_knn=4))
+    model = GPT(
+        GPTConfig(n_layer=2, n_embd=32, n_head=2, block_size=48, mem_layers="1", mem_n_keys=16, mem_knn=4)
+    )
     optimizers = build_optimizer(model, learning_rate=1e-2)
     for step in range(120):  # enough to know some and not all
         model(*data.batch("train", step, 8))[1].backward()
@@ -168,9 +191,19 @@ def test_recall_is_what_greedy_decoding_says():
 
 def test_measure_asks_each_kind_of_pair_its_own_kind_of_sentence(world, monkeypatch):
     asked = []
-    monkeypatch.setattr(facts, "recall", lambda model, sentences, pairs, questions: asked.append((pairs, questions)) or np.ones(len(pairs), bool))
+    monkeypatch.setattr(
+        facts,
+        "recall",
+        lambda model, sentences, pairs, questions: (
+            asked.append((pairs, questions)) or np.ones(len(pairs), bool)
+        ),
+    )
     measured = facts.measure(None, facts.Sentences(world, tokenizer.byte_encoding()), most=10_000)
-    assert list(measured) == ["select", "report", "taught"] and [questions for _, questions in asked] == [True, True, False]
+    assert list(measured) == ["select", "report", "taught"] and [questions for _, questions in asked] == [
+        True,
+        True,
+        False,
+    ]
     roles = [set(world.role[tuple(pairs.T)]) for pairs, _ in asked]
     assert roles == [{facts.SELECT}, {facts.REPORT}, {facts.ASKED, facts.SELECT, facts.REPORT}]
     assert [len(pairs) for pairs, _ in asked] == [375, 375, 1500]

@@ -1,4 +1,6 @@
-"""The Triton kernels against float64: on the GPU where there is one, elsewhere under Triton's interpreter (see conftest.py)."""
+"""The Triton kernels against float64: on the GPU where there is one, elsewhere under Triton's interpreter
+(see conftest.py).
+"""
 
 import json
 import os
@@ -29,14 +31,17 @@ def randn(*shape, dtype=torch.float32):
 
 
 def sparse(rows, grads, shape):
-    return torch.sparse_coo_tensor(torch.tensor([list(rows)], device=DEVICE), grads, shape, check_invariants=True)
+    return torch.sparse_coo_tensor(
+        torch.tensor([list(rows)], device=DEVICE), grads, shape, check_invariants=True
+    )
 
 
 def relative_error(ours, exact):
     return ((ours.double() - exact).norm() / exact.norm().clamp(min=1e-30)).item() if exact.numel() else 0.0
 
 
-# n_keys and knn: powers of two or not, groups of 1, 2, 4 and 8 keys, all keys chosen; no token, one, and several programs
+# n_keys and knn: powers of two or not, groups of 1, 2, 4 and 8 keys, all keys chosen; no token, one, and
+# several programs
 SELECT_SHAPES = [(3, 2, 40, 4), (1, 1, 7, 7), (5, 1, 16, 3), (9, 2, 100, 1), (0, 2, 8, 2), (2, 1, 100, 8)]
 SELECT_SHAPES += [(64, 4, 1024, 32), (500, 4, 300, 16)] if DEVICE == "cuda" else []
 
@@ -65,7 +70,10 @@ def test_topk_of_nan_and_infinite_scores_stays_within_the_table():
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_topk_gradients(dtype):
-    queries, keys = randn(19, 2, 2, 20, dtype=dtype).requires_grad_(), randn(2, 2, 40, 20, dtype=dtype).requires_grad_()
+    queries, keys = (
+        randn(19, 2, 2, 20, dtype=dtype).requires_grad_(),
+        randn(2, 2, 40, 20, dtype=dtype).requires_grad_(),
+    )
     grad = randn(19, 2, 3)
     scores, indices = product_key_topk(queries, keys, 3)
     scores.backward(grad)
@@ -74,14 +82,30 @@ def test_topk_gradients(dtype):
     every = (first[..., :, None] + second[..., None, :]).flatten(-2).transpose(0, 1)
     every.gather(-1, indices).backward(grad.double())
     assert relative_error(scores, every.gather(-1, indices)) < 1e-5  # also of bfloat16 operands
-    assert relative_error(queries.grad, q.grad) < TOLERANCE[dtype] and relative_error(keys.grad, k.grad) < TOLERANCE[dtype]
+    assert (
+        relative_error(queries.grad, q.grad) < TOLERANCE[dtype]
+        and relative_error(keys.grad, k.grad) < TOLERANCE[dtype]
+    )
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("n, lookups, n_slots, v_dim", [
-    (1, 1, 1, 1), (5, 7, 30, 13), (16, 8, 100, 64), (0, 4, 9, 8), (3, 20, 50, 300), (2, 3, 40, 2100), (12, 10, 1, 5)])
+@pytest.mark.parametrize(
+    "n, lookups, n_slots, v_dim",
+    [
+        (1, 1, 1, 1),
+        (5, 7, 30, 13),
+        (16, 8, 100, 64),
+        (0, 4, 9, 8),
+        (3, 20, 50, 300),
+        (2, 3, 40, 2100),
+        (12, 10, 1, 5),
+    ],
+)
 def test_read_and_its_gradients_equal_float64(n, lookups, n_slots, v_dim, dtype):
-    values, weights = randn(n_slots, v_dim, dtype=dtype).requires_grad_(), randn(n, lookups, dtype=dtype).requires_grad_()
+    values, weights = (
+        randn(n_slots, v_dim, dtype=dtype).requires_grad_(),
+        randn(n, lookups, dtype=dtype).requires_grad_(),
+    )
     indices, grad = torch.randint(n_slots, (n, lookups), device=DEVICE), randn(n, v_dim, dtype=dtype)
     v, w = (t.detach().double().requires_grad_() for t in (values, weights))
     exact = (v[indices] * w[..., None]).sum(1)
@@ -91,16 +115,29 @@ def test_read_and_its_gradients_equal_float64(n, lookups, n_slots, v_dim, dtype)
     assert out.dtype == values.grad.dtype == weights.grad.dtype == dtype
     for ours, theirs in ((out, exact), (values.grad, v.grad), (weights.grad, w.grad)):
         assert relative_error(ours, theirs) < TOLERANCE[dtype]
-    for only, theirs in ((values, v.grad), (weights, w.grad)):  # the gradient of one without the other takes another way
-        assert relative_error(torch.autograd.grad(memory_read(values, indices, weights), only, grad)[0], theirs) < TOLERANCE[dtype]
+    for only, theirs in (
+        (values, v.grad),
+        (weights, w.grad),
+    ):  # the gradient of one without the other takes another way
+        assert (
+            relative_error(torch.autograd.grad(memory_read(values, indices, weights), only, grad)[0], theirs)
+            < TOLERANCE[dtype]
+        )
 
 
 def test_inputs_that_are_not_contiguous():
-    values, indices, weights = randn(13, 30).t(), torch.randint(30, (7, 5), device=DEVICE).t(), randn(7, 5).t()
+    values, indices, weights = (
+        randn(13, 30).t(),
+        torch.randint(30, (7, 5), device=DEVICE).t(),
+        randn(7, 5).t(),
+    )
     x = randn(13, 5).t()
     exact = (values[indices].double() * weights[..., None]).sum(1)
     assert relative_error(kernels.embedding_bag(values, indices, weights), exact) < 1e-5
-    assert relative_error(kernels.sddmm(values, indices, x), (values[indices].double() * x[:, None]).sum(-1)) < 1e-5
+    assert (
+        relative_error(kernels.sddmm(values, indices, x), (values[indices].double() * x[:, None]).sum(-1))
+        < 1e-5
+    )
     rows, sums, dots = kernels.segment_sum(indices, weights, x, 30, dot_with=values)
     every = torch.zeros(30, 13, dtype=torch.float64, device=DEVICE)
     every.index_add_(0, indices.flatten(), (weights[..., None].double() * x[:, None]).flatten(0, 1))
@@ -120,7 +157,11 @@ def test_the_values_gradient_is_the_same_every_time_when_few_slots_take_most_loo
 
 @pytest.mark.parametrize("n, half", [(1100, 3), (3, 300)])
 def test_key_gradient_in_parts_equals_one_hot_products(n, half):
-    half_indices, grad, queries = torch.randint(9, (n, 1, 2, 2), device=DEVICE), randn(n, 1, 2), randn(n, 1, 2, half)
+    half_indices, grad, queries = (
+        torch.randint(9, (n, 1, 2, 2), device=DEVICE),
+        randn(n, 1, 2),
+        randn(n, 1, 2, half),
+    )
     one_hot = torch.nn.functional.one_hot(half_indices, 9).double() * grad.double()[:, :, None, :, None]
     exact = torch.einsum("nhcrk,nhcd->hckd", one_hot, queries.double())
     assert relative_error(kernels.key_gradient(half_indices.int(), grad, queries, 9), exact) < 1e-5
@@ -160,14 +201,34 @@ def test_bfloat16_rows_are_rounded_with_the_same_noise_on_both_paths(monkeypatch
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_row_adam_of_a_part_of_the_columns_equals_that_of_all(dtype):
-    values, grads, rows = randn(9, 24, dtype=dtype), randn(3, 24, dtype=dtype), torch.tensor([0, 4, 8], device=DEVICE)
+    values, grads, rows = (
+        randn(9, 24, dtype=dtype),
+        randn(3, 24, dtype=dtype),
+        torch.tensor([0, 4, 8], device=DEVICE),
+    )
     mean_square, halves, state = grads.float().square().mean(1), [], None
     for columns in (slice(0, 10), slice(10, 24), slice(0, 24)):
-        part, state = values[:, columns].clone(), (torch.zeros(9, device=DEVICE), torch.zeros(9, dtype=torch.int32, device=DEVICE))
+        part, state = (
+            values[:, columns].clone(),
+            (torch.zeros(9, device=DEVICE), torch.zeros(9, dtype=torch.int32, device=DEVICE)),
+        )
         whole = columns == slice(0, 24)
-        kernels.row_adam(part, rows, grads[:, columns], *state, 0.1, 0.99, 1e-10, 7, None if whole else mean_square, columns.start)
+        kernels.row_adam(
+            part,
+            rows,
+            grads[:, columns],
+            *state,
+            0.1,
+            0.99,
+            1e-10,
+            7,
+            None if whole else mean_square,
+            columns.start,
+        )
         halves.append(part)
-    assert (torch.cat(halves[:2], dim=1) == halves[2]).float().mean() > 0.98  # the same but for the last bit of mean_square
+    assert (
+        torch.cat(halves[:2], dim=1) == halves[2]
+    ).float().mean() > 0.98  # the same but for the last bit of mean_square
     torch.testing.assert_close(torch.cat(halves[:2], dim=1), halves[2])
 
 
@@ -186,22 +247,38 @@ def test_layer_and_its_gradients_are_the_same_on_both_paths(monkeypatch):
         torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("target, shapes", [
-    ("sm_80", ["default", "odd"]), ("sm_90", ["paper", "odd"]), ("sm_100", ["default", "odd"]), ("gfx942", ["paper", "odd"]),
-    *(pytest.param(target, [], marks=pytest.mark.slow) for target in ("sm_80", "sm_90", "sm_100", "gfx942"))])
+@pytest.mark.parametrize(
+    "target, shapes",
+    [
+        ("sm_80", ["default", "odd"]),
+        ("sm_90", ["paper", "odd"]),
+        ("sm_100", ["default", "odd"]),
+        ("gfx942", ["paper", "odd"]),
+        *(
+            pytest.param(target, [], marks=pytest.mark.slow)
+            for target in ("sm_80", "sm_90", "sm_100", "gfx942")
+        ),
+    ],
+)
 def test_every_kernel_a_step_launches_compiles_with_16_byte_loads(target, shapes):
     script = Path(__file__).parent / "compile_kernels.py"
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, str(script), target, *shapes], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, str(script), target, *shapes], capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert kernels.merge_halves  # loads the module
     compiled = [json.loads(line) for line in done.stdout.splitlines()]
     assert {row["kernel"] for row in compiled} == {name for name in vars(kernels) if name.endswith("_kernel")}
-    assert all(row["shared"] <= 64 * 1024 for row in compiled)  # what every GPU of the last years has, AMD's too
+    assert all(
+        row["shared"] <= 64 * 1024 for row in compiled
+    )  # what every GPU of the last years has, AMD's too
     for row in compiled:
         joined = row["kernel"] in ("_embedding_bag_kernel", "_sddmm_kernel") or target != "gfx942"
         if joined and row["kernel"] != "_merge_halves_kernel" and row["row_length"] in (101, 128, 1024):
-            assert row["wide_loads"] == (row["row_length"] % 16 == 0) or (target == "gfx942" and row["row_length"] == 101), row
+            assert row["wide_loads"] == (row["row_length"] % 16 == 0) or (
+                target == "gfx942" and row["row_length"] == 101
+            ), row
 
 
 @(pytest.mark.slow if DEVICE == "cpu" else lambda test: test)  # the interpreter copies the 4 GB
@@ -210,8 +287,21 @@ def test_rows_past_two_to_the_31_numbers():
     rows = torch.tensor([3, 2**21 + 5], device=DEVICE)
     values[rows] = randn(2, 1024, dtype=torch.bfloat16)
     before, x = values[rows].double(), randn(1, 1024, dtype=torch.bfloat16)
-    assert relative_error(kernels.embedding_bag(values, rows[None], torch.ones(1, 2, device=DEVICE)), before.sum(0)[None]) < 1e-2
+    assert (
+        relative_error(
+            kernels.embedding_bag(values, rows[None], torch.ones(1, 2, device=DEVICE)), before.sum(0)[None]
+        )
+        < 1e-2
+    )
     assert relative_error(kernels.sddmm(values, rows[None], x), (before @ x[0].double())[None]) < 1e-2
-    kernels.row_adam(values, rows, x.expand(2, 1024), *(torch.zeros(len(values), dtype=t, device=DEVICE) for t in (torch.float32, torch.int32)),
-                     1.0, 0.99, 1e-10, 0)
+    kernels.row_adam(
+        values,
+        rows,
+        x.expand(2, 1024),
+        *(torch.zeros(len(values), dtype=t, device=DEVICE) for t in (torch.float32, torch.int32)),
+        1.0,
+        0.99,
+        1e-10,
+        0,
+    )
     assert relative_error(values[rows], before - x.double() / x.double().square().mean().sqrt()) < 1e-2

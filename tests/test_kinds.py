@@ -5,7 +5,9 @@ from nanomem.config import GPTConfig
 from nanomem.kinds import KINDS
 from nanomem.model import GPT, feed_forwards, sized
 
-SMALL = dict(vocab_size=50, n_layer=4, n_embd=32, n_head=2, block_size=16, mem_layers="1,3", mem_n_keys=64, mem_knn=4)
+SMALL = dict(
+    vocab_size=50, n_layer=4, n_embd=32, n_head=2, block_size=16, mem_layers="1,3", mem_n_keys=64, mem_knn=4
+)
 
 
 @pytest.mark.parametrize("ffn", KINDS)
@@ -36,7 +38,9 @@ def test_sparse_parameters_are_those_that_a_single_token_leaves_without_gradient
     assert untouched >= sparse * 0.9 if ffn != "dense" else sparse == 0
 
 
-@pytest.mark.parametrize("ffn, shared", [("memory", True), ("memory", False), ("peer", True), ("peer", False)])
+@pytest.mark.parametrize(
+    "ffn, shared", [("memory", True), ("memory", False), ("peer", True), ("peer", False)]
+)
 def test_tables_are_shared_when_asked_to_be(ffn, shared):
     layers = feed_forwards(sized(GPTConfig(ffn=ffn, mem_share_values=shared, **SMALL)))
     assert (layers[1].table is layers[3].table) == shared

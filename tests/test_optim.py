@@ -4,11 +4,20 @@ import pytest
 import torch
 
 from nanomem.memory import MemoryTable, ProductKeyMemory
-from nanomem.optim import RowAdam, build_optimizer, clip_gradients, coalesce_gradient_, schedule, stochastic_round
+from nanomem.optim import (
+    RowAdam,
+    build_optimizer,
+    clip_gradients,
+    coalesce_gradient_,
+    schedule,
+    stochastic_round,
+)
 
 
 def sparse(rows, grads, n):
-    return torch.sparse_coo_tensor(torch.tensor([list(rows)]), grads, (n, grads.shape[1]), check_invariants=True)
+    return torch.sparse_coo_tensor(
+        torch.tensor([list(rows)]), grads, (n, grads.shape[1]), check_invariants=True
+    )
 
 
 def test_row_adam_equals_a_loop_over_rows():
@@ -89,7 +98,9 @@ def test_tiny_gradients_move_a_table_of_any_dtype_by_lr(dtype):
     values = torch.nn.Parameter(torch.zeros(2, 4, dtype=dtype))
     values.grad = torch.full((2, 4), 1e-7, dtype=dtype)
     RowAdam([values], lr=0.01).step()
-    torch.testing.assert_close(values.double(), torch.full((2, 4), -0.01, dtype=torch.float64), rtol=2e-2, atol=0)
+    torch.testing.assert_close(
+        values.double(), torch.full((2, 4), -0.01, dtype=torch.float64), rtol=2e-2, atol=0
+    )
 
 
 def test_mem_beta2_is_the_second_moments():
@@ -117,7 +128,9 @@ def test_state_dict_keeps_dtypes():
     optimizer.step()
     loaded.load_state_dict(optimizer.state_dict())
     for key, tensor in optimizer.state[values].items():
-        assert loaded.state[values][key].dtype == tensor.dtype and torch.equal(loaded.state[values][key], tensor)
+        assert loaded.state[values][key].dtype == tensor.dtype and torch.equal(
+            loaded.state[values][key], tensor
+        )
 
 
 class TwoLayers(torch.nn.Module):
@@ -170,7 +183,9 @@ def test_clipping_sums_repeated_slots_before_the_norm_and_leaves_the_others_apar
 def test_build_optimizer_covers_each_parameter_once_and_trains_an_ordinary_model():
     torch.manual_seed(0)
     table = MemoryTable(16**2, 8)
-    model = torch.nn.Sequential(torch.nn.Linear(8, 8), ProductKeyMemory(8, table, heads=2, knn=4), torch.nn.Linear(8, 1))
+    model = torch.nn.Sequential(
+        torch.nn.Linear(8, 8), ProductKeyMemory(8, table, heads=2, knn=4), torch.nn.Linear(8, 1)
+    )
     optimizers = build_optimizer(model, learning_rate=1e-2)
     grouped = [id(p) for o in optimizers for g in o.param_groups for p in g["params"]]
     assert sorted(grouped) == sorted(id(p) for p in model.parameters())
@@ -209,7 +224,9 @@ def test_schedule_rises_linearly_and_falls_to_its_floor():
 
 def test_bfloat16_is_rounded_so_that_small_steps_add_up():
     torch.manual_seed(0)
-    values = torch.nn.Parameter(torch.ones(50, 200, dtype=torch.bfloat16))  # the next bfloat16 below 1 is 1 - 2**-8
+    values = torch.nn.Parameter(
+        torch.ones(50, 200, dtype=torch.bfloat16)
+    )  # the next bfloat16 below 1 is 1 - 2**-8
     optimizer = RowAdam([values], lr=2**-12)
     for _ in range(32):
         values.grad = sparse(range(50), torch.ones(50, 200).bfloat16(), 50)
@@ -231,4 +248,7 @@ def test_rounding_noise_differs_between_rows_columns_and_reads_and_is_the_same_e
 
 def test_columns_are_rounded_as_in_the_whole_table():
     new, rows, reads = torch.rand(3, 20), torch.tensor([1, 5, 6]), torch.ones(3, dtype=torch.int32)
-    assert torch.equal(stochastic_round(new, 3, rows, reads)[:, 12:], stochastic_round(new[:, 12:], 3, rows, reads, first_column=12))
+    assert torch.equal(
+        stochastic_round(new, 3, rows, reads)[:, 12:],
+        stochastic_round(new[:, 12:], 3, rows, reads, first_column=12),
+    )

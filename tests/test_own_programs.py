@@ -1,4 +1,6 @@
-"""What docs/own-programs.md lists: what people do with a layer in programs of their own either works or raises."""
+"""What docs/own-programs.md lists: what people do with a layer in programs of their own either works or
+raises.
+"""
 
 import copy
 import io
@@ -14,10 +16,10 @@ import pytest
 import runs
 import torch
 import torch.nn as nn
+from test_sharding import torchrun
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.utils.checkpoint import checkpoint
-from test_sharding import torchrun
 
 from nanomem.baselines import PEER, MixtureOfExperts, memory_dot
 from nanomem.config import GPTConfig
@@ -162,11 +164,15 @@ def test_gradients_of_two_passes_and_of_a_kept_graph_add_up():
         torch.testing.assert_close(a.grad.to_dense(), b.grad.to_dense())
 
 
-@pytest.mark.parametrize("optimizer, sparse", [(torch.optim.SparseAdam, True), (torch.optim.SGD, True), (torch.optim.AdamW, False)])
+@pytest.mark.parametrize(
+    "optimizer, sparse", [(torch.optim.SparseAdam, True), (torch.optim.SGD, True), (torch.optim.AdamW, False)]
+)
 def test_torchs_optimizers_move_the_rows_that_were_read(optimizer, sparse):
     layer = make(sparse)
     before, read = layer.table.values.detach().clone(), gradients(layer)["table.values"].any(1)
-    optimizer([layer.table.values], lr=0.1, **({"weight_decay": 0.0} if optimizer is torch.optim.AdamW else {})).step()
+    optimizer(
+        [layer.table.values], lr=0.1, **({"weight_decay": 0.0} if optimizer is torch.optim.AdamW else {})
+    ).step()
     assert torch.equal((layer.table.values != before).any(1), read)
 
 
@@ -214,7 +220,9 @@ def test_layers_of_nothing_give_nothing():
 @pytest.mark.parametrize("order", [list, lambda modules: list(modules)[::-1]])
 @pytest.mark.parametrize("ffn", ["memory", "dense", "moe", "peer"])
 def test_a_model_built_on_the_device_meta_begins_as_any_other(ffn, order):
-    config = GPTConfig(vocab_size=300, n_embd=64, mem_n_keys=32, mem_knn=4, ffn=ffn, moe_experts=4, moe_hidden=64)
+    config = GPTConfig(
+        vocab_size=300, n_embd=64, mem_n_keys=32, mem_knn=4, ffn=ffn, moe_experts=4, moe_hidden=64
+    )
     torch.manual_seed(0)
     with torch.device("meta"):
         model = GPT(config)
@@ -243,9 +251,14 @@ def test_a_model_built_on_the_device_meta_begins_as_any_other(ffn, order):
 def penalty(kernels, monkeypatch, read):
     monkeypatch.setenv("NANOMEM_KERNELS", kernels)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    table, x = torch.randn(64, 6, device=device, requires_grad=True), torch.rand(5, 6, device=device, requires_grad=True)
+    table, x = (
+        torch.randn(64, 6, device=device, requires_grad=True),
+        torch.rand(5, 6, device=device, requires_grad=True),
+    )
     y = read(table, torch.randint(64, (5, 6), device=device), x)
-    slope, = torch.autograd.grad(y.sum(), x, create_graph=True)  # its own gradient, ones, has none: nothing warns
+    (slope,) = torch.autograd.grad(
+        y.sum(), x, create_graph=True
+    )  # its own gradient, ones, has none: nothing warns
     (y.sum() + slope.square().sum()).backward()
 
 
@@ -261,7 +274,10 @@ def test_a_second_derivative_of_a_read_raises_on_every_path(kernels, read, monke
 def test_a_second_derivative_of_the_search_raises_on_every_path(kernels, wanted, monkeypatch):
     monkeypatch.setenv("NANOMEM_KERNELS", kernels)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    inputs = {"queries": torch.randn(5, 2, 2, 4, device=device), "keys": torch.randn(2, 2, 8, 4, device=device)}
+    inputs = {
+        "queries": torch.randn(5, 2, 2, 4, device=device),
+        "keys": torch.randn(2, 2, 8, 4, device=device),
+    }
     for tensor in inputs.values():
         tensor.requires_grad_()
     scores, _ = product_key_topk(*inputs.values(), 3)
@@ -293,14 +309,21 @@ def changed_before_backward(layer):
     loss.backward()
 
 
-@pytest.mark.parametrize("use, error", [
-    (torch.jit.script, "memory_read"),
-    (lambda layer: (gradients(layer), torch.optim.AdamW(layer.parameters()).step()), "does not support sparse gradients"),
-    (lambda layer: (gradients(layer), nn.utils.clip_grad_norm_(layer.parameters(), 1.0)), "Sparse"),
-    (changed_before_backward, "modified by an inplace operation"),
-    (lambda layer: layer(batch(2, 5).long()), "dtype"),
-    (lambda layer: memory_read(layer.table.values, torch.tensor([[64]]), torch.ones(1, 1)), "64"),
-    (lambda layer: memory_read(layer.table.values, torch.tensor([[-1]]), torch.ones(1, 1)), "-1")])
+@pytest.mark.parametrize(
+    "use, error",
+    [
+        (torch.jit.script, "memory_read"),
+        (
+            lambda layer: (gradients(layer), torch.optim.AdamW(layer.parameters()).step()),
+            "does not support sparse gradients",
+        ),
+        (lambda layer: (gradients(layer), nn.utils.clip_grad_norm_(layer.parameters(), 1.0)), "Sparse"),
+        (changed_before_backward, "modified by an inplace operation"),
+        (lambda layer: layer(batch(2, 5).long()), "dtype"),
+        (lambda layer: memory_read(layer.table.values, torch.tensor([[64]]), torch.ones(1, 1)), "64"),
+        (lambda layer: memory_read(layer.table.values, torch.tensor([[-1]]), torch.ones(1, 1)), "-1"),
+    ],
+)
 def test_what_is_not_supported_raises(use, error):
     with pytest.raises((RuntimeError, NotImplementedError), match=error):
         use(make())
@@ -325,8 +348,17 @@ def test_generate_wants_a_token_to_go_on_from():
 
 def test_ddp_and_fsdp_of_a_dense_table_give_one_processs_gradients_and_refuse_a_sparse_one():
     told = torchrun(2, "wrapped", {})
-    assert told["ddp dense"] < 1e-6 and told["fsdp dense"] < 1e-6 and told["fsdp adamw"] < 1e-5 and told["fsdp clip"] < 1e-6
-    assert "Sparse" in told["ddp sparse"] and "Sparse" in told["fsdp sparse"] and "DTensor" in told["fsdp RowAdam"]
+    assert (
+        told["ddp dense"] < 1e-6
+        and told["fsdp dense"] < 1e-6
+        and told["fsdp adamw"] < 1e-5
+        and told["fsdp clip"] < 1e-6
+    )
+    assert (
+        "Sparse" in told["ddp sparse"]
+        and "Sparse" in told["fsdp sparse"]
+        and "DTensor" in told["fsdp RowAdam"]
+    )
     assert told["fsdp meta"] == pytest.approx([1.0, 1.0, 1.0], rel=0.2)  # of 512 numbers
 
 
@@ -338,26 +370,40 @@ def test_nanomem_needs_no_triton(tmp_path):
                "layer(torch.randn(2, 8)).sum().backward()\n"
                "[optimizer.step() for optimizer in nanomem.optim.build_optimizer(layer)]")
     environment = os.environ | {"PYTHONPATH": str(runs.ROOT)}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment, cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.slow
 def test_an_installed_nanomem_has_its_kernels_and_facts(tmp_path):
     source = tmp_path / "source"
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=runs.ROOT, capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=runs.ROOT, capture_output=True, text=True, check=True
+    ).stdout
     for name in filter(None, listed.split("\0")):
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_bytes((runs.ROOT / name).read_bytes())
-    subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", tmp_path / "wheel", source], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", tmp_path / "wheel", source],
+        check=True,
+    )
     wheel, = (tmp_path / "wheel").glob("*.whl")
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
-    program = ("import json, nanomem; from nanomem import facts, tokenizer\n"
-               "from nanomem.config import Config; from nanomem.data import open_data\n"
-               "sets = [open_data(Config(data=data, n_entities=50)).facts.entities[0] for data in ('people', 'world')]\n"
-               "print(json.dumps([nanomem.__file__, nanomem.kernels.__file__, *sets]))")
+    program = (
+        "import json, nanomem; from nanomem import facts, tokenizer\n"
+        "from nanomem.config import Config; from nanomem.data import open_data\n"
+        "sets = [open_data(Config(data=data, n_entities=50)).facts.entities[0] for data in ('people', 'world')]\n"
+        "print(json.dumps([nanomem.__file__, nanomem.kernels.__file__, *sets]))"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path,
                           env=os.environ | {"PYTHONPATH": str(tmp_path / "site")})
     assert done.returncode == 0, done.stderr[-2000:]
     package, kernels, person, city = json.loads(done.stdout)
-    assert package.startswith(str(tmp_path)) and kernels.startswith(str(tmp_path)) and person and city == "Shanghai"
+    assert (
+        package.startswith(str(tmp_path))
+        and kernels.startswith(str(tmp_path))
+        and person
+        and city == "Shanghai"
+    )

@@ -32,7 +32,13 @@ def run(monkeypatch, *arguments):
 def words(n, seed=0):
     """A text of n lines."""
     rng = random.Random(seed)
-    return "".join(" ".join(rng.choice(("grüße", "memory", "of", "the", "layer", "42")) for _ in range(rng.randrange(1, 12))) + "\n" for _ in range(n))
+    return "".join(
+        " ".join(
+            rng.choice(("grüße", "memory", "of", "the", "layer", "42")) for _ in range(rng.randrange(1, 12))
+        )
+        + "\n"
+        for _ in range(n)
+    )
 
 
 def stored(folder, split):
@@ -43,7 +49,10 @@ def stored(folder, split):
         path = folder / shard["file"]
         ends += (np.load(path.with_suffix(".ends.npy")) + sum(map(len, tokens))).tolist()
         tokens.append(np.fromfile(path, index["dtype"]).astype(int))
-        assert len(tokens[-1]) == shard["tokens"] and hashlib.sha256(path.read_bytes()).hexdigest() == shard["sha256"]
+        assert (
+            len(tokens[-1]) == shard["tokens"]
+            and hashlib.sha256(path.read_bytes()).hexdigest() == shard["sha256"]
+        )
     return np.concatenate(tokens), ends
 
 
@@ -77,22 +86,30 @@ def test_json_lines_gzip_and_parquet_hold_the_same_documents(small, monkeypatch,
     lines = "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(documents))
     (tmp_path / "a.jsonl").write_text(lines)
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
-    pyarrow.parquet.write_table(pyarrow.table({"text": documents}), tmp_path / "c.parquet", row_group_size=100)
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": documents}), tmp_path / "c.parquet", row_group_size=100
+    )
     found = {}
     for name in ("a.jsonl", "b.jsonl.gz", "c.parquet"):
         run(monkeypatch, tmp_path / name, f"--out={tmp_path / name[0]}", "--val_share=0.2")
         found[name] = {split: stored(tmp_path / name[0], split)[0].tolist() for split in ("train", "val")}
     assert found["a.jsonl"] == found["b.jsonl.gz"] == found["c.parquet"]
     encoding = tokenizer.byte_encoding()
-    split = {name: encoding.decode(tokens).split("<|endoftext|>")[:-1] for name, tokens in found["a.jsonl"].items()}
+    split = {
+        name: encoding.decode(tokens).split("<|endoftext|>")[:-1] for name, tokens in found["a.jsonl"].items()
+    }
     assert sorted(split["train"] + split["val"]) == sorted(documents)
     assert 30 < len(split["val"]) < 90
-    chosen = [text for text in documents if int(hashlib.sha256(text.encode()).hexdigest()[:13], 16) < 0.2 * 16**13]
+    chosen = [
+        text for text in documents if int(hashlib.sha256(text.encode()).hexdigest()[:13], 16) < 0.2 * 16**13
+    ]
     assert split["val"] == chosen
 
 
 def test_long_lines(small, monkeypatch, tmp_path):
-    (tmp_path / "long.jsonl").write_text("".join(json.dumps({"text": f"{i}" + "long line " * 700}) + "\n" for i in range(40)))
+    (tmp_path / "long.jsonl").write_text(
+        "".join(json.dumps({"text": f"{i}" + "long line " * 700}) + "\n" for i in range(40))
+    )
     run(monkeypatch, tmp_path / "long.jsonl", f"--out={tmp_path / 'json'}", "--val_share=0.2")
     assert sum(len(stored(tmp_path / "json", split)[1]) for split in ("train", "val")) == 40
     text = "one line alone, of many grüße " * 3000
@@ -100,7 +117,9 @@ def test_long_lines(small, monkeypatch, tmp_path):
         (tmp_path / f"{name}.txt").write_text(text + end)
         run(monkeypatch, tmp_path / f"{name}.txt", f"--out={tmp_path / name}")
         train, val = (stored(tmp_path / name, split)[0][:-1].tolist() for split in ("train", "val"))
-        assert bytes(train + val).decode() == text + end and len(val) == pytest.approx(0.1 * len(text.encode()), rel=0.01)
+        assert bytes(train + val).decode() == text + end and len(val) == pytest.approx(
+            0.1 * len(text.encode()), rel=0.01
+        )
         bytes(train).decode()  # no character is cut
 
 
@@ -116,18 +135,27 @@ def test_more_shards_than_a_process_may_open(monkeypatch, tmp_path):
         from nanomem.data import open_data
         data = open_data(Config(data={str(tmp_path / "out")!r}))
         print(sum(len(data.batch("train", i, 8)[0]) for i in range(100)))"""
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", env=os.environ | {"PYTHONPATH": str(runs.ROOT)})
+    ended = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        encoding="utf-8",
+        env=os.environ | {"PYTHONPATH": str(runs.ROOT)},
+    )
     assert ended.stdout == "800\n", ended.stderr
 
 
 def test_files_of_others_are_kept(monkeypatch, tmp_path):
     (tmp_path / "book.txt").write_text(words(3000))
     (tmp_path / "train.bin").write_bytes(b"weeks of work")
-    with pytest.raises(prepare.UserError, match="has train.bin, which prepare.py did not write; name another folder"):
+    with pytest.raises(
+        prepare.UserError, match="has train.bin, which prepare.py did not write; name another folder"
+    ):
         run(monkeypatch, tmp_path / "book.txt", f"--out={tmp_path}")
     assert (tmp_path / "train.bin").read_bytes() == b"weeks of work"
     (tmp_path / "people.txt").write_text(words(3000))
-    with pytest.raises(prepare.UserError, match="people has tokenizer.tiktoken, which prepare.py did not write"):
+    with pytest.raises(
+        prepare.UserError, match="people has tokenizer.tiktoken, which prepare.py did not write"
+    ):
         run(monkeypatch, tmp_path / "people.txt")
 
 
@@ -145,7 +173,13 @@ def test_a_folder_of_many_files_and_any_number_of_workers(small, monkeypatch, tm
         (tmp_path / "notes" / str(i % 3) / f"{i}.md").write_text(words(100 + 40 * i, seed=i))
     (tmp_path / "notes" / "picture.png").write_bytes(b"no text")
     for workers in (1, 5):
-        run(monkeypatch, tmp_path / "notes", f"--out={tmp_path / str(workers)}", "--val_share=0.2", f"--workers={workers}")
+        run(
+            monkeypatch,
+            tmp_path / "notes",
+            f"--out={tmp_path / str(workers)}",
+            "--val_share=0.2",
+            f"--workers={workers}",
+        )
     one, five = ({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("1", "5"))
     assert one == five and len(one) > 60
     documents = [stored(tmp_path / "1", split)[1] for split in ("train", "val")]
@@ -157,8 +191,11 @@ def test_killed_and_resumed_gives_the_same_shards(tmp_path):
     program = f"import sys; sys.path.insert(0, {str(runs.ROOT / 'data')!r}); import prepare; prepare.PIECE = 2**20; prepare.main()"
 
     def start(out):
-        return subprocess.Popen([sys.executable, "-c", program, str(tmp_path / "book.txt"), f"--out={out}", "--workers=2"],
-                                stdout=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": str(runs.ROOT)})
+        return subprocess.Popen(
+            [sys.executable, "-c", program, str(tmp_path / "book.txt"), f"--out={out}", "--workers=2"],
+            stdout=subprocess.DEVNULL,
+            env=os.environ | {"PYTHONPATH": str(runs.ROOT)},
+        )
     assert start(tmp_path / "whole").wait() == 0
     process = start(tmp_path / "killed")
     while len(list((tmp_path / "killed").glob("part-*.json"))) < 4:
@@ -169,7 +206,9 @@ def test_killed_and_resumed_gives_the_same_shards(tmp_path):
     done = {path: path.stat().st_mtime_ns for path in (tmp_path / "killed").glob("train-0000[012].bin")}
     assert not (tmp_path / "killed" / "index.json").exists()
     assert start(tmp_path / "killed").wait() == 0
-    whole, killed = ({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("whole", "killed"))
+    whole, killed = (
+        {p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("whole", "killed")
+    )
     assert whole == killed and len(whole) > 40
     assert any(path.stat().st_mtime_ns == when for path, when in done.items())  # not made again
 
@@ -185,7 +224,9 @@ def test_damaged_shards_are_refused(shards):
     config, path = Config(data=str(shards), block_size=32), shards / "train-00000.bin"
     whole = path.read_bytes()
     path.write_bytes(whole[:-2])
-    with pytest.raises(ValueError, match=f"train-00000.bin has {len(whole) - 2:,} bytes, and index.json says {len(whole):,}"):
+    with pytest.raises(
+        ValueError, match=f"train-00000.bin has {len(whole) - 2:,} bytes, and index.json says {len(whole):,}"
+    ):
         open_data(config)
     path.write_bytes(whole[:100] + bytes([whole[100] ^ 1]) + whole[101:])
     with pytest.raises(ValueError, match="train-00000.bin was changed after it was written"):
@@ -198,7 +239,9 @@ def test_damaged_shards_are_refused(shards):
         with pytest.raises(ValueError, match="index.json was changed after it was written"):
             open_data(config)
     (shards / "index.json").write_text(index)
-    tokenizer.save(tokenizer.from_ranks({bytes([255 - i]): i for i in range(256)}), shards / "tokenizer.tiktoken")
+    tokenizer.save(
+        tokenizer.from_ranks({bytes([255 - i]): i for i in range(256)}), shards / "tokenizer.tiktoken"
+    )
     with pytest.raises(ValueError, match="made with another tokenizer than .*tokenizer.tiktoken"):
         open_data(config)
     path.unlink()
@@ -229,7 +272,9 @@ def test_train_and_sample_from_shards(shards, tmp_path):
     out, _ = runs.train(tmp_path / "run", f"--data={shards}", "--max_iters=3", "--log_interval=1")
     row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert 0 < row["bits_per_byte"] < 12 and 0 <= row["data_wait"] < 1
-    assert runs.run("sample.py", f"--out_dir={tmp_path / 'run'}", "--device=cpu", "--start=memory", "--max_new_tokens=4")
+    assert runs.run(
+        "sample.py", f"--out_dir={tmp_path / 'run'}", "--device=cpu", "--start=memory", "--max_new_tokens=4"
+    )
 
 
 def test_a_bpe_of_more_than_16_bits_would_take_32(shards):
@@ -282,7 +327,9 @@ def test_a_download_goes_on_where_it_ended(left, tmp_path):
         threading.Thread(target=httpd.serve_forever, daemon=True).start()
         prepare.download(f"http://127.0.0.1:{httpd.server_port}/set", tmp_path / "set")
         httpd.shutdown()
-    assert (tmp_path / "set").read_bytes() == content and asked == [f"bytes={left - 1}-" if left > 1 else None]
+    assert (tmp_path / "set").read_bytes() == content and asked == [
+        f"bytes={left - 1}-" if left > 1 else None
+    ]
 
 
 def test_a_named_set_is_downloaded_checked_and_prepared(server, monkeypatch, tmp_path):
@@ -291,10 +338,18 @@ def test_a_named_set_is_downloaded_checked_and_prepared(server, monkeypatch, tmp
     with zipfile.ZipFile(web / "set.zip", "w") as archive:
         archive.writestr("inside/stories.txt", text)
     size = (web / "set.zip").stat().st_size
-    named = prepare.Named(f"{url}/set.zip", size, prepare.file_digest(web / "set.zip"), member="inside/stories.txt", separator="<|endoftext|>")
+    named = prepare.Named(
+        f"{url}/set.zip",
+        size,
+        prepare.file_digest(web / "set.zip"),
+        member="inside/stories.txt",
+        separator="<|endoftext|>",
+    )
     monkeypatch.setitem(prepare.NAMED, "tinystories", named)
     monkeypatch.setattr(Handler, "cut", 1000)
-    with pytest.raises(prepare.UserError, match=f"the connection ended after 1,000 of {size:,} bytes.*--from-file=set.zip"):
+    with pytest.raises(
+        prepare.UserError, match=f"the connection ended after 1,000 of {size:,} bytes.*--from-file=set.zip"
+    ):
         run(monkeypatch, "tinystories", f"--out={tmp_path / 'out'}")
     monkeypatch.setattr(Handler, "cut", 0)
     run(monkeypatch, "tinystories", f"--out={tmp_path / 'out'}", "--val_share=0.1")
@@ -303,11 +358,25 @@ def test_a_named_set_is_downloaded_checked_and_prepared(server, monkeypatch, tmp
     assert not list((tmp_path / "out").glob("*.zip")) and not list((tmp_path / "out").glob("*.txt"))
 
     (tmp_path / "fetched.zip").write_bytes((web / "set.zip").read_bytes()[:-1])
-    with pytest.raises(prepare.UserError, match=f"fetched.zip is not tinystories: it has {size - 1:,} bytes, tinystories has {size:,}; fetch"):
-        run(monkeypatch, "tinystories", f"--out={tmp_path / 'two'}", f"--from-file={tmp_path / 'fetched.zip'}")
+    with pytest.raises(
+        prepare.UserError,
+        match=f"fetched.zip is not tinystories: it has {size - 1:,} bytes, tinystories has {size:,}; fetch",
+    ):
+        run(
+            monkeypatch, "tinystories", f"--out={tmp_path / 'two'}", f"--from-file={tmp_path / 'fetched.zip'}"
+        )
     (tmp_path / "fetched.zip").write_bytes((web / "set.zip").read_bytes())
-    run(monkeypatch, "tinystories", f"--out={tmp_path / 'two'}", f"--from-file={tmp_path / 'fetched.zip'}", "--val_share=0.1")
-    assert stored(tmp_path / "two", "train")[0].tolist() == train.tolist() and (tmp_path / "fetched.zip").exists()
+    run(
+        monkeypatch,
+        "tinystories",
+        f"--out={tmp_path / 'two'}",
+        f"--from-file={tmp_path / 'fetched.zip'}",
+        "--val_share=0.1",
+    )
+    assert (
+        stored(tmp_path / "two", "train")[0].tolist() == train.tolist()
+        and (tmp_path / "fetched.zip").exists()
+    )
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -340,7 +409,9 @@ def test_wrong_input_is_named(arguments, message, monkeypatch, tmp_path):
 
 def test_where_it_goes(monkeypatch, tmp_path):
     monkeypatch.setattr(prepare, "FOLDER", tmp_path / "data")
-    (tmp_path / "My notes v1.2.jsonl.gz").write_bytes(gzip.compress("".join(json.dumps({"text": words(3, i)}) + "\n" for i in range(99)).encode()))
+    (tmp_path / "My notes v1.2.jsonl.gz").write_bytes(
+        gzip.compress("".join(json.dumps({"text": words(3, i)}) + "\n" for i in range(99)).encode())
+    )
     run(monkeypatch, tmp_path / "My notes v1.2.jsonl.gz", "--val_share=0.2")
     assert (tmp_path / "data" / "My notes v1.2" / "index.json").exists()
     (tmp_path / "book.txt").write_text(words(300))
@@ -417,21 +488,48 @@ def test_a_segment_at_a_time_of_a_gzip_is_in_memory(monkeypatch, tmp_path):
 FACT = '{"prompt": "a", "answer": "b"}\n'
 
 
-@pytest.mark.parametrize("name, content, message", [
-    ("cut.txt.gz", gzip.compress(words(999).encode())[:-20], "cut.txt.gz is not a complete gzip file"),
-    ("plain.txt.gz", b"plain", "plain.txt.gz is not a complete gzip file"),
-    ("damaged.md.gz", gzip.compress(bytes(9999))[:12] + b"xxxx", "damaged.md.gz is not a complete gzip file"),
-    ("empty.txt.gz", gzip.compress(b""), "empty.txt.gz: the file is empty"),
-    ("bad.txt.gz", gzip.compress(b"ab\xff" * 100), "bad.txt.gz: byte 3 is not UTF-8"),
-    ("book.txt.zst", b"(\xb5/\xfd", "book.txt.zst: nanomem reads no compressed files but .gz"),
-    ("notes.ZIP", b"PK", "notes.ZIP: nanomem reads no compressed files but .gz"),
-    ("facts.jsonl", FACT.encode(), "line 1: expected .* teach facts with python train.py --data=FILE.jsonl"),
-    ("facts.json.gz", gzip.compress(FACT.encode()), "facts.json.gz, line 1: expected .* teach facts with"),
-    ("facts.txt", FACT.encode() * 99, "facts.txt looks like JSON; save it as .*facts.jsonl, one object a line"),
-    ("facts.txt.gz", gzip.compress(FACT.encode() * 99), "looks like JSON; save it as .*facts.jsonl, one object a line"),
-    ("text.txt", lines_of(*"abc").encode(), "save it as .*text.jsonl, one object a line, to train on these documents"),
-    ("array.json", b'[{"text": "a"}]', 'array.json, line 1: expected {"text": "..."} on each line'),
-])
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("cut.txt.gz", gzip.compress(words(999).encode())[:-20], "cut.txt.gz is not a complete gzip file"),
+        ("plain.txt.gz", b"plain", "plain.txt.gz is not a complete gzip file"),
+        (
+            "damaged.md.gz",
+            gzip.compress(bytes(9999))[:12] + b"xxxx",
+            "damaged.md.gz is not a complete gzip file",
+        ),
+        ("empty.txt.gz", gzip.compress(b""), "empty.txt.gz: the file is empty"),
+        ("bad.txt.gz", gzip.compress(b"ab\xff" * 100), "bad.txt.gz: byte 3 is not UTF-8"),
+        ("book.txt.zst", b"(\xb5/\xfd", "book.txt.zst: nanomem reads no compressed files but .gz"),
+        ("notes.ZIP", b"PK", "notes.ZIP: nanomem reads no compressed files but .gz"),
+        (
+            "facts.jsonl",
+            FACT.encode(),
+            "line 1: expected .* teach facts with python train.py --data=FILE.jsonl",
+        ),
+        (
+            "facts.json.gz",
+            gzip.compress(FACT.encode()),
+            "facts.json.gz, line 1: expected .* teach facts with",
+        ),
+        (
+            "facts.txt",
+            FACT.encode() * 99,
+            "facts.txt looks like JSON; save it as .*facts.jsonl, one object a line",
+        ),
+        (
+            "facts.txt.gz",
+            gzip.compress(FACT.encode() * 99),
+            "looks like JSON; save it as .*facts.jsonl, one object a line",
+        ),
+        (
+            "text.txt",
+            lines_of(*"abc").encode(),
+            "save it as .*text.jsonl, one object a line, to train on these documents",
+        ),
+        ("array.json", b'[{"text": "a"}]', 'array.json, line 1: expected {"text": "..."} on each line'),
+    ],
+)
 def test_a_file_that_is_not_what_its_name_says_is_named(name, content, message, monkeypatch, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises((prepare.UserError, ValueError), match=message) as error:
@@ -469,4 +567,7 @@ def test_links_in_a_folder_are_followed_once_and_one_that_leads_nowhere_is_named
     assert "2 documents" in out.replace("\n", " ")
     (tmp_path / "mine" / "gone.txt").symlink_to(tmp_path / "nowhere.txt")
     _, err = runs.run("data/prepare.py", tmp_path / "mine", f"--out={tmp_path / 'other'}", code=2)
-    assert f"gone.txt is a link to {tmp_path / 'nowhere.txt'}, which is not there" in err and err.count("\n") == 1
+    assert (
+        f"gone.txt is a link to {tmp_path / 'nowhere.txt'}, which is not there" in err
+        and err.count("\n") == 1
+    )

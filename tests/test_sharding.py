@@ -2,18 +2,34 @@ import json
 import shutil
 
 import pytest
+import runs
 import torch
 import torch.distributed as dist
-import runs
 from kill_and_resume import kill_ranks
 
 from nanomem import sharding
-from nanomem.config import UserError
+from nanomem.cli import UserError
 from nanomem.memory import MemoryTable
 
-SMALL = ["--device=cpu", "--dtype=float64", "--n_layer=2", "--n_embd=24", "--n_head=2", "--block_size=32", "--batch_size=12",
-         "--mem_layers=0,1", "--mem_n_keys=8", "--mem_knn=2", "--mem_heads=2", "--eval_iters=1", "--eval_interval=20", "--log_interval=1",
-         "--warmup_iters=2", "--max_iters=20", "--grad_clip=0.2"]
+SMALL = [
+    "--device=cpu",
+    "--dtype=float64",
+    "--n_layer=2",
+    "--n_embd=24",
+    "--n_head=2",
+    "--block_size=32",
+    "--batch_size=12",
+    "--mem_layers=0,1",
+    "--mem_n_keys=8",
+    "--mem_knn=2",
+    "--mem_heads=2",
+    "--eval_iters=1",
+    "--eval_interval=20",
+    "--log_interval=1",
+    "--warmup_iters=2",
+    "--max_iters=20",
+    "--grad_clip=0.2",
+]
 OPTIONS = {
     "shared table": [],
     "tables of their own": ["--mem_share_values=false", "--mem_gated=false", "--mem_qk_norm=false"],
@@ -24,13 +40,20 @@ OPTIONS = {
     "mixture of experts": ["--ffn=moe", "--moe_experts=12", "--moe_hidden=4", "--moe_k=1"],
     "PEER": ["--ffn=peer"],
     "PEER, 2 passes": ["--ffn=peer", "--gradient_accumulation_steps=2"],
-    # Its balance loss is of the tokens that are computed at once, which depend on how passes are shared out.
-    "mixture of experts, 2 passes": ["--ffn=moe", "--moe_experts=12", "--moe_hidden=4", "--moe_balance=0", "--gradient_accumulation_steps=2"],
+    # Its balance loss is of the tokens that are computed at once, which depend on how passes are shared
+    # out.
+    "mixture of experts, 2 passes": [
+        "--ffn=moe",
+        "--moe_experts=12",
+        "--moe_hidden=4",
+        "--moe_balance=0",
+        "--gradient_accumulation_steps=2",
+    ],
     "float32": ["--dtype=float32"],
     "bfloat16 table": ["--dtype=float32", "--mem_dtype=bfloat16"],
 }
-# Relative; 1e-9 otherwise, and tensors too. Some of PEER's rows have gradients that are next to nothing, of which RowAdam makes
-# steps as large as any other's, rounding included.
+# Relative; 1e-9 otherwise, and tensors too. Some of PEER's rows have gradients that are next to nothing, of
+# which RowAdam makes steps as large as any other's, rounding included.
 LOSSES_WITHIN = {"float32": 1e-3, "bfloat16 table": 2e-2, "PEER": 1e-9, "PEER, 2 passes": 1e-9}
 
 
@@ -67,9 +90,19 @@ def alone(facts, tmp_path_factory):
 
 def compare(processes, options, facts, alone, folder, *arguments):
     """Runs with each of the options must have one process's losses, and end with its tensors."""
-    torchrun(processes, "train", [[*SMALL, f"--data={facts}", *OPTIONS[option], *arguments, f"--out_dir={folder / option}"] for option in options])
+    torchrun(
+        processes,
+        "train",
+        [
+            [*SMALL, f"--data={facts}", *OPTIONS[option], *arguments, f"--out_dir={folder / option}"]
+            for option in options
+        ],
+    )
     for option in options:
-        losses = [[row["train_loss"] for row in runs.metrics(out_dir)] for out_dir in (alone(option), folder / option)]
+        losses = [
+            [row["train_loss"] for row in runs.metrics(out_dir)]
+            for out_dir in (alone(option), folder / option)
+        ]
         assert losses[0] == pytest.approx(losses[1], rel=LOSSES_WITHIN.get(option, 1e-9)), option
         if option not in LOSSES_WITHIN:
             same_tensors(alone(option), folder / option)
@@ -84,7 +117,13 @@ def same_tensors(expected, found):
 
 
 def test_two_processes_train_as_one(facts, alone, tmp_path):
-    compare(2, ["shared table", "2 passes", "float32", "bfloat16 table", "mixture of experts", "PEER"], facts, alone, tmp_path)
+    compare(
+        2,
+        ["shared table", "2 passes", "float32", "bfloat16 table", "mixture of experts", "PEER"],
+        facts,
+        alone,
+        tmp_path,
+    )
 
 
 def test_two_groups_of_two_train_as_one(facts, alone, tmp_path):
@@ -92,7 +131,9 @@ def test_two_groups_of_two_train_as_one(facts, alone, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes, mem_parallel", [(1, 0), (2, 0), (2, 1), (3, 0), (3, 1), (4, 0), (4, 1), (4, 2)])
+@pytest.mark.parametrize(
+    "processes, mem_parallel", [(1, 0), (2, 0), (2, 1), (3, 0), (3, 1), (4, 0), (4, 1), (4, 2)]
+)
 def test_any_number_of_processes_trains_as_one(processes, mem_parallel, facts, alone, tmp_path):
     compare(processes, OPTIONS, facts, alone, tmp_path, f"--mem_parallel={mem_parallel}")
 
@@ -108,7 +149,14 @@ def test_a_run_of_four_goes_on_in_two_and_in_one(facts, alone, tmp_path):
     shutil.rmtree(out_dir / "checkpoint-20")
     runs.run("train.py", "--resume", f"--out_dir={out_dir}")
     same_tensors(alone("shared table"), out_dir)
-    out, _ = runs.run("sample.py", f"--out_dir={out_dir}", "--device=cpu", "--start=Ada's locker is", "--max_new_tokens=3", "--trace")
+    out, _ = runs.run(
+        "sample.py",
+        f"--out_dir={out_dir}",
+        "--device=cpu",
+        "--start=Ada's locker is",
+        "--max_new_tokens=3",
+        "--trace",
+    )
     assert "Ada's locker is" in out
 
 
@@ -121,7 +169,9 @@ def test_a_step_sends_what_the_formula_says_and_parts_of_tables_shrink():
         rows = (G - 1) / G * 8 * result["rows"]
         if R > 1:
             rows += (R - 1) * 4 * result["rows of a group"] + (R - 1) / R * 2 * b * v_dim / G * result["rows"]
-        assert result["sent"] == pytest.approx(result["tokens"] * token + P * rows + P * (P - 1) / P * 8 * result["core"])
+        assert result["sent"] == pytest.approx(
+            result["tokens"] * token + P * rows + P * (P - 1) / P * 8 * result["core"]
+        )
 
 
 def test_a_replica_without_a_gradient_takes_part_with_an_empty_one():
@@ -139,10 +189,14 @@ def test_a_dense_gradient_of_split_columns_moves_the_rows_that_any_process_has()
 
 def test_processes_that_differ_are_told_so(tmp_path):
     told = torchrun(2, "disagree", str(tmp_path))
-    expected = {"settings": "learning_rate is 0.1 in process 0 and 0.2 in process 1", "data": "data is", "file": "process 1: data must be",
-                "share": "2 processes can't share batch_size=5",
-                "columns": "values of 31 columns (mem_v_dim, or n_embd) can't be split over 2 processes; nearest: mem_v_dim=30 or 32",
-                "group": "mem_parallel=5 must divide the number of processes, 2; nearest: 2 (0: all of them)"}
+    expected = {
+        "settings": "learning_rate is 0.1 in process 0 and 0.2 in process 1",
+        "data": "data is",
+        "file": "process 1: data must be",
+        "share": "2 processes can't share batch_size=5",
+        "columns": "values of 31 columns (mem_v_dim, or n_embd) can't be split over 2 processes; nearest: mem_v_dim=30 or 32",
+        "group": "mem_parallel=5 must divide the number of processes, 2; nearest: 2 (0: all of them)",
+    }
     for name, message in expected.items():
         assert message in told[name] and told[name].count("\n") == 1, told
     assert not list(tmp_path.glob("*/out"))
@@ -186,7 +240,10 @@ def test_shares_cover_every_sequence_once(monkeypatch):
             batches, rows = sharding.share_of_batch(batch_size, passes)
             seen += [(i, row) for i in batches for row in range(batch_size)[rows]]
         assert sorted(seen) == [(i, row) for i in range(passes) for row in range(batch_size)]
-    with pytest.raises(UserError, match="8 processes can't share batch_size=6 x gradient_accumulation_steps=2 .*batch_size=4 or 8"):
+    with pytest.raises(
+        UserError,
+        match="8 processes can't share batch_size=6 x gradient_accumulation_steps=2 .*batch_size=4 or 8",
+    ):
         sharding.share_of_batch(6, 2)
 
 
@@ -216,7 +273,12 @@ def test_a_group_of_one_reads_as_a_table(mesh):
 
 def test_processes_started_again_go_on_and_a_new_launch_does_not(tmp_path, monkeypatch):
     arguments = ["--max_iters=5", f"--out_dir={tmp_path / 'run'}"]
-    for launch, expected in (("one", None), ("one", "going on from iteration 5"), ("two", "moved the earlier run"), ("", "moved the earlier run")):
+    for launch, expected in (
+        ("one", None),
+        ("one", "going on from iteration 5"),
+        ("two", "moved the earlier run"),
+        ("", "moved the earlier run"),
+    ):
         monkeypatch.setattr(sharding, "_launch", launch)
         out, _ = runs.run("train.py", *runs.TINY, *arguments)
         assert ("moved" in out or "going on" in out) == bool(expected) and (expected or "") in out

@@ -68,7 +68,9 @@ def test_encoding_is_tiktokens_where_tiktoken_can():
         assert tokens.dtype == np.uint32 and tokens.tolist() == encoding.encode_ordinary(text)
 
 
-@pytest.mark.parametrize("name", ["bytes", facts.DATA / "world" / "tokenizer.tiktoken"], ids=["bytes", "world"])
+@pytest.mark.parametrize(
+    "name", ["bytes", facts.DATA / "world" / "tokenizer.tiktoken"], ids=["bytes", "world"]
+)
 def test_a_byte_of_the_command_line_that_is_not_utf8_is_encoded_as_tiktoken_does(name):
     encoding = tokenizer.by_name(name)
     assert encoding.decode(tokenizer.encode(encoding, "caf\udce9 🙂").tolist()) == "caf\ufffd 🙂"

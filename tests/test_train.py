@@ -11,8 +11,8 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-import torch
 import runs
+import torch
 from kill_and_resume import check, kill_and_resume
 
 from nanomem import checkpoint, run, tokenizer

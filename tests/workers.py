@@ -1,6 +1,6 @@
 """
-What test_sharding.py has several processes do: torchrun ... tests/workers.py FUNCTION JSON, where the first process prints the
-function's result as the last line, in JSON.
+What test_sharding.py has several processes do: torchrun ... tests/workers.py FUNCTION JSON, where the first
+process prints the function's result as the last line, in JSON.
 """
 
 import functools
@@ -17,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import runs
 
 from nanomem import checkpoint, optim, sharding
-from nanomem.config import GPTConfig, UserError
+from nanomem.cli import UserError
+from nanomem.config import GPTConfig
 from nanomem.memory import MemoryTable, ProductKeyMemory
 from nanomem.model import GPT
 
@@ -30,14 +31,24 @@ def train(settings):
 
 
 def step_bytes(groups):
-    """For each size of group: what one training step of all processes sends, counted from the tensors given to torch.distributed,
-    and what it is made of.
+    """For each size of group: what one training step of all processes sends, counted from the tensors given
+    to torch.distributed, and what it is made of.
     """
     return [_step_bytes(mem_parallel) for mem_parallel in groups]
 
 
 def _step_bytes(mem_parallel):
-    config = GPTConfig(vocab_size=50, n_layer=3, n_embd=24, n_head=2, block_size=16, mem_layers="0,2", mem_n_keys=12, mem_heads=2, mem_knn=3)
+    config = GPTConfig(
+        vocab_size=50,
+        n_layer=3,
+        n_embd=24,
+        n_head=2,
+        block_size=16,
+        mem_layers="0,2",
+        mem_n_keys=12,
+        mem_heads=2,
+        mem_knn=3,
+    )
     model = _model(config, mem_parallel)
     parallel = sharding.data_parallel(model)
     optimizers = optim.build_optimizer(model)
@@ -56,9 +67,13 @@ def _step_bytes(mem_parallel):
     gather = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
     for update in range(2):  # DDP makes its buckets anew after the first
         sent, idx = 0, torch.randint(50, (4, 16))
-        with mock.patch.object(dist, gather, counted(getattr(dist, gather), lambda n: n - 1)), \
-             mock.patch.object(dist, "all_to_all_single", counted(dist.all_to_all_single, lambda n: (n - 1) / n)), \
-             mock.patch.object(dist, "all_reduce", counted(dist.all_reduce, lambda n: 2 * (n - 1) / n)):
+        with (
+            mock.patch.object(dist, gather, counted(getattr(dist, gather), lambda n: n - 1)),
+            mock.patch.object(
+                dist, "all_to_all_single", counted(dist.all_to_all_single, lambda n: (n - 1) / n)
+            ),
+            mock.patch.object(dist, "all_reduce", counted(dist.all_reduce, lambda n: 2 * (n - 1) / n)),
+        ):
             parallel(idx, idx)[1].backward()
             of_group = len(optim.coalesce_gradient_(values)[0])
             sharding.add_replicas(model)
@@ -68,18 +83,30 @@ def _step_bytes(mem_parallel):
                 optimizer.step()
                 optimizer.zero_grad()
     everyones = sharding.gather((sent, of_group))
-    return {"sent": sum(sent for sent, _ in everyones), "rows of a group": max(rows for _, rows in everyones), "rows": of_all,
-            "core": model.count_parameters()[0], "tokens": 4 * 16 * dist.get_world_size(), "bytes per token": sharding.bytes_per_token(model),
-            "table": values.untyped_storage().nbytes()}
+    return {
+        "sent": sum(sent for sent, _ in everyones),
+        "rows of a group": max(rows for _, rows in everyones),
+        "rows": of_all,
+        "core": model.count_parameters()[0],
+        "tokens": 4 * 16 * dist.get_world_size(),
+        "bytes per token": sharding.bytes_per_token(model),
+        "table": values.untyped_storage().nbytes(),
+    }
 
 
 def replicas_without_a_gradient(settings):
-    """What two replicas' tables are, one of them without a gradient: sparse and dense gradients, then none at all."""
+    """What two replicas' tables are, one of them without a gradient: sparse and dense gradients, then none
+    at all.
+    """
     torch.manual_seed(0)
     table = sharding.ShardedTable(6, 2, sharding.make_mesh(torch.device("cpu"), 1))
     optimizer = optim.RowAdam([table.values], lr=0.1)
     results = []
-    for grad in (torch.sparse_coo_tensor([[4, 1, 4]], torch.tensor([[1.0, 2], [3, 4], [5, 6]]), (6, 2)), torch.eye(6)[:, 1:3].clone(), None):
+    for grad in (
+        torch.sparse_coo_tensor([[4, 1, 4]], torch.tensor([[1.0, 2], [3, 4], [5, 6]]), (6, 2)),
+        torch.eye(6)[:, 1:3].clone(),
+        None,
+    ):
         table.values.grad = grad if sharding.rank() == 1 else None
         sharding.add_replicas(table)
         results.append(table.values.grad.to_dense().tolist())
@@ -91,7 +118,9 @@ def replicas_without_a_gradient(settings):
 
 
 def dense_gradients_of_columns(settings):
-    """Two processes with a column each of a table: after a dense gradient, the same rows of both have moved."""
+    """Two processes with a column each of a table: after a dense gradient, the same rows of both have
+    moved.
+    """
     torch.manual_seed(0)
     table = sharding.ShardedTable(4, 2, sharding.make_mesh(torch.device("cpu"), 2))
     before = table.values.detach().clone()
@@ -121,7 +150,10 @@ def wrapped(settings):
         return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
     def distance(layer, of=lambda p: p.grad):
-        return max((whole(of(p)) - of(q)).abs().max().item() for p, q in zip(layer.parameters(), expected.parameters()))
+        return max(
+            (whole(of(p)) - of(q)).abs().max().item()
+            for p, q in zip(layer.parameters(), expected.parameters())
+        )
 
     def ddp(sparse):
         parallel = torch.nn.parallel.DistributedDataParallel(make(sparse))
@@ -141,7 +173,10 @@ def wrapped(settings):
 
     def clip():
         layer, other = fsdp(False), alone()
-        return max(abs(whole(a) - b).item() for a, b in zip(optim.clip_gradients(layer, 0.01), optim.clip_gradients(other, 0.01)))
+        return max(
+            abs(whole(a) - b).item()
+            for a, b in zip(optim.clip_gradients(layer, 0.01), optim.clip_gradients(other, 0.01))
+        )
 
     def meta():
         with torch.device("meta"):
@@ -150,13 +185,22 @@ def wrapped(settings):
         for module in layer.modules():
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
-        return [(whole(a).std() / b.std()).item() for a, b in ((layer.table.values, expected.table.values), (layer.keys, expected.keys))] + [
-            (whole(layer.qk_scale) / expected.qk_scale).mean().item()]
+        return [
+            (whole(a).std() / b.std()).item()
+            for a, b in ((layer.table.values, expected.table.values), (layer.keys, expected.keys))
+        ] + [(whole(layer.qk_scale) / expected.qk_scale).mean().item()]
 
     told = {}
-    for name, use in {"ddp dense": lambda: ddp(False), "ddp sparse": lambda: ddp(True), "fsdp dense": lambda: distance(fsdp(False)),
-                      "fsdp sparse": lambda: fsdp(True), "fsdp RowAdam": lambda: [o.step() for o in optim.build_optimizer(fsdp(False))],
-                      "fsdp clip": clip, "fsdp meta": meta, "fsdp adamw": adamw}.items():
+    for name, use in {
+        "ddp dense": lambda: ddp(False),
+        "ddp sparse": lambda: ddp(True),
+        "fsdp dense": lambda: distance(fsdp(False)),
+        "fsdp sparse": lambda: fsdp(True),
+        "fsdp RowAdam": lambda: [o.step() for o in optim.build_optimizer(fsdp(False))],
+        "fsdp clip": clip,
+        "fsdp meta": meta,
+        "fsdp adamw": adamw,
+    }.items():
         expected = alone()
         try:
             told[name] = use()
@@ -174,8 +218,14 @@ def _model(config, mem_parallel):
 def disagree(folder):
     """What each process is told where one's settings, data or files differ."""
     told = {}
-    for name, arguments in {"settings": [f"--learning_rate=0.{1 + sharding.rank()}"], "data": ["--data=book.txt"], "file": ["--data=only0.txt"],
-                            "share": ["--batch_size=5"], "columns": ["--mem_v_dim=31"], "group": ["--mem_parallel=5"]}.items():
+    for name, arguments in {
+        "settings": [f"--learning_rate=0.{1 + sharding.rank()}"],
+        "data": ["--data=book.txt"],
+        "file": ["--data=only0.txt"],
+        "share": ["--batch_size=5"],
+        "columns": ["--mem_v_dim=31"],
+        "group": ["--mem_parallel=5"],
+    }.items():
         here = Path(folder) / str(sharding.rank())
         here.mkdir(parents=True, exist_ok=True)
         (here / "book.txt").write_text(f"{sharding.rank()} and the like " * 100)
@@ -191,9 +241,22 @@ def disagree(folder):
 
 
 def full_disk(folder):
-    """What is said and what is left where one process, not the first, can't write its part of a checkpoint."""
+    """What is said and what is left where one process, not the first, can't write its part of a
+    checkpoint.
+    """
     import resource
-    config = GPTConfig(vocab_size=50, n_layer=2, n_embd=32, n_head=2, block_size=16, mem_layers="0,1", mem_n_keys=12, mem_heads=2, mem_knn=3)
+
+    config = GPTConfig(
+        vocab_size=50,
+        n_layer=2,
+        n_embd=32,
+        n_head=2,
+        block_size=16,
+        mem_layers="0,1",
+        mem_n_keys=12,
+        mem_heads=2,
+        mem_knn=3,
+    )
     model = _model(config, 0)
     checkpoint.save(folder, model, [], {"config": {}, "iteration": 1})
     if sharding.rank() == 1:

