@@ -13,7 +13,7 @@ import math
 import os
 from dataclasses import dataclass
 
-from nanomem import kinds
+from nanomem import datasets, kinds
 from nanomem.cli import (  # noqa: F401 TEMPORARY
     SafeStream,
     UserError,
@@ -108,8 +108,8 @@ class Config(GPTConfig):
     arguments = "[RECIPE] "
 
     data: str = setting(
-        "people", "people (invented), world (cities), a .jsonl file of facts, a text file, "
-        "or what data/prepare.py made", section="Data", path=True)
+        "people", f"{datasets.help_text()}, a .jsonl file of facts, a text file, or what data/prepare.py "
+        "made", section="Data", path=True)
     n_entities: int = setting(3000, "people or cities to learn about")
     zipf: float = setting(0.6, "the entity of rank r is mentioned in proportion to r ** -zipf", least=0)
     tokenizer: str = setting(

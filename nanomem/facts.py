@@ -1,12 +1,12 @@
 """
-Sets of facts, the sentences that state them, and how much of them a model recalls.
+Sets of facts, the sentences that state them, and how many of them a model recalls.
 
-- A fact is an (entity, attribute) pair with an answer: (Lagos, country) -> Nigeria.
-- Every fact is stated, in several wordings or in biographies. Half of the pairs are also asked as questions
-  while training; the questions of the other half are never seen, so answering one takes the fact itself and
-  not the sentence.
-- `world` has real cities, `people` invented biographies with a known number of bits, `from_jsonl` a user's
-  facts.
+- A fact is an answer to a pair of entity and attribute: (Lagos, country) -> Nigeria.
+- Training states every fact, in several wordings or in biographies. It also asks questions about half of the
+  pairs. The questions about the other half are never seen: to answer one, a model must have learnt the fact
+  and not just the sentence.
+- `world` has real cities, `people` invented people with a known number of bits, `from_jsonl` a user's facts.
+  datasets.py lists those that come with nanomem.
 """
 
 import codecs
@@ -15,27 +15,28 @@ import json
 import math
 import re
 import shlex
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import tiktoken
 import torch
 
 from nanomem import tokenizer
+from nanomem.cli import shipped
+from nanomem.datasets import DATASETS
 
-PACKAGE = Path(__file__).resolve().parent
-INSTALLED, CLONE = PACKAGE / "shipped", PACKAGE.parent / "data"
-DATA = INSTALLED if INSTALLED.exists() else CLONE
-ASKED, SELECT, REPORT = (
-    0,
-    1,
-    2,
-)  # a pair's questions: asked while training; never, and for choosing settings; never, and reported
+DATA = shipped("people").parent  # the folder of data sets
+
+# What a pair's questions are for: training, choosing settings, or the reported recall.
+# SELECT's and REPORT's are never seen in training.
+ASKED, SELECT, REPORT = 0, 1, 2
 
 
 @dataclass(frozen=True)
 class Attribute:
-    """A kind of fact and its wordings: "{}" stands for the entity, the answer comes at the end."""
+    """A kind of fact and its wordings: "{}" is replaced by the entity, and the answer follows at the end."""
 
     name: str
     statements: tuple
@@ -43,26 +44,31 @@ class Attribute:
 
 
 WORLD_ATTRIBUTES = (
-    Attribute("country",
-              ("The city of {} is in", "The country of {} is", "On the map {} belongs to"),
-              ("In which country is {}?", "What country is {} in?")),
-    Attribute("time zone",
-              ("The time zone of {} is", "Clocks in {} follow", "The local time of {} is"),
-              ("What time zone is {} in?", "Which time zone do clocks in {} follow?")),
-    Attribute("population",
-              ("The population of {} is", "The number of people in {} is", "The inhabitants of {} number"),
-              ("How many people live in {}?", "What is the population of {}?")),
-    Attribute("latitude",
-              ("The latitude of {} is", "From south to north {} is at", "The parallel of {} is"),
-              ("What is the latitude of {}?", "How far north or south is {}?")),
-    Attribute("longitude",
-              ("The longitude of {} is", "From west to east {} is at", "The meridian of {} is"),
-              ("What is the longitude of {}?", "How far east or west is {}?")),
+    Attribute(
+        "country",
+        ("The city of {} is in", "The country of {} is", "On the map {} belongs to"),
+        ("In which country is {}?", "What country is {} in?")),
+    Attribute(
+        "time zone",
+        ("The time zone of {} is", "Clocks in {} follow", "The local time of {} is"),
+        ("What time zone is {} in?", "Which time zone do clocks in {} follow?")),
+    Attribute(
+        "population",
+        ("The population of {} is", "The number of people in {} is", "The inhabitants of {} number"),
+        ("How many people live in {}?", "What is the population of {}?")),
+    Attribute(
+        "latitude",
+        ("The latitude of {} is", "From south to north {} is at", "The parallel of {} is"),
+        ("What is the latitude of {}?", "How far north or south is {}?")),
+    Attribute(
+        "longitude",
+        ("The longitude of {} is", "From west to east {} is at", "The meridian of {} is"),
+        ("What is the longitude of {}?", "How far east or west is {}?")),
 )
 
-# Every prompt ends in the same token, so that what a model keeps at the place where it answers is found again whatever the wording:
-# with questions that end otherwise than biographies, a memory layer keeps as many facts and answers half as
-# many questions.
+# Every prompt about people ends in the same token, ":". A memory layer is read at that token, so it finds
+# what a biography stored even when a question asks for it. With questions that end in another token than
+# biographies, a model learns as many facts but answers half as many questions.
 PEOPLE_ATTRIBUTES = (
     Attribute("birth date", ("{} born:",), ("When was {} born:", "Birth date of {}:")),
     Attribute("birth city", ("{} from:",), ("Where was {} born:", "Birth city of {}:")),
@@ -77,16 +83,18 @@ class FactSet:
 
     Args:
         entities: names, from the most to the least frequent.
-        attributes: Attribute, ...
-        values: for each attribute a list of values; a value is a tuple of accepted spellings, the first one
-        taught.
-        codes: (entities, attributes) integers, which value each pair has.
-        zipf: entity number r (from 0) is mentioned in proportion to (r + 1) ** -zipf; 0 mentions all alike.
-        biographies: facts are stated together, the statements of all attributes after an entity's name:
-            each has one, "{} ...".
+        attributes: the kinds of facts.
+        values: for each attribute a list of values; a value is a tuple of accepted spellings, of which the
+            first is taught.
+        codes: (entities, attributes) integers: the number of each pair's value in its attribute's list.
+        zipf: entity number r (from 0) is mentioned in proportion to (r + 1) ** -zipf; 0: all equally often.
+        biographies: state all facts about an entity together: its name, followed by a statement for each
+            attribute. Every attribute then has one statement, of the form "{} ...".
     """
 
-    def __init__(self, entities, attributes, values, codes, zipf=0.0, biographies=False):
+    def __init__(
+            self, entities: list[str], attributes: tuple[Attribute, ...], values: list, codes: np.ndarray,
+            zipf: float = 0.0, biographies: bool = False):
         self.entities, self.attributes, self.values, self.codes = entities, attributes, values, codes
         self.biographies = biographies
         frequency = np.arange(1, len(entities) + 1, dtype=np.float64) ** -zipf
@@ -94,103 +102,118 @@ class FactSet:
         self.role = self._split()
 
     def _split(self):
-        """(entities, attributes) of ASKED, SELECT or REPORT: a half and two quarters of each attribute's
-        pairs.
+        """ASKED, SELECT or REPORT for each pair: (entities, attributes) int8.
 
-        The same for every training seed, so that no run was ever taught what another is asked.
+        Of each attribute's pairs, half are ASKED and a quarter each SELECT and REPORT. All ASKED without
+        questions. The same for every training seed, so no run is trained on what another is tested on.
         """
         n = len(self.entities)
         rng = np.random.default_rng(0)
-        quarters = np.arange(n) * 4 // n  # 0 and 1: asked, 2: for choosing, 3: reported
-        roles = np.stack([np.maximum(rng.permutation(quarters) - 1, ASKED) for _ in self.attributes], axis=1)
-        has_questions = [len(a.questions) > 0 for a in self.attributes]
+        quarters = np.arange(n) * 4 // n
+        role_of_quarter = np.array([ASKED, ASKED, SELECT, REPORT])
+        roles = np.stack([role_of_quarter[rng.permutation(quarters)] for _ in self.attributes], axis=1)
+        has_questions = [len(attribute.questions) > 0 for attribute in self.attributes]
         return np.where(has_questions, roles, ASKED).astype(np.int8)
 
-    def answers(self, entity, attribute):
+    def answers(self, entity: int, attribute: int) -> tuple[str, ...]:
         """The accepted answers of a pair, the taught one first."""
         return self.values[attribute][self.codes[entity, attribute]]
 
-    def bands(self):
-        """'head', 'torso' and 'tail' -> the entities that make up a third of all mentions each (Sun et al.
-        2023).
+    def bands(self) -> dict[str, np.ndarray]:
+        """The numbers of the entities in 'head', 'torso' and 'tail', each with about a third of all mentions
+        (Sun et al. 2023).
         """
-        third = np.minimum((np.cumsum(self.frequency) - self.frequency / 2) * 3, 2).astype(int)
+        middle = (
+            np.cumsum(self.frequency) - self.frequency / 2
+        )  # share of mentions up to the entity's middle one
+        third = np.minimum(middle * 3, 2).astype(int)
         return {name: np.flatnonzero(third == i) for i, name in enumerate(("head", "torso", "tail"))}
 
-    def bits_per_entity(self):
-        """The information in an entity's answers, if its values were drawn evenly and apart."""
+    def bits_per_entity(self) -> float:
+        """The information in the answers about one entity, in bits, if all values are equally likely and
+        independent.
+        """
         return sum(math.log2(len(values)) for values in self.values)
 
-    def most_frequent_scores(self):
-        """For each attribute the recall of a model that always answers its most frequent value:
+    def most_frequent_scores(self) -> np.ndarray:
+        """For each attribute, the recall of a model that always answers its most frequent value:
         (attributes,).
         """
         return np.array([np.bincount(column).max() / len(column) for column in self.codes.T])
 
 
-def world(n_entities=1000, zipf=0.0):
+# ------------------------------------------------------------------------------------------------
+# Sets of facts
+
+
+def world(n_entities: int = 1000, zipf: float = 0.0) -> FactSet:
     """The n_entities largest cities of the world and five facts about each (GeoNames, CC BY 4.0).
 
-    Raises ValueError if n_entities is not between 4 and the number of cities in data/world/cities.tsv.gz.
+    Raises ValueError unless n_entities is from 4 to the number of cities in data/world/cities.tsv.gz.
     """
     with gzip.open(DATA / "world" / "cities.tsv.gz", "rt", encoding="utf-8") as file:
-        rows = [line.rstrip("\n").split("\t") for line in file][1:]
+        rows = [line.rstrip("\n").split("\t") for line in file][1:]  # without the header
     if not 4 <= n_entities <= len(rows):
         raise ValueError(f"n_entities for data=world must be from 4 to {len(rows)}, got {n_entities}")
     names, *columns = zip(*rows[:n_entities])
-    unique = [np.unique(column, return_inverse=True) for column in columns]
-    values = [[(str(value),) for value in distinct] for distinct, _ in unique]
-    return FactSet(
-        list(names), WORLD_ATTRIBUTES, values, np.stack([code for _, code in unique], axis=1), zipf
-    )
+    values, codes = [], []
+    for column in columns:
+        distinct, numbers = np.unique(column, return_inverse=True)
+        values.append([(str(value),) for value in distinct])
+        codes.append(numbers)
+    return FactSet(list(names), WORLD_ATTRIBUTES, values, np.stack(codes, axis=1), zipf)
 
 
-def people(n_entities=8000, zipf=0.0, seed=0):
-    """Invented people with five facts each, like bioS of "Physics of Language Models: Part 3.3" (Allen-Zhu
-    & Li 2024).
+def people(n_entities: int = 8000, zipf: float = 0.0, seed: int = 0) -> FactSet:
+    """Invented people with five facts each, like bioS in "Physics of Language Models: Part 3.3" (Allen-Zhu &
+    Li 2024).
 
-    Every value is drawn evenly and on its own, so a person is worth exactly `bits_per_entity()` bits, 46.6.
-    Up to 32,768 people have a first name and a surname, more of them a middle name too.
+    Every value is drawn uniformly and independently, so the facts about a person are worth exactly
+    `bits_per_entity()` = 46.6 bits. Up to 32,768 people have a first name and a surname; with more, all have
+    a middle name too. Raises ValueError unless n_entities is from 4 to the number of names.
     """
     lists = json.loads((DATA / "people" / "lists.json").read_text(encoding="utf-8"))
-    first = lists["first names"]
-    last = [a + b for a in lists["surname beginnings"] for b in lists["surname endings"]]
-    parts = [first, last] if n_entities <= len(first) * len(last) else [first, first, last]
-    if not 4 <= n_entities <= math.prod(map(len, parts)):
-        raise ValueError(
-            f"n_entities for data=people must be from 4 to {math.prod(map(len, parts))}, got {n_entities}"
-        )
     rng = np.random.default_rng(seed)
-    numbers = rng.choice(math.prod(map(len, parts)), n_entities, replace=False)
-    names = [" ".join(part[i] for part, i in zip(parts, index))
-             for index in zip(*np.unravel_index(numbers, [len(part) for part in parts]))]
-    months = lists["months"]
-    values = [
-        [
-            (f"{day} {month} {year}",)
-            for month in months
-            for day in range(1, 29)
-            for year in range(1900, 2100)
-        ],
-        [(city,) for city in lists["cities"]],
-        [(f"{place} {kind}",) for kind in lists["university kinds"] for place in lists["university places"]],
-        [(major,) for major in lists["majors"]],
-        [(f"{stem} {kind}",) for stem in lists["company stems"] for kind in lists["company kinds"]],
+    names = draw_names(lists, n_entities, rng)
+    dates = [f"{day} {month} {year}"
+             for month in lists["months"] for day in range(1, 29) for year in range(1900, 2100)]
+    universities = [
+        f"{place} {kind}" for kind in lists["university kinds"] for place in lists["university places"]
     ]
-    codes = np.stack([rng.integers(len(choices), size=n_entities) for choices in values], axis=1)
-    return FactSet(names, PEOPLE_ATTRIBUTES, values, codes, zipf, biographies=True)
+    employers = [f"{stem} {kind}" for stem in lists["company stems"] for kind in lists["company kinds"]]
+    values, codes = [], []
+    for choices in (dates, lists["cities"], universities, lists["majors"], employers):
+        values.append([(choice,) for choice in choices])
+        codes.append(rng.integers(len(choices), size=n_entities))
+    return FactSet(names, PEOPLE_ATTRIBUTES, values, np.stack(codes, axis=1), zipf, biographies=True)
 
 
-def teaches_facts(data):
-    """Whether --data teaches facts and not a text: world, people, or a file named .jsonl, in any letter
+def draw_names(lists, n_entities, rng):
+    """n_entities different full names."""
+    given_names = lists["first names"]
+    surnames = [a + b for a in lists["surname beginnings"] for b in lists["surname endings"]]
+    parts = [given_names, surnames]
+    if n_entities > len(given_names) * len(surnames):
+        parts = [given_names, given_names, surnames]
+    sizes = [len(part) for part in parts]
+    limit = math.prod(sizes)
+    if not 4 <= n_entities <= limit:
+        raise ValueError(f"n_entities for data=people must be from 4 to {limit}, got {n_entities}")
+    numbers = rng.choice(limit, n_entities, replace=False)  # all full names are numbered
+    chosen = [np.array(part)[i] for part, i in zip(parts, np.unravel_index(numbers, sizes))]
+    return [" ".join(full_name) for full_name in zip(*chosen)]
+
+
+def teaches_facts(data: str) -> bool:
+    """Whether --data teaches facts and not a text: a name in DATASETS, or a .jsonl file in any letter
     case.
     """
-    return data in ("world", "people") or data.lower().endswith(".jsonl")
+    return data in DATASETS or data.lower().endswith(".jsonl")
 
 
-def from_jsonl(path):
-    """A user's own facts: one {"prompt": ..., "answer": ...} a line, the answer a string or a list of
-    accepted strings.
+def from_jsonl(path: str | Path) -> FactSet:
+    """A user's own facts: one {"prompt": ..., "answer": ...} per line, where the answer is a string or a
+    list of accepted strings.
 
     Raises ValueError naming file and line for anything else.
     """
@@ -198,49 +221,61 @@ def from_jsonl(path):
     for number, line in enumerate(lines_of(read_text(path)), 1):
         if not line.strip():
             continue
-        where = f"{path}, line {number}"
         try:
-            fact = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(
-                f"{where}: not JSON ({getattr(error, 'msg', error)}); expected {{\"prompt\": ..., \"answer\": ...}}"
-            ) from None
-        if not isinstance(fact, dict):
-            raise ValueError(
-                f"{where}: expected an object with \"prompt\" and \"answer\", got {type(fact).__name__}"
-            )
-        for key in ("prompt", "answer"):
-            if key not in fact:
-                hint = f"; for documents: {prepare_command(shlex.quote(str(path)))}" if "text" in fact else ""
-                raise ValueError(f"{where}: the key \"{key}\" is missing{hint}")
-        accepted = fact["answer"] if isinstance(fact["answer"], list) else [fact["answer"]]
-        if not isinstance(fact["prompt"], str) or not fact["prompt"].strip():
-            raise ValueError(f"{where}: \"prompt\" must be a string that is not empty")
-        if not accepted or not all(isinstance(a, str) and a.strip() for a in accepted):
-            raise ValueError(
-                f"{where}: \"answer\" must be a string, or a list of strings, none of them empty"
-            )
-        prompt, accepted = fact["prompt"].strip(), tuple(a.strip() for a in accepted)
-        if any(0xD800 <= ord(character) < 0xE000 for text in (prompt, *accepted) for character in text):
-            raise ValueError(f"{where}: half of a \\ud800 pair stands alone, which is no character")
-        if prompt in answers:
-            raise ValueError(
-                f"{where}: the prompt {prompt[:60]!r} is there twice; list its answers in one line"
-            )
+            prompt, accepted = read_fact(line, path)
+            if prompt in answers:
+                raise ValueError(f"the prompt {prompt[:60]!r} is there twice; list its answers in one line")
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from None
         answers[prompt] = accepted
     if not answers:
-        raise ValueError(f"{path}: no facts in it; expected one {{\"prompt\": ..., \"answer\": ...}} a line")
-    # Each line is an entity of its own whose name is the prompt.
-    return FactSet(
-        list(answers),
-        (Attribute("fact", ("{}",)),),
-        [list(answers.values())],
-        np.arange(len(answers))[:, None],
-    )
+        raise ValueError(f"{path}: no facts in it; expected one {FACT_LINE} per line")
+    # Each line becomes an entity, named by its prompt, with one attribute.
+    codes = np.arange(len(answers))[:, None]
+    return FactSet(list(answers), (Attribute("fact", ("{}",)),), [list(answers.values())], codes)
 
 
-def read_text(path):
-    """A file's text, with the line ends it has. Raises ValueError naming the line that is not UTF-8."""
+FACT_LINE = '{"prompt": ..., "answer": ...}'
+
+
+def read_fact(line, path):
+    """The prompt and the accepted answers in a line of a .jsonl file. Raises ValueError saying what is
+    wrong.
+    """
+    try:
+        fact = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        reason = getattr(error, "msg", error)
+        raise ValueError(f"not JSON ({reason}); expected {FACT_LINE}") from None
+    if not isinstance(fact, dict):
+        raise ValueError(f'expected an object with "prompt" and "answer", got {type(fact).__name__}')
+    for key in ("prompt", "answer"):
+        if key not in fact:
+            hint = f"; for documents: {prepare_command(shlex.quote(str(path)))}" if "text" in fact else ""
+            raise ValueError(f'the key "{key}" is missing{hint}')
+    prompt, accepted = fact["prompt"], fact["answer"]
+    if not isinstance(accepted, list):
+        accepted = [accepted]
+    if not is_words(prompt):
+        raise ValueError('"prompt" must be a string that is not empty')
+    if not accepted or not all(map(is_words, accepted)):
+        raise ValueError('"answer" must be a string, or a list of strings, none of them empty')
+    if re.search("[\ud800-\udfff]", "".join([prompt, *accepted])):
+        raise ValueError("half of a \\ud800 pair is not a character")
+    return prompt.strip(), tuple(answer.strip() for answer in accepted)
+
+
+def is_words(value):
+    """Whether a JSON value is a string with more than blanks."""
+    return isinstance(value, str) and value.strip() != ""
+
+
+# ------------------------------------------------------------------------------------------------
+# Reading files
+
+
+def read_text(path: str | Path) -> str:
+    """A file's text, with its line ends unchanged. Raises ValueError naming the line that is not UTF-8."""
     content = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8)  # some editors begin files with it
     try:
         return content.decode()
@@ -250,8 +285,10 @@ def read_text(path):
         raise ValueError(f"{path}, line {number}: byte {column} is not UTF-8") from None
 
 
-def lines_of(text):
-    """A text's lines. \\n, \\r\\n and \\r end one; str.splitlines would also cut at \\u2028 and others."""
+def lines_of(text: str) -> list[str]:
+    """A text's lines, split at \\n, \\r\\n and \\r only; str.splitlines would also split at \\u2028 and
+    others.
+    """
     return re.split(r"\r\n|\r|\n", text)
 
 
@@ -259,36 +296,39 @@ COMPRESSED = (".zst", ".bz2", ".xz", ".lz4", ".br", ".zip", ".7z", ".rar",
               ".tar", ".tgz", ".tar.gz", ".parquet.gz")
 
 
-def refuse_compressed(path):
-    """Raises ValueError for the name of an archive or of a compressed file, unless it is a .gz."""
+def refuse_compressed(path: str | Path):
+    """Raises ValueError for a name that belongs to an archive or to a compressed file other than .gz."""
     if str(path).lower().endswith(COMPRESSED):
         raise ValueError(f"{path}: nanomem reads no compressed files but .gz; unpack it first")
 
 
-def refuse_json(path, text):
-    """Raises ValueError, with the remedy, for JSON in a file that is not named .jsonl: a model should not
-    learn its braces.
+def refuse_json(path: str | Path, text: str):
+    """Raises ValueError, with the remedy, for JSON in a file not named .jsonl: a model shouldn't learn its
+    braces.
 
     text: the file's text, or its beginning.
     """
-    first = json_beginning(text)
-    if first is None:
+    value = json_beginning(text)
+    if value is None:
         return
-    keys = first if isinstance(first, dict) else ()
+    keys = value if isinstance(value, dict) else ()
     # facts.jsonl for facts.json, facts.txt or facts.txt.gz
-    name = shlex.quote(re.sub(r"(\.[^./\\]*)?(\.gz)?$", ".jsonl", str(path), count=1, flags=re.IGNORECASE))
+    name = re.sub(r"(\.[^./\\]*)?(\.gz)?$", ".jsonl", str(path), count=1, flags=re.IGNORECASE)
+    name = shlex.quote(name)
     if "prompt" in keys and "answer" in keys:
         remedy = f"save it as {name}, one object a line, to teach these facts: python train.py --data={name}"
     elif "text" in keys:
         remedy = f"save it as {name}, one object a line, to train on these documents: {prepare_command(name)}"
     else:
-        remedy = (f'expected text, or {name} with one object a line: '
-                  '{"prompt": ..., "answer": ...} for train.py, {"text": ...} for data/prepare.py')
+        remedy = (f"expected text, or {name} with one object a line: "
+                  f'{FACT_LINE} for train.py, {{"text": ...}} for data/prepare.py')
     raise ValueError(f"{path} looks like JSON; {remedy}")
 
 
-def json_beginning(text):
-    """The first object of JSON lines or of a JSON array; an array of anything else; None for other text."""
+def json_beginning(text: str) -> dict | list | None:
+    """The first object in JSON lines or in a JSON array; the whole of any other JSON array; None for other
+    text.
+    """
     begin = re.match(r"\ufeff?\s*", text).end()
     inside = re.compile(r"\[?\s*").match(text, begin).end()
     for start in (inside, begin):
@@ -296,82 +336,90 @@ def json_beginning(text):
             value, end = json.JSONDecoder().raw_decode(text, start)
         except (ValueError, RecursionError):
             continue
+        # Text may begin with brackets too, so an array must be all of it, and an object must end its line.
         following = r"\s*\Z" if isinstance(value, list) else r"[ \t\r]*(\n|,|\]|\Z)"
         if isinstance(value, (dict, list)) and re.compile(following).match(text, end):
             return value
     return None
 
 
-def prepare_command(name):
-    """The command for a file of documents, whose name is quoted for a shell."""
+def prepare_command(name: str) -> str:
+    """The command that prepares a file of documents, whose name is already quoted for a shell."""
     return f"python data/prepare.py {name} --out=data/mine, then --data=mine"
 
 
-def all_sentences(facts):
-    """Every statement and question with its answer, as text: what a tokenizer is trained on."""
+# ------------------------------------------------------------------------------------------------
+# Sentences
+
+
+def all_sentences(facts: FactSet) -> Iterator[str]:
+    """Every statement and question with its answer, as text to train a tokenizer on."""
     for e, entity in enumerate(facts.entities):
         for a, attribute in enumerate(facts.attributes):
             for wording in attribute.statements + attribute.questions:
                 yield f"{wording.replace('{}', entity)} {facts.answers(e, a)[0]}"
 
 
-# ------------------------------------------------------------------------------------------------
-# Sentences as tokens
-
-
 class Sentences:
-    """Turns facts into tokens. Words are encoded piece by piece once, so that a batch only has to join
-    lists.
+    """The sentences of a FactSet as lists of tokens.
+
+    Names, answers and the pieces of wordings are encoded once, so that a batch only has to join lists.
     """
 
-    def __init__(self, facts, encoding):
+    def __init__(self, facts: FactSet, encoding: tiktoken.Encoding):
         self.facts, self.encoding = facts, encoding
         self.end = encoding.eot_token
+        # In mid-sentence, a name or answer is encoded with the space before it: " Lagos".
+        self.names = {False: self._encode(facts.entities), True: self._encode(facts.entities, before=" ")}
+        self.values = []  # attribute, value, spelling -> tokens
+        for values in facts.values:
+            self.values.append([self._encode(spellings, before=" ") for spellings in values])
+        self.codes = facts.codes.tolist()  # a list's elements are read faster one by one than an array's
+        self.pieces = {}  # wording -> tokens before and after the name
+        for attribute in facts.attributes:
+            for wording in attribute.statements + attribute.questions:
+                before, after = wording.split("{}")
+                self.pieces[wording] = self._encode([before.rstrip(" "), after])
 
-        def encode(
-            texts,
-        ):  # tiktoken's batches start threads each time, which takes longer than short texts do
-            return [tokenizer.encode(encoding, text).tolist() for text in texts]
-        # A name in mid-sentence is encoded with its space: " Lagos".
-        self.names = {False: encode(facts.entities), True: encode([" " + name for name in facts.entities])}
-        self.values = [
-            [encode([" " + spelling for spelling in value]) for value in values] for values in facts.values
-        ]
-        self.codes = facts.codes.tolist()  # read one by one faster than an array's elements
-        self.pieces = {wording: encode([wording.split("{}")[0].rstrip(" "), wording.split("{}")[1]])
-                       for a in facts.attributes for wording in a.statements + a.questions}
+    def _encode(self, texts, before=""):
+        """The tokens of each text: a list of lists."""
+        # One by one: tiktoken's batches start threads each time, which takes longer for short texts.
+        return [tokenizer.encode(self.encoding, before + text).tolist() for text in texts]
 
-    def prompt(self, entity, wording):
+    def prompt(self, entity: int, wording: str) -> list[int]:
         """The tokens up to the answer."""
         before, after = self.pieces[wording]
         return before + self.names[bool(before)][entity] + after
 
-    def answers(self, entity, attribute):
-        """The tokens of each accepted answer."""
+    def answers(self, entity: int, attribute: int) -> list[list[int]]:
+        """The tokens of each accepted answer, the taught one first."""
         return self.values[attribute][self.codes[entity][attribute]]
 
-    def longest(self):
-        """(tokens of the longest document, with its longest accepted answers and <|endoftext|>; the entity
-        it is about)
+    def longest(self) -> tuple[int, int]:
+        """The number of tokens in the longest document, with its longest accepted answer, and the number of
+        the entity it is about.
         """
         names = {inside: np.array([len(name) for name in names]) for inside, names in self.names.items()}
-        lengths, biography = [], names[False] + 1
+        documents, biography = [], names[False] + 1  # (entities,); 1: <|endoftext|>
         for a, attribute in enumerate(self.facts.attributes):
-            answers = np.array([max(map(len, value)) for value in self.values[a]])[self.facts.codes[:, a]]
-            for before, after in (
-                self.pieces[wording] for wording in attribute.statements + attribute.questions
-            ):
-                lengths.append(len(before) + names[bool(before)] + len(after) + answers + 1)
-            biography = biography + len(self.pieces[attribute.statements[0]][1]) + answers
-        longest = np.max(lengths + [biography] * self.facts.biographies, axis=0)
-        return int(longest.max()), int(longest.argmax())
+            answers = np.array([max(map(len, spellings)) for spellings in self.values[a]])
+            answers = answers[self.facts.codes[:, a]]                            # (entities,)
+            for wording in attribute.statements + attribute.questions:
+                before, after = self.pieces[wording]
+                documents.append(len(before) + names[bool(before)] + len(after) + answers + 1)
+            _, statement = self.pieces[attribute.statements[0]]
+            biography = biography + len(statement) + answers
+        if self.facts.biographies:
+            documents.append(biography)
+        lengths = np.max(documents, axis=0)                                      # (entities,)
+        return int(lengths.max()), int(lengths.argmax())
 
-    def document(self, entity, attribute, wording):
+    def document(self, entity: int, attribute: int, wording: str) -> list[int]:
         """Prompt, taught answer and <|endoftext|>."""
         return self.prompt(entity, wording) + self.answers(entity, attribute)[0] + [self.end]
 
-    def biography(self, entity, order):
-        """The entity's name, and the statement and taught answer of each attribute in this order;
+    def biography(self, entity: int, order: list[int]) -> list[int]:
+        """The entity's name, the statement and taught answer of each attribute in this order, and
         <|endoftext|>.
         """
         tokens = list(self.names[False][entity])
@@ -386,72 +434,84 @@ class Sentences:
 
 
 @torch.no_grad()
-def recall(model, sentences, pairs, questions, batch_size=64):
-    """Which facts the model recalls: the answer it decodes greedily, to its end, is an accepted one. (In a
-    biography no end follows, but another statement: there what it decodes must begin with an accepted
-    answer.)
+def recall(
+        model: torch.nn.Module, sentences: Sentences, pairs: np.ndarray, questions: bool,
+        batch_size: int = 64) -> np.ndarray:
+    """Which facts the model recalls: (n,) bool. A fact is recalled if the answer decoded greedily, up to
+    <|endoftext|>, is an accepted one.
+
+    In a biography another statement follows the answer, so there it is enough that the decoded text begins
+    with an accepted answer.
 
     Args:
         model: a GPT.
-        sentences: a Sentences.
+        sentences: how to ask.
         pairs: (n, 2) array of (entity, attribute).
-        questions: ask with a question; otherwise with a statement, which was taught, up to its answer.
-    Returns:
-        (n,) bool array.
+        questions: ask questions; otherwise give the model a taught statement up to its answer.
     """
-    facts, device = sentences.facts, next(model.parameters()).device
-    rows = []  # (pair, tokens, where the answer begins)
-    for number, (e, a) in enumerate(pairs):
-        attribute = facts.attributes[a]
-        wordings = attribute.questions if questions else attribute.statements
-        prompt = [sentences.end] + sentences.prompt(e, wordings[e % len(wordings)])
-        end = [] if facts.biographies and not questions else [sentences.end]
-        rows += [(number, prompt + answer + end, len(prompt)) for answer in sentences.answers(e, a)]
-    rows.sort(key=lambda row: len(row[1]))  # so that a batch needs little padding
+    candidates = answered_prompts(sentences, pairs, questions)
+    candidates.sort(key=lambda candidate: len(candidate[1]))  # so that a batch needs little padding
     known = np.zeros(len(pairs), dtype=bool)
+    device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    for i in range(0, len(rows), batch_size):
-        batch = rows[i:i + batch_size]
-        tokens = torch.full((len(batch), len(batch[-1][1])), sentences.end)
-        for j, (_, row, _) in enumerate(batch):
-            tokens[j, :len(row)] = torch.tensor(row)
+    for i in range(0, len(candidates), batch_size):
+        batch = candidates[i:i + batch_size]
+        _, longest, _ = batch[-1]
+        tokens = torch.full((len(batch), len(longest)), sentences.end)           # (batch, time)
+        for j, (_, sequence, _) in enumerate(batch):
+            tokens[j, :len(sequence)] = torch.tensor(sequence)
         logits, _ = model(tokens[:, :-1].to(device))
-        hits = (logits.argmax(-1).cpu() == tokens[:, 1:]).numpy()
-        # Greedy decoding gives exactly this answer if every token of it is the likeliest after those before
-        # it, so one forward pass over prompt and answer tells what decoding token by token would.
-        for j, (number, row, start) in enumerate(batch):
-            known[number] |= hits[j, start - 1:len(row) - 1].all()
+        hits = (logits.argmax(-1).cpu() == tokens[:, 1:]).numpy()                # (batch, time - 1)
+        # Greedy decoding gives exactly this answer if each of its tokens is the likeliest after those before
+        # it. So one forward pass over prompt and answer replaces decoding token by token.
+        for j, (number, sequence, start) in enumerate(batch):
+            known[number] |= hits[j, start - 1:len(sequence) - 1].all()
     model.train(was_training)
     return known
 
 
-def measure(model, sentences, most):
-    """What a model recalls: {"select": scores, "report": scores, "taught": scores}, each from at most
-    `most` pairs.
+def answered_prompts(sentences, pairs, questions):
+    """(number of the pair, tokens of prompt and answer, place where the answer begins) for each accepted
+    answer of each pair.
+    """
+    facts, answered = sentences.facts, []
+    end = [] if facts.biographies and not questions else [sentences.end]
+    for number, (e, a) in enumerate(pairs):
+        attribute = facts.attributes[a]
+        wordings = attribute.questions if questions else attribute.statements
+        prompt = [sentences.end] + sentences.prompt(e, wordings[e % len(wordings)])
+        for answer in sentences.answers(e, a):
+            answered.append((number, prompt + answer + end, len(prompt)))
+    return answered
 
-    select and report are by questions never asked of the pair, taught is by a statement and over all pairs;
-    a kind without pairs is left out. Scores are those of `scores`. The pairs are the same at each call.
+
+def measure(model: torch.nn.Module, sentences: Sentences, most: int) -> dict[str, dict]:
+    """What a model recalls: {"select": scores, "report": scores, "taught": scores}, as `scores` returns
+    them, each from at most `most` pairs.
+
+    select and report use questions about pairs that training never asked about; taught uses statements,
+    about all pairs. A kind without pairs is left out. Every call uses the same pairs.
     """
     facts, measured = sentences.facts, {}
-    for kind, role in (
-        ("select", facts.role == SELECT),
-        ("report", facts.role == REPORT),
-        ("taught", facts.role >= 0),
-    ):
-        pairs = np.argwhere(role)
+    kinds = {"select": facts.role == SELECT, "report": facts.role == REPORT, "taught": facts.role >= 0}
+    for kind, is_chosen in kinds.items():
+        pairs = np.argwhere(is_chosen)
         if len(pairs) > most:
             pairs = pairs[np.random.default_rng(0).choice(len(pairs), most, replace=False)]
         if len(pairs):
-            measured[kind] = scores(facts, pairs, recall(model, sentences, pairs, questions=kind != "taught"))
+            known = recall(model, sentences, pairs, questions=kind != "taught")
+            measured[kind] = scores(facts, pairs, known)
     return measured
 
 
-def scores(facts, pairs, known):
-    """The share of pairs known: under "all", "head", "torso", "tail" and each attribute's name. None
-    without pairs.
+def scores(facts: FactSet, pairs: np.ndarray, known: np.ndarray) -> dict[str, float | None]:
+    """The share of pairs known: under "all", "head", "torso", "tail" and each attribute's name. None where
+    there are no pairs.
     """
-    groups = {"all": np.ones(len(pairs), dtype=bool)}
-    groups |= {band: np.isin(pairs[:, 0], entities) for band, entities in facts.bands().items()}
-    groups |= {a.name: pairs[:, 1] == i for i, a in enumerate(facts.attributes)}
-    return {name: float(known[group].mean()) if group.any() else None for name, group in groups.items()}
+    subsets = {"all": np.ones(len(pairs), dtype=bool)}
+    for band, entities in facts.bands().items():
+        subsets[band] = np.isin(pairs[:, 0], entities)
+    for a, attribute in enumerate(facts.attributes):
+        subsets[attribute.name] = pairs[:, 1] == a
+    return {name: float(known[subset].mean()) if subset.any() else None for name, subset in subsets.items()}

@@ -44,8 +44,7 @@ class ProductKeyMemory(nn.Module):
         heads: independent lookups per token; their results are added up.
         knn: slots read by each head, k in the formulas.
         k_dim: length of a query and of a key, an even number; None for dim.
-        qk_norm: scale both halves of queries and keys to length 1, then multiply by a learned scale per
-        head.
+        qk_norm: scale both halves of queries and keys to length 1, then multiply by a learned scale per head.
         gated: multiply what was read by silu(W_gate x).
     """
 
@@ -113,12 +112,12 @@ class ProductKeyMemory(nn.Module):
 def product_key_topk(queries: Tensor, keys: Tensor, knn: int) -> tuple[Tensor, Tensor]:
     """The knn slots with the highest scores among all n_keys**2, exactly (Lample et al. 2019, section 3.2).
 
-    Slot (i, j), numbered i * n_keys + j, has the key [keys[h, 0, i] ; keys[h, 1, j]]. Its score is the sum
-    of two half scores, so the best slots combine the best half keys, found with 2 * n_keys scores.
+    Slot (i, j), numbered i * n_keys + j, has the key [keys[h, 0, i] ; keys[h, 1, j]]. Its score is the sum of
+    two half scores, so the best slots combine the best half keys, found with 2 * n_keys scores.
 
-    queries (n, heads, 2, k_dim / 2) and keys (heads, 2, n_keys, k_dim / 2), of one dtype -> scores (n,
-    heads, knn), from high to low, float32 at least, differentiable; and distinct slots, int64. Raises
-    ValueError for shapes or dtypes that don't fit each other and for a knn outside 1..n_keys.
+    queries (n, heads, 2, k_dim / 2) and keys (heads, 2, n_keys, k_dim / 2), of one dtype
+    -> scores (n, heads, knn), from high to low, float32 at least, differentiable; and distinct slots, int64.
+    Raises ValueError for shapes or dtypes that don't fit each other and for a knn outside 1..n_keys.
     """
     chunks = queries.split(ops.tokens_at_once(keys))
     scores, slots = zip(*[merge_halves(score_halves(chunk, keys), knn) for chunk in chunks])
@@ -162,9 +161,7 @@ def candidate_pairs(knn: int, device: torch.device) -> tuple[Tensor, Tensor]:
 @product_key_topk.register_gradient
 def search_gradient(
         grad_scores: Tensor, queries: Tensor, keys: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of queries and keys: a query's is a sum of the keys it chose, a key's of its
-    queries.
-    """
+    """The gradients of queries and keys: a query's is a sum of the keys it chose, a key's of its queries."""
     n, heads, _, half_dim = queries.shape
     n_keys, knn = keys.shape[2], grad_scores.shape[-1]
     i = slots // n_keys
@@ -209,9 +206,7 @@ def read_gradients(grad, values, indices, weights, values_need_it, weights_need_
 
 
 def embedding_bag(table, indices, weights):
-    """out[t] = sum over l of weights[t, l] * table[indices[t, l]]: (n_rows, dim), (n, lookups) -> (n,
-    dim)
-    """
+    """out[t] = sum over l of weights[t, l] * table[indices[t, l]]: (n_rows, dim), (n, lookups) -> (n, dim)"""
     if use_kernels(table):
         return kernels.embedding_bag(table, indices, weights)
     return F.embedding_bag(indices, table, per_sample_weights=weights, mode="sum")
@@ -227,8 +222,7 @@ def sddmm(table, indices, x):
 def segment_sum(indices, weights, x, n_rows):
     """sums[i] = sum over (t, l) with indices[t, l] == rows[i] of weights[t, l] * x[t].
 
-    indices (n, lookups) below n_rows, weights (n, lookups), x (n, dim) -> rows (u,) that occur, sums (u,
-    dim)
+    indices (n, lookups) below n_rows, weights (n, lookups), x (n, dim) -> rows (u,) that occur, sums (u, dim)
     """
     if use_kernels(x):
         return kernels.segment_sum(indices, weights, x, n_rows)[:2]

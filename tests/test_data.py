@@ -5,10 +5,11 @@ import pytest
 import torch
 
 from nanomem import facts, tokenizer
+from nanomem.cli import shipped
 from nanomem.config import Config
 from nanomem.data import DROPOUT, FactData, TextData, ahead, open_data, random_stream
 
-SHIPPED = facts.DATA / "world" / "tokenizer.tiktoken"
+SHIPPED = shipped("world") / "tokenizer.tiktoken"
 
 
 @pytest.fixture(scope="module")

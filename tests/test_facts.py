@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from nanomem import facts, tokenizer
+from nanomem.cli import shipped
 from nanomem.config import GPTConfig
 from nanomem.data import FactData
 from nanomem.model import GPT
@@ -110,7 +111,7 @@ def test_jsonl_that_is_wrong_is_named_with_its_line(tmp_path, lines, message):
 
 
 def test_sentences_are_tokens_of_the_text(world):
-    sentences = facts.Sentences(world, tokenizer.load(facts.DATA / "world" / "tokenizer.tiktoken"))
+    sentences = facts.Sentences(world, tokenizer.load(shipped("world") / "tokenizer.tiktoken"))
     longest = 0
     for e, entity in enumerate(world.entities):
         for a, attribute in enumerate(world.attributes):
@@ -125,7 +126,7 @@ def test_sentences_are_tokens_of_the_text(world):
 
 def test_a_biography_states_every_fact_once():
     people = facts.people(50)
-    sentences = facts.Sentences(people, tokenizer.load(facts.DATA / "people" / "tokenizer.tiktoken"))
+    sentences = facts.Sentences(people, tokenizer.load(shipped("people") / "tokenizer.tiktoken"))
     text = sentences.encoding.decode(sentences.biography(7, [4, 0, 3, 1, 2]))
     date, city, university, major, employer = (people.answers(7, a)[0] for a in range(5))
     assert (
@@ -142,7 +143,7 @@ def test_what_is_recalled_in_a_biography_needs_no_end():
     in a question.
     """
     people = facts.people(8)
-    sentences = facts.Sentences(people, tokenizer.load(facts.DATA / "people" / "tokenizer.tiktoken"))
+    sentences = facts.Sentences(people, tokenizer.load(shipped("people") / "tokenizer.tiktoken"))
     joined, after = sentences.encoding.encode_ordinary(" joined"), {}
     for e in range(8):
         for a, attribute in enumerate(people.attributes):
@@ -169,7 +170,7 @@ def test_what_is_recalled_in_a_biography_needs_no_end():
 def test_recall_is_what_greedy_decoding_says():
     torch.manual_seed(0)
     world = facts.world(20)
-    data = FactData(world, tokenizer.load(facts.DATA / "world" / "tokenizer.tiktoken"), 48)
+    data = FactData(world, tokenizer.load(shipped("world") / "tokenizer.tiktoken"), 48)
     model = GPT(
         GPTConfig(n_layer=2, n_embd=32, n_head=2, block_size=48, mem_layers="1", mem_n_keys=16, mem_knn=4)
     )

@@ -263,7 +263,7 @@ def test_a_folder_and_its_shards_of_the_same_name(small, monkeypatch, tmp_path):
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "book.txt").write_text(words(3000))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("nanomem.facts.DATA", tmp_path / "data")
+    monkeypatch.setattr("nanomem.data.shipped", lambda name: tmp_path / "data" / name)
     run(monkeypatch, "notes", "--out=data/notes")
     assert open_data(Config(data="notes")).encoding.n_vocab == 257
 

@@ -8,13 +8,14 @@ import runs
 import tiktoken
 
 from nanomem import facts, tokenizer
+from nanomem.cli import shipped
 
 TEXT = "Zürich's 1234 cafés\n\n are  open: 🙂 <|endoftext|>"
 
 
 @pytest.mark.parametrize("name, size", [("world", 2048), ("people", 1328)])
 def test_the_shipped_tokenizers_read_any_text_back(name, size):
-    encoding = tokenizer.load(facts.DATA / name / "tokenizer.tiktoken")
+    encoding = tokenizer.load(shipped(name) / "tokenizer.tiktoken")
     assert encoding.n_vocab == size and encoding.eot_token == size - 1
     assert encoding.decode(encoding.encode_ordinary(TEXT)) == TEXT
     assert encoding.eot_token not in encoding.encode_ordinary(TEXT)
@@ -26,7 +27,7 @@ def test_bytes():
 
 
 def test_save_and_load(tmp_path):
-    encoding = tokenizer.load(facts.DATA / "people" / "tokenizer.tiktoken")
+    encoding = tokenizer.load(shipped("people") / "tokenizer.tiktoken")
     tokenizer.save(encoding, tmp_path / "t.tiktoken")
     assert tokenizer.load(tmp_path / "t.tiktoken").encode_ordinary(TEXT) == encoding.encode_ordinary(TEXT)
 
@@ -62,14 +63,14 @@ def test_bytes_in_another_order_keep_their_ranks():
 
 
 def test_encoding_is_tiktokens_where_tiktoken_can():
-    encoding = tokenizer.load(facts.DATA / "people" / "tokenizer.tiktoken")
+    encoding = tokenizer.load(shipped("people") / "tokenizer.tiktoken")
     for text in (TEXT, "", " " * 300_000 + "x", "word " * 1000):
         tokens = tokenizer.encode(encoding, text)
         assert tokens.dtype == np.uint32 and tokens.tolist() == encoding.encode_ordinary(text)
 
 
 @pytest.mark.parametrize(
-    "name", ["bytes", facts.DATA / "world" / "tokenizer.tiktoken"], ids=["bytes", "world"]
+    "name", ["bytes", shipped("world") / "tokenizer.tiktoken"], ids=["bytes", "world"]
 )
 def test_a_byte_of_the_command_line_that_is_not_utf8_is_encoded_as_tiktoken_does(name):
     encoding = tokenizer.by_name(name)
@@ -78,7 +79,7 @@ def test_a_byte_of_the_command_line_that_is_not_utf8_is_encoded_as_tiktoken_does
 
 @pytest.mark.parametrize("text", BLANKS.values(), ids=BLANKS)
 def test_millions_of_blanks_in_a_row_are_encoded(text):
-    encoding = tokenizer.load(facts.DATA / "world" / "tokenizer.tiktoken")
+    encoding = tokenizer.load(shipped("world") / "tokenizer.tiktoken")
     assert encoding.decode(tokenizer.encode(encoding, text).tolist()) == text
 
 
@@ -106,8 +107,8 @@ def test_no_token_of_a_bpe_is_longer_than_the_longest_word():
 def test_training_on_the_world_gives_the_shipped_tokenizer_token_for_token():
     pytest.importorskip("tokenizers")
     trained = tokenizer.train_bpe(facts.all_sentences(facts.world(4000)), 2048)
-    shipped = tokenizer.load(facts.DATA / "world" / "tokenizer.tiktoken")
-    assert tokenizer.digest(trained) == tokenizer.digest(shipped) == "acc71e80bf4310f9"
+    known = tokenizer.load(shipped("world") / "tokenizer.tiktoken")
+    assert tokenizer.digest(trained) == tokenizer.digest(known) == "acc71e80bf4310f9"
 
 
 def test_numbers_without_a_token_are_known():

@@ -1,0 +1,50 @@
+"""
+The sets of facts that come with nanomem, which --data takes by name.
+
+To add one, write a function that makes its FactSet and add an entry to DATASETS; nothing else needs to know.
+Files that it reads go in data/NAME, which nanomem.cli.shipped(NAME) finds. A tokenizer.tiktoken there is
+what tokenizer=auto uses; without one, it uses one token per byte. numpy and torch are imported inside
+functions only, so that --help is answered at once.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A set of facts.
+
+    Args:
+        help: what it is about, for --help.
+        make: (config) -> its FactSet, with config's n_entities, zipf and seed. Raises ValueError for a
+            number of entities that it can't have.
+    """
+
+    help: str
+    make: Callable
+
+
+def make_people(config):
+    """Invented people, different ones for each seed."""
+    from nanomem import facts
+
+    return facts.people(config.n_entities, config.zipf, config.seed)
+
+
+def make_world(config):
+    """The largest cities of the world."""
+    from nanomem import facts
+
+    return facts.world(config.n_entities, config.zipf)
+
+
+DATASETS = {
+    "people": DataSet("invented", make_people),
+    "world": DataSet("cities", make_world),
+}
+
+
+def help_text() -> str:
+    """The sets and what they are about, for --help."""
+    return ", ".join(f"{name} ({dataset.help})" for name, dataset in DATASETS.items())
