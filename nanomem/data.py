@@ -32,21 +32,21 @@ IGNORE = -1  # a target without loss
 
 
 def random_stream(seed: int, purpose: int, *numbers: int) -> np.random.Generator:
-    """Random numbers for one purpose (a split's place in SPLITS, or DROPOUT) and numbers such as a step.
+    """A random generator for one purpose (a split's place in SPLITS, or DROPOUT) and numbers such as a step.
 
-    The numbers are SeedSequence's spawn key, because it ignores trailing zeros in a list: default_rng([seed,
-    0, 0]) is default_rng(seed), the stream that `facts.people` draws from.
+    Purpose and numbers are a spawn key, which keeps all streams apart. A list would not, because NumPy
+    ignores trailing zeros: default_rng([seed, 0, 0]) is default_rng(seed), the stream of `facts.people`.
     """
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(purpose, *numbers)))
 
 
 class FactData:
     """Blocks of sentences, with at most one sentence or biography about each entity, so that no answer can
-    be copied.
+    be copied from earlier in the block.
 
-    The split "train" has statements or biographies of all pairs, and questions about the ASKED ones. "val"
-    has questions about the SELECT ones, which are never asked in training (the same as "train" if facts have
-    no questions).
+    The split "train" has statements or biographies about all pairs, and questions about the ASKED ones. "val"
+    has questions about the SELECT ones, which training never asks; if the facts have no questions, it is
+    like "train".
 
     Raises ValueError for a fact longer than a block. With `fit`, blocks grow to hold the longest fact, up to
     LONGEST_FIT tokens.
@@ -55,8 +55,9 @@ class FactData:
     LONGEST_FIT = 1024  # longer blocks could exhaust a laptop's memory, so users must set them themselves
     QUESTION_SHARE = 0.5  # of the sentences about an ASKED pair
 
-    def __init__(self, fact_set: facts.FactSet, encoding: tiktoken.Encoding, block_size: int, seed: int = 0,
-                 fit: bool = False):
+    def __init__(
+            self, fact_set: facts.FactSet, encoding: tiktoken.Encoding, block_size: int, seed: int = 0,
+            fit: bool = False):
         self.facts, self.encoding, self.seed = fact_set, encoding, seed
         self.sentences = facts.Sentences(fact_set, encoding)
         length, entity = self.sentences.longest()
@@ -66,12 +67,9 @@ class FactData:
         if length > block_size:
             raise ValueError(
                 f"a fact about {fact_set.entities[entity][:60]!r} takes {length} tokens, more than "
-                f"block_size={block_size}: shorten it, or set --block_size={length}"
-            )
+                f"block_size={block_size}: shorten it, or set --block_size={length}")
         self.cumulative = np.cumsum(fact_set.frequency)
-        self.roles = (
-            fact_set.role.tolist()
-        )  # reading single elements is faster from a list than from an array
+        self.roles = fact_set.role.tolist()  # reading single elements is faster from a list than an array
         self.has_questions = bool((fact_set.role != facts.ASKED).any())
 
     def digest(self) -> str:
@@ -82,9 +80,7 @@ class FactData:
 
     def batch(self, split: str, start: int, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Sequences start, start + 1, ... of a split: inputs and targets, (batch_size, block_size) int64
-        each.
-
-        A target of -1 has no loss.
+        each. A target of -1 has no loss.
         """
         never_asked = split == "val" and self.has_questions
         tokens = []
@@ -98,9 +94,8 @@ class FactData:
     def _block(self, rng, never_asked):
         """A list of block_size + 1 tokens."""
         tokens, seen = [self.sentences.end], set()
-        draws = (
-            2 * self.block_size
-        )  # more than fit; but of questions never asked only every fourth draw counts
+        # More than fit into a block of "train". In "val" only a quarter of all pairs has a question to ask.
+        draws = 2 * self.block_size
         n_entities, n_attributes = self.facts.codes.shape
         entities = np.minimum(self.cumulative.searchsorted(rng.random(draws)), n_entities - 1)
         attributes = rng.integers(n_attributes, size=draws)
@@ -128,21 +123,18 @@ class FactData:
 class TextData:
     """Blocks of a text, each once per epoch, in an order that depends only on seed and epoch.
 
-    tokens: {"train": arrays, "val": arrays}, which may lie on disk. val_bytes: the length of the val split's
-    text. name: a hash of all that. Raises ValueError for a split with too few tokens.
+    Args:
+        tokens: {"train": arrays, "val": arrays}, in memory or on disk.
+        val_bytes: length of the val split's text.
+        name: a hash of the tokens.
+    Raises ValueError for a split with too few tokens.
     """
 
     facts = None
 
     def __init__(
-        self,
-        tokens: dict,
-        val_bytes: int,
-        encoding: tiktoken.Encoding,
-        block_size: int,
-        seed: int = 0,
-        name: str = "",
-    ):
+            self, tokens: dict, val_bytes: int, encoding: tiktoken.Encoding, block_size: int, seed: int = 0,
+            name: str = ""):
         self.tokens, self.encoding, self.block_size = tokens, encoding, block_size
         self.seed, self.name = seed, name
         self.ends = {split: np.cumsum([len(array) for array in arrays]) for split, arrays in tokens.items()}
@@ -151,10 +143,9 @@ class TextData:
             if self.blocks[split] < 1:
                 raise ValueError(
                     f"the text's {split} split has {ends[-1]:,} tokens, too few for block_size={block_size}: "
-                    f"it needs {2 * block_size}, or a smaller block_size"
-                )
+                    f"it needs {2 * block_size}, or a smaller block_size")
         self.bytes_per_token = val_bytes / int(self.ends["val"][-1])
-        self.orders = {}  # split -> (epoch, its order)
+        self.orders = {}  # split -> (epoch, shift, order of its blocks)
 
     @classmethod
     def from_text(cls, text: str, encoding: tiktoken.Encoding, block_size: int, seed: int = 0) -> "TextData":
@@ -180,22 +171,24 @@ class TextData:
     def _block(self, split, number):
         """Block `number` of the stream of all epochs, and the token after it."""
         epoch, i = divmod(number, self.blocks[split])
-        if self.orders.get(split, (None,))[0] != epoch:
+        if split not in self.orders or self.orders[split][0] != epoch:
             rng = random_stream(self.seed, SPLITS.index(split), epoch)
-            shift = rng.integers(self.block_size)  # so that another epoch has other blocks
+            shift = rng.integers(self.block_size)  # so that blocks begin at other tokens in another epoch
             self.orders[split] = epoch, shift, rng.permutation(self.blocks[split])
         _, shift, order = self.orders[split]
         return self._read(split, shift + order[i] * self.block_size, self.block_size + 1)
 
     def _read(self, split, start, count):
-        """`count` tokens from a position on, int64, out of one shard or several."""
+        """`count` tokens of a split from position `start` on, int64, from one shard or several."""
         shard, parts = int(np.searchsorted(self.ends[split], start, side="right")), []
         while count:
             array = self.tokens[split][shard]
-            begin = start - (self.ends[split][shard] - len(array))  # in this shard
-            part = array[begin:begin + count]
+            offset = start - (self.ends[split][shard] - len(array))  # of `start` in this shard
+            part = array[offset:offset + count]
             parts.append(part)
-            start, count, shard = start + len(part), count - len(part), shard + 1
+            start += len(part)
+            count -= len(part)
+            shard += 1
         return np.concatenate(parts).astype(np.int64)
 
 
@@ -203,6 +196,7 @@ class TextData:
 # Shards on disk, made by data/prepare.py: files of tokens, and an index
 
 INDEX = "index.json"
+REMEDY = "delete the folder and prepare it again"
 
 
 def token_dtype(vocab_size: int) -> type:
@@ -217,7 +211,7 @@ def file_digest(path: Path) -> str:
 
 
 @functools.lru_cache(maxsize=64)  # each keeps a file open, and a process may open only a few hundred
-def mapped(path: Path, dtype: np.dtype) -> np.memmap:
+def mapped(path, dtype):
     """A file's numbers, mapped into memory."""
     return np.memmap(path, dtype, "r")
 
@@ -240,62 +234,70 @@ def open_shards(folder: Path, config: Config, tokenizer_path: Path | None = None
 
     Raises ValueError naming the file that is missing, cut short, edited or of another vocabulary.
     """
-    index, when = checkpoint.read_json(folder / INDEX), (folder / INDEX).stat().st_mtime_ns
+    index = checkpoint.read_json(folder / INDEX)
     if not is_index(index):
-        raise ValueError(
-            f"{folder / INDEX} was changed after it was written; delete the folder and prepare it again"
-        )
-    name = index["tokenizer"]
-    if config.tokenizer not in ("auto", name):
-        raise ValueError(f"{folder} already holds tokens, of the tokenizer {name}; leave out "
-                         f"--tokenizer={config.tokenizer}")
-    if name.endswith(".tiktoken"):
-        has_saved = tokenizer_path is not None and tokenizer_path.exists()
-        name = tokenizer_path if has_saved else folder / name
-    encoding = tokenizer.by_name(name)
-    if tokenizer.digest(encoding) != index["vocabulary"]:
-        raise ValueError(f"the shards in {folder} were made with another tokenizer than {name}")
-    tokens, digests, dtype = {split: [] for split in SPLITS}, [], np.dtype(index["dtype"])
+        raise ValueError(f"{folder / INDEX} was changed after it was written; {REMEDY}")
+    encoding = shards_tokenizer(folder, index, config, tokenizer_path)
+    written, dtype = (folder / INDEX).stat().st_mtime_ns, np.dtype(index["dtype"])
+    tokens, digests = {split: [] for split in SPLITS}, []
     for split in SPLITS:
         for shard in index[split]:
-            check_shard(folder / shard["file"], shard, dtype.itemsize, when)
-            tokens[split].append(ShardTokens(folder / shard["file"], dtype, shard["tokens"]))
+            path = folder / shard["file"]
+            check_shard(path, shard, dtype, written)
+            tokens[split].append(ShardTokens(path, dtype, shard["tokens"]))
             digests.append(shard["sha256"])
     val_bytes = sum(shard["bytes"] for shard in index["val"])
     name = digest(repr(digests).encode())
     return TextData(tokens, val_bytes, encoding, config.block_size, config.seed, name)
 
 
-def is_index(index) -> bool:
-    """Whether this is the content of an index as data/prepare.py writes it."""
-    types = {"file": str, "tokens": int, "bytes": int, "sha256": str}
-    if not isinstance(index, dict) or index.get("dtype") not in ("uint16", "uint32"):
+def is_index(index):
+    """Whether a JSON value is an index as data/prepare.py writes it, with shards of both splits."""
+    if not has_types(index, tokenizer=str, vocabulary=str, dtype=str, train=list, val=list):
         return False
-    if not isinstance(index.get("tokenizer"), str) or not isinstance(index.get("vocabulary"), str):
+    if index["dtype"] not in ("uint16", "uint32") or not index["train"] or not index["val"]:
         return False
-    shards = [shard for split in SPLITS for shard in index.get(split) or [None]]  # both splits have some
-    return all(
-        isinstance(shard, dict) and {key: type(shard.get(key)) for key in types} == types for shard in shards
-    )
+    shards = index["train"] + index["val"]
+    return all(has_types(shard, file=str, tokens=int, bytes=int, sha256=str) for shard in shards)
 
 
-def check_shard(path: Path, shard: dict, itemsize: int, when: int):
-    """Raises ValueError if a shard is missing, cut short, or was edited after `when`, in ns."""
-    again = "delete the folder and prepare it again"
+def has_types(value, **types):
+    """Whether a JSON value is an object with these keys and types of values."""
+    return isinstance(value, dict) and all(type(value.get(key)) is types[key] for key in types)
+
+
+def shards_tokenizer(folder, index, config, tokenizer_path):
+    """The encoding that the shards were made with. Raises ValueError for another one."""
+    name = index["tokenizer"]
+    if config.tokenizer not in ("auto", name):
+        raise ValueError(
+            f"{folder} already holds tokens, of the tokenizer {name}; "
+            f"leave out --tokenizer={config.tokenizer}")
+    if name.endswith(".tiktoken"):
+        is_saved = tokenizer_path is not None and tokenizer_path.exists()
+        name = tokenizer_path if is_saved else folder / name
+    encoding = tokenizer.by_name(name)
+    if tokenizer.digest(encoding) != index["vocabulary"]:
+        raise ValueError(f"the shards in {folder} were made with another tokenizer than {name}")
+    return encoding
+
+
+def check_shard(path, shard, dtype, written):
+    """Raises ValueError if a shard is missing, cut short, or was changed since its index was written."""
     if not path.exists():
-        raise ValueError(f"{path} is missing; {again}")
-    size, expected = path.stat().st_size, shard["tokens"] * itemsize
+        raise ValueError(f"{path} is missing; {REMEDY}")
+    size, expected = path.stat().st_size, shard["tokens"] * dtype.itemsize
     if size != expected:
-        raise ValueError(f"{path} has {size:,} bytes, and {INDEX} says {expected:,}; {again}")
-    # Only a shard newer than the index is read: reading all of them would take long.
-    if path.stat().st_mtime_ns > when and file_digest(path) != shard["sha256"]:
-        raise ValueError(f"{path} was changed after it was written; {again}")
+        raise ValueError(f"{path} has {size:,} bytes, and {INDEX} says {expected:,}; {REMEDY}")
+    # Only files newer than the index are read: reading them all would take long.
+    if path.stat().st_mtime_ns > written and file_digest(path) != shard["sha256"]:
+        raise ValueError(f"{path} was changed after it was written; {REMEDY}")
 
 
 def ahead(make: Callable, numbers: Iterable) -> Iterator:
-    """Yields make(number) for each of numbers; a thread makes each one while the one before is in use."""
-    # Not in a `with`: the garbage collector closes an abandoned generator at any place, and waiting for a
-    # thread there can lock up.
+    """Yields make(number) for each of numbers. A thread makes the next one while one is in use."""
+    # No `with`: it would wait for the thread when the garbage collector closes an abandoned generator, which
+    # can happen anywhere in the program, and waiting there can lock up.
     pool, made = ThreadPoolExecutor(1), None
     for number in numbers:
         following = pool.submit(make, number)
@@ -321,15 +323,17 @@ def digest(*contents) -> str:
 def open_data(config: Config, tokenizer_path: Path | None = None, fit: bool = False) -> FactData | TextData:
     """The data that config.data names, with the tokenizer that config.tokenizer names.
 
-    tokenizer_path: a tokenizer saved by an earlier run, used instead of training another. fit: blocks may
-    become longer than config.block_size, to hold the longest fact; the data's block_size says how long.
+    Args:
+        config: its data, tokenizer, block_size and seed are used, and what DATASETS and a new BPE need.
+        tokenizer_path: a tokenizer saved by an earlier run, used instead of training another.
+        fit: blocks may be longer than config.block_size, to hold the longest fact; see the data's block_size.
     Raises ValueError, FileNotFoundError or ModuleNotFoundError saying what is wrong with the name, the file
     or its line.
     """
     if config.data in DATASETS:
         return open_facts(DATASETS[config.data].make(config), config, tokenizer_path, fit)
     path = Path(config.data)
-    for folder in (path, shipped(config.data)):
+    for folder in (path, shipped(config.data)):  # the second: data/prepare.py's own names
         if (folder / INDEX).is_file():
             return open_shards(folder, config, tokenizer_path)
     check_readable(path, config.data)
@@ -339,9 +343,8 @@ def open_data(config: Config, tokenizer_path: Path | None = None, fit: bool = Fa
     facts.refuse_json(path, text)
     if not text.strip():
         raise ValueError(f"{path}: the file is empty")
-    return TextData.from_text(
-        text, open_tokenizer(config, tokenizer_path, [text]), config.block_size, config.seed
-    )
+    encoding = open_tokenizer(config, tokenizer_path, [text])
+    return TextData.from_text(text, encoding, config.block_size, config.seed)
 
 
 def open_facts(fact_set, config, tokenizer_path, fit):
@@ -351,7 +354,7 @@ def open_facts(fact_set, config, tokenizer_path, fit):
 
 
 def check_readable(path, name):
-    """Raises ValueError or FileNotFoundError unless --data=NAME is a file that can be read as it is."""
+    """Raises ValueError or FileNotFoundError unless --data=NAME is a file that train.py can read."""
     if not name:
         raise ValueError(f"data is empty; expected {', '.join(DATASETS)}, or a file such as --data=book.txt")
     if path.is_file():
@@ -366,14 +369,14 @@ def check_readable(path, name):
         known = [*DATASETS, *prepared]
         raise FileNotFoundError(
             f"data must be {', '.join(known)}, a folder of shards, or the path of a .jsonl or text file; "
-            f"got {name!r}{nearest(name, known)}. Others are made by python data/prepare.py NAME, such as "
-            "shakespeare"
-        )
+            f"{name!r} is none of these{nearest(name, known)}. "
+            "python data/prepare.py NAME makes others, such as shakespeare")
 
 
 def open_tokenizer(config: Config, path: Path | None, texts: Iterable[str] | None) -> tiktoken.Encoding:
-    """The encoding that config.tokenizer names: the one saved at path, if there is one. texts: what to train
-    a BPE on.
+    """The encoding that config.tokenizer names.
+
+    path: where a run has saved it, if it has. texts: what to train a BPE on; None: it must have been saved.
     """
     name = config.tokenizer
     if name not in ("auto", "bytes", "bpe") and not name.endswith(".tiktoken"):
@@ -384,8 +387,9 @@ def open_tokenizer(config: Config, path: Path | None, texts: Iterable[str] | Non
         raise FileNotFoundError(f"{path} is missing: the run's tokenizer")
     if name == "auto":
         own = shipped(config.data) / "tokenizer.tiktoken"
-        is_shipped = config.data in DATASETS and own.exists()
-        return tokenizer.load(own) if is_shipped else tokenizer.byte_encoding()
+        if config.data in DATASETS and own.exists():
+            return tokenizer.load(own)
+        name = "bytes"
     if name == "bpe":
         return tokenizer.train_bpe(texts, config.vocab_size)
     return tokenizer.by_name(name)

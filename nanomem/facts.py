@@ -27,8 +27,6 @@ from nanomem import tokenizer
 from nanomem.cli import shipped
 from nanomem.datasets import DATASETS
 
-DATA = shipped("people").parent  # the folder of data sets
-
 # What a pair's questions are for: training, choosing settings, or the reported recall.
 # SELECT's and REPORT's are never seen in training.
 ASKED, SELECT, REPORT = 0, 1, 2
@@ -102,10 +100,11 @@ class FactSet:
         self.role = self._split()
 
     def _split(self):
-        """ASKED, SELECT or REPORT for each pair: (entities, attributes) int8.
+        """What each pair's questions are for: (entities, attributes) int8 of ASKED, SELECT or REPORT.
 
-        Of each attribute's pairs, half are ASKED and a quarter each SELECT and REPORT. All ASKED without
-        questions. The same for every training seed, so no run is trained on what another is tested on.
+        Half of an attribute's pairs are ASKED and a quarter each SELECT and REPORT; all are ASKED if it has
+        no questions. The split is the same for every training seed, so no run trains on what another is
+        tested on.
         """
         n = len(self.entities)
         rng = np.random.default_rng(0)
@@ -123,9 +122,8 @@ class FactSet:
         """The numbers of the entities in 'head', 'torso' and 'tail', each with about a third of all mentions
         (Sun et al. 2023).
         """
-        middle = (
-            np.cumsum(self.frequency) - self.frequency / 2
-        )  # share of mentions up to the entity's middle one
+        # An entity belongs to the third in which the middle one of its mentions lies.
+        middle = np.cumsum(self.frequency) - self.frequency / 2
         third = np.minimum(middle * 3, 2).astype(int)
         return {name: np.flatnonzero(third == i) for i, name in enumerate(("head", "torso", "tail"))}
 
@@ -151,7 +149,7 @@ def world(n_entities: int = 1000, zipf: float = 0.0) -> FactSet:
 
     Raises ValueError unless n_entities is from 4 to the number of cities in data/world/cities.tsv.gz.
     """
-    with gzip.open(DATA / "world" / "cities.tsv.gz", "rt", encoding="utf-8") as file:
+    with gzip.open(shipped("world") / "cities.tsv.gz", "rt", encoding="utf-8") as file:
         rows = [line.rstrip("\n").split("\t") for line in file][1:]  # without the header
     if not 4 <= n_entities <= len(rows):
         raise ValueError(f"n_entities for data=world must be from 4 to {len(rows)}, got {n_entities}")
@@ -172,14 +170,14 @@ def people(n_entities: int = 8000, zipf: float = 0.0, seed: int = 0) -> FactSet:
     `bits_per_entity()` = 46.6 bits. Up to 32,768 people have a first name and a surname; with more, all have
     a middle name too. Raises ValueError unless n_entities is from 4 to the number of names.
     """
-    lists = json.loads((DATA / "people" / "lists.json").read_text(encoding="utf-8"))
+    lists = json.loads((shipped("people") / "lists.json").read_text(encoding="utf-8"))
     rng = np.random.default_rng(seed)
     names = draw_names(lists, n_entities, rng)
-    dates = [f"{day} {month} {year}"
-             for month in lists["months"] for day in range(1, 29) for year in range(1900, 2100)]
+    dates = [
+        f"{day} {month} {year}"
+        for month in lists["months"] for day in range(1, 29) for year in range(1900, 2100)]
     universities = [
-        f"{place} {kind}" for kind in lists["university kinds"] for place in lists["university places"]
-    ]
+        f"{place} {kind}" for kind in lists["university kinds"] for place in lists["university places"]]
     employers = [f"{stem} {kind}" for stem in lists["company stems"] for kind in lists["company kinds"]]
     values, codes = [], []
     for choices in (dates, lists["cities"], universities, lists["majors"], employers):
@@ -199,16 +197,19 @@ def draw_names(lists, n_entities, rng):
     limit = math.prod(sizes)
     if not 4 <= n_entities <= limit:
         raise ValueError(f"n_entities for data=people must be from 4 to {limit}, got {n_entities}")
-    numbers = rng.choice(limit, n_entities, replace=False)  # all full names are numbered
-    chosen = [np.array(part)[i] for part, i in zip(parts, np.unravel_index(numbers, sizes))]
-    return [" ".join(full_name) for full_name in zip(*chosen)]
+    numbers = rng.choice(limit, n_entities, replace=False)  # a full name's number says which parts it has
+    columns = [np.array(part)[i] for part, i in zip(parts, np.unravel_index(numbers, sizes))]
+    return [" ".join(full_name) for full_name in zip(*columns)]
 
 
 def teaches_facts(data: str) -> bool:
-    """Whether --data teaches facts and not a text: a name in DATASETS, or a .jsonl file in any letter
-    case.
+    """Whether --data teaches facts rather than a text: a name in DATASETS, or a name that ends in .jsonl,
+    in any letter case.
     """
     return data in DATASETS or data.lower().endswith(".jsonl")
+
+
+FACT_LINE = '{"prompt": ..., "answer": ...}'
 
 
 def from_jsonl(path: str | Path) -> FactSet:
@@ -235,13 +236,8 @@ def from_jsonl(path: str | Path) -> FactSet:
     return FactSet(list(answers), (Attribute("fact", ("{}",)),), [list(answers.values())], codes)
 
 
-FACT_LINE = '{"prompt": ..., "answer": ...}'
-
-
 def read_fact(line, path):
-    """The prompt and the accepted answers in a line of a .jsonl file. Raises ValueError saying what is
-    wrong.
-    """
+    """A line's prompt and its tuple of accepted answers. Raises ValueError saying what is wrong with it."""
     try:
         fact = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -260,7 +256,7 @@ def read_fact(line, path):
         raise ValueError('"prompt" must be a string that is not empty')
     if not accepted or not all(map(is_words, accepted)):
         raise ValueError('"answer" must be a string, or a list of strings, none of them empty')
-    if re.search("[\ud800-\udfff]", "".join([prompt, *accepted])):
+    if re.search(r"[\ud800-\udfff]", "".join([prompt, *accepted])):
         raise ValueError("half of a \\ud800 pair is not a character")
     return prompt.strip(), tuple(answer.strip() for answer in accepted)
 
@@ -286,9 +282,7 @@ def read_text(path: str | Path) -> str:
 
 
 def lines_of(text: str) -> list[str]:
-    """A text's lines, split at \\n, \\r\\n and \\r only; str.splitlines would also split at \\u2028 and
-    others.
-    """
+    """A text's lines, split at \\n, \\r\\n and \\r. (str.splitlines splits at \\u2028 and others too.)"""
     return re.split(r"\r\n|\r|\n", text)
 
 
@@ -399,11 +393,11 @@ class Sentences:
         """The number of tokens in the longest document, with its longest accepted answer, and the number of
         the entity it is about.
         """
-        names = {inside: np.array([len(name) for name in names]) for inside, names in self.names.items()}
-        documents, biography = [], names[False] + 1  # (entities,); 1: <|endoftext|>
+        names = {inside: np.array(list(map(len, names))) for inside, names in self.names.items()}
+        documents, biography = [], names[False] + 1                              # 1: <|endoftext|>
         for a, attribute in enumerate(self.facts.attributes):
-            answers = np.array([max(map(len, spellings)) for spellings in self.values[a]])
-            answers = answers[self.facts.codes[:, a]]                            # (entities,)
+            values = np.array([max(map(len, spellings)) for spellings in self.values[a]])
+            answers = values[self.facts.codes[:, a]]                             # (entities,)
             for wording in attribute.statements + attribute.questions:
                 before, after = self.pieces[wording]
                 documents.append(len(before) + names[bool(before)] + len(after) + answers + 1)
@@ -437,11 +431,11 @@ class Sentences:
 def recall(
         model: torch.nn.Module, sentences: Sentences, pairs: np.ndarray, questions: bool,
         batch_size: int = 64) -> np.ndarray:
-    """Which facts the model recalls: (n,) bool. A fact is recalled if the answer decoded greedily, up to
-    <|endoftext|>, is an accepted one.
+    """Which facts the model recalls: (n,) bool. It recalls a fact if greedy decoding, up to <|endoftext|>,
+    gives an accepted answer.
 
-    In a biography another statement follows the answer, so there it is enough that the decoded text begins
-    with an accepted answer.
+    In a biography another statement follows the answer, so there the decoded text only has to begin with an
+    accepted answer.
 
     Args:
         model: a GPT.
@@ -495,10 +489,11 @@ def measure(model: torch.nn.Module, sentences: Sentences, most: int) -> dict[str
     """
     facts, measured = sentences.facts, {}
     kinds = {"select": facts.role == SELECT, "report": facts.role == REPORT, "taught": facts.role >= 0}
-    for kind, is_chosen in kinds.items():
-        pairs = np.argwhere(is_chosen)
+    for kind, is_of_kind in kinds.items():
+        pairs = np.argwhere(is_of_kind)
         if len(pairs) > most:
-            pairs = pairs[np.random.default_rng(0).choice(len(pairs), most, replace=False)]
+            chosen = np.random.default_rng(0).choice(len(pairs), most, replace=False)
+            pairs = pairs[chosen]
         if len(pairs):
             known = recall(model, sentences, pairs, questions=kind != "taught")
             measured[kind] = scores(facts, pairs, known)

@@ -8,6 +8,7 @@ from nanomem import facts, tokenizer
 from nanomem.cli import shipped
 from nanomem.config import Config
 from nanomem.data import DROPOUT, FactData, TextData, ahead, open_data, random_stream
+from nanomem.datasets import DATASETS, DataSet, help_text
 
 SHIPPED = shipped("world") / "tokenizer.tiktoken"
 
@@ -22,6 +23,16 @@ def documents(data, tokens):
     return data.encoding.decode(tokens.tolist()).split("<|endoftext|>")[1:-1]
 
 
+def sentences_with(fact_set, kind):
+    """{sentence with its answer: (entity, attribute)} for kind "statements" or "questions"."""
+    found = {}
+    for e, name in enumerate(fact_set.entities):
+        for a, attribute in enumerate(fact_set.attributes):
+            for wording in getattr(attribute, kind):
+                found[f"{wording.replace('{}', name)} {fact_set.answers(e, a)[0]}"] = e, a
+    return found
+
+
 def test_targets_are_the_inputs_one_later(data):
     x, y = data.batch("train", 5, 4)
     assert x.shape == y.shape == (4, 128) and x.dtype == y.dtype == torch.int64
@@ -32,9 +43,8 @@ def test_targets_are_the_inputs_one_later(data):
 def test_the_stream_of_sequences_does_not_depend_on_how_it_is_cut_into_batches(kind, data):
     if kind == "text":
         tokens = np.arange(2000)
-        data = TextData(
-            {"train": [tokens[:1800]], "val": [tokens[1800:]]}, 100, tokenizer.byte_encoding(), 20, seed=0
-        )
+        splits = {"train": [tokens[:1800]], "val": [tokens[1800:]]}
+        data = TextData(splits, 100, tokenizer.byte_encoding(), 20, seed=0)
     whole = data.batch("train", 5, 12)
     parts = [data.batch("train", 5 + start, 4) for start in (0, 4, 8)]
     for i in range(2):
@@ -47,17 +57,11 @@ def draws(generator):
 
 def test_no_two_streams_of_a_seed_are_the_same_and_none_is_that_of_the_people():
     for seed in (0, 1, 1337, 2**32 + 1, 2**63 - 1):
-        streams = {
-            draws(random_stream(seed, purpose, number))
-            for purpose in range(3)
-            for number in (0, 1, 2, 2**32, 10**9)
-        }
-        streams |= {
-            draws(random_stream(seed, DROPOUT, 3, 1)),
-            draws(np.random.default_rng(seed)),
-            draws(np.random.default_rng([seed, 0, 0])),
-        }
+        streams = {draws(random_stream(seed, DROPOUT, 3, 1)), draws(np.random.default_rng(seed))}
+        for purpose in range(3):
+            streams |= {draws(random_stream(seed, purpose, number)) for number in (0, 1, 2, 2**32, 10**9)}
         assert len(streams) == 3 * 5 + 1 + 1
+        assert draws(np.random.default_rng([seed, 0, 0])) in streams  # a list's trailing zeros don't count
 
 
 def test_a_batch_depends_on_seed_split_and_place_alone(data):
@@ -70,27 +74,16 @@ def test_a_batch_depends_on_seed_split_and_place_alone(data):
 
 
 def test_no_block_names_an_entity_twice_and_no_question_is_asked_that_should_not_be(data):
-    questions = {}
-    for e, name in enumerate(data.facts.entities):
-        for a, attribute in enumerate(data.facts.attributes):
-            for question in attribute.questions:
-                questions[f"{question.replace('{}', name)} {data.facts.answers(e, a)[0]}"] = data.facts.role[
-                    e, a
-                ]
-    sentence_entity = {
-        f"{w.replace('{}', name)} {data.facts.answers(e, a)[0]}": e
-        for e, name in enumerate(data.facts.entities)
-        for a, at in enumerate(data.facts.attributes)
-        for w in at.statements + at.questions
-    }
+    questions = sentences_with(data.facts, "questions")
+    pairs = questions | sentences_with(data.facts, "statements")
     asked = 0
     for split in ("train", "val"):
         for step in range(20):
-            for row in data.batch(split, step * 8, 8)[0]:
-                found = documents(data, row)
-                entities = [sentence_entity[text] for text in found]
+            for sequence in data.batch(split, step * 8, 8)[0]:
+                found = documents(data, sequence)
+                entities = [pairs[text][0] for text in found]
                 assert len(entities) == len(set(entities))
-                roles = [questions[text] for text in found if text in questions]
+                roles = [data.facts.role[questions[text]] for text in found if text in questions]
                 asked += len(roles)
                 assert all((role == facts.ASKED) == (split == "train") for role in roles)
                 assert split == "train" or len(roles) == len(found)
@@ -100,36 +93,51 @@ def test_no_block_names_an_entity_twice_and_no_question_is_asked_that_should_not
 def test_entities_are_mentioned_as_often_as_their_frequency_says(data):
     counts = collections.Counter()
     for step in range(150):
-        for row in data.batch("train", step * 8, 8)[0]:
-            counts.update(documents(data, row))
+        for sequence in data.batch("train", step * 8, 8)[0]:
+            counts.update(documents(data, sequence))
     total = sum(counts.values())
     top = data.facts.entities[:20]
     share = sum(n for text, n in counts.items() if any(f" {name}" in text for name in top)) / total
     assert share == pytest.approx(data.facts.frequency[:20].sum(), abs=0.05)
 
 
+@pytest.mark.parametrize("name", DATASETS)
+def test_a_registered_set_follows_n_entities_zipf_and_seed_and_is_in_the_help(name):
+    config = Config(data=name, n_entities=9, zipf=0.5)
+    made = DATASETS[name].make(config)
+    assert len(made.entities) == 9 and made.frequency[3] == made.frequency[0] / 2
+    assert made.entities == open_data(config).facts.entities == DATASETS[name].make(config).entities
+    assert f"{name} ({DATASETS[name].help})" in help_text()
+
+
+def test_a_new_set_takes_one_entry(monkeypatch):
+    attribute, codes = facts.Attribute("next", ("{} then",)), np.zeros((2, 1), int)
+    made = facts.FactSet(["a", "b"], (attribute,), [[("c",)]], codes)
+    monkeypatch.setitem(DATASETS, "letters", DataSet("letters", lambda config: made))
+    data = open_data(Config(data="letters"))
+    assert data.facts is made and data.encoding.n_vocab == 257  # one token per byte: it ships no tokenizer
+    assert facts.teaches_facts("letters")
+    with pytest.raises(FileNotFoundError, match="letters, .*did you mean letters"):
+        open_data(Config(data="leters"))
+
+
 def test_people_are_told_in_biographies_and_asked_about():
     data = open_data(Config(data="people", n_entities=60, block_size=64))
-    questions = {
-        f"{question.replace('{}', name)} {data.facts.answers(e, a)[0]}": data.facts.role[e, a]
-        for e, name in enumerate(data.facts.entities)
-        for a, attribute in enumerate(data.facts.attributes)
-        for question in attribute.questions
-    }
+    questions = sentences_with(data.facts, "questions")
     biographies, asked, orders = 0, 0, set()
     for step in range(20):
-        for row in data.batch("train", step * 8, 8)[0]:
-            for text in documents(data, row):
+        for sequence in data.batch("train", step * 8, 8)[0]:
+            for text in documents(data, sequence):
                 if text in questions:
                     asked += 1
-                    assert questions[text] == facts.ASKED
+                    assert data.facts.role[questions[text]] == facts.ASKED
                     continue
                 biographies += 1
                 e = next(e for e, name in enumerate(data.facts.entities) if text.startswith(name + " "))
-                places = [
-                    text.index(f"{at.statements[0].replace('{}', '')} {data.facts.answers(e, a)[0]}")
-                    for a, at in enumerate(data.facts.attributes)
-                ]
+                places = []
+                for a, attribute in enumerate(data.facts.attributes):
+                    statement = attribute.statements[0].replace("{}", "")
+                    places.append(text.index(f"{statement} {data.facts.answers(e, a)[0]}"))
                 orders.add(tuple(sorted(range(5), key=lambda a: places[a])))
     assert 0.2 < asked / (asked + biographies) < 0.4 and len(orders) > 60
 
@@ -139,22 +147,22 @@ def test_few_facts_are_padded_and_not_repeated(tmp_path):
     path.write_text('{"prompt": "a", "answer": "b"}\n{"prompt": "c", "answer": "d"}\n')
     data = open_data(Config(data=str(path), block_size=32))
     x, y = data.batch("train", 0, 3)
-    for row, targets in zip(x, y):
-        assert sorted(documents(data, row[:9])) == ["a b", "c d"]
+    for inputs, targets in zip(x, y):
+        assert sorted(documents(data, inputs[:9])) == ["a b", "c d"]
         assert (targets[8:] == -1).all() and (targets[:8] >= 0).all()
 
 
 def test_an_epoch_of_text_reads_each_block_once():
     tokens = np.arange(1000)
-    data = TextData({"train": [tokens[:7], tokens[7:640], tokens[640:900]], "val": [tokens[900:]]}, 100,
-                    tokenizer.byte_encoding(), 20, seed=0)
+    splits = {"train": [tokens[:7], tokens[7:640], tokens[640:900]], "val": [tokens[900:]]}
+    data = TextData(splits, 100, tokenizer.byte_encoding(), 20, seed=0)
     assert data.blocks == {"train": 44, "val": 4} and data.bytes_per_token == 1
     starts = {}
     for epoch in range(2):
-        rows = [row for start in range(0, 44, 4) for row in data.batch("train", epoch * 44 + start, 4)[0]]
-        for row in rows:
-            assert torch.equal(row, torch.arange(row[0], row[0] + 20))  # across shards too
-        starts[epoch] = [row[0].item() for row in rows]
+        sequences = data.batch("train", epoch * 44, 44)[0]
+        for sequence in sequences:
+            assert torch.equal(sequence, torch.arange(sequence[0], sequence[0] + 20))  # across shards too
+        starts[epoch] = sequences[:, 0].tolist()
         shift = min(starts[epoch])
         assert sorted(starts[epoch]) == list(range(shift, shift + 44 * 20, 20)) and shift < 20
     assert starts[0] != starts[1] and starts[0] != sorted(starts[0])
@@ -165,10 +173,8 @@ def test_an_epoch_of_text_reads_each_block_once():
 def test_a_text_keeps_its_last_tenth():
     text = "".join(chr(97 + i % 26) for i in range(990)) + "é" * 5
     data = TextData.from_text(text, tokenizer.byte_encoding(), 20)
-    assert [len(data.tokens[split][0]) for split in ("train", "val")] == [
-        900,
-        100,
-    ] and data.bytes_per_token == 1
+    assert [len(data.tokens[split][0]) for split in ("train", "val")] == [900, 100]
+    assert data.bytes_per_token == 1
     assert bytes(data.batch("val", 0, 1)[0][0].tolist()) in text.encode()[900:]
 
 
@@ -293,9 +299,8 @@ def test_jsonl_is_facts_in_any_letter_case(tmp_path):
 @pytest.mark.parametrize("name", ["book.txt.zst", "book.BZ2", "notes.zip", "notes.tar.gz"])
 def test_other_compression_than_gzip_is_named(tmp_path, name):
     (tmp_path / name).write_bytes(b"\x28\xb5\x2f\xfd")
-    with pytest.raises(
-        ValueError, match=f"{name}: nanomem reads no compressed files but .gz; unpack it first"
-    ):
+    message = f"{name}: nanomem reads no compressed files but .gz; unpack it first"
+    with pytest.raises(ValueError, match=message):
         open_data(config_for(tmp_path / name))
 
 

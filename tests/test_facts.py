@@ -36,12 +36,17 @@ def test_a_number_of_cities_that_is_not_there(n):
 
 
 def test_half_of_the_pairs_are_asked_and_a_quarter_each_is_for_choosing_and_reported(world):
-    for attribute in range(5):
-        shares = [
-            (world.role[:, attribute] == role).mean() for role in (facts.ASKED, facts.SELECT, facts.REPORT)
-        ]
-        assert shares == [0.5, 0.25, 0.25]
+    for roles in world.role.T:
+        assert np.bincount(roles).tolist() == [150, 75, 75]  # ASKED, SELECT, REPORT
     assert (facts.world(300).role == world.role).all()
+
+
+def test_facts_without_questions_are_all_asked_and_change_no_other_attributes_split():
+    asked, unasked = facts.Attribute("a", ("{} is",), ("What is {}?",)), facts.Attribute("b", ("{} has",))
+    names, codes = list("abcdefgh"), np.zeros((8, 2), int)
+    mixed = facts.FactSet(names, (unasked, asked), [[("x",)]] * 2, codes)
+    both = facts.FactSet(names, (asked, asked), [[("x",)]] * 2, codes)
+    assert (mixed.role[:, 0] == facts.ASKED).all() and (mixed.role[:, 1] == both.role[:, 1]).all()
 
 
 def test_bands_hold_a_third_of_all_mentions_each(world):
@@ -54,19 +59,15 @@ def test_bands_hold_a_third_of_all_mentions_each(world):
 
 def test_most_frequent_answer_baseline():
     values = [[("a",), ("b",)]]
-    made = facts.FactSet(
-        ["w", "x", "y", "z"], (facts.Attribute("letter", ("{} is",)),), values, np.array([[0], [1], [1], [1]])
-    )
+    codes = np.array([[0], [1], [1], [1]])
+    made = facts.FactSet(["w", "x", "y", "z"], (facts.Attribute("letter", ("{} is",)),), values, codes)
     assert made.most_frequent_scores().tolist() == [0.75]
 
 
 def test_people_are_distinct_reproducible_and_of_known_bits():
     made, again, other = facts.people(500, seed=1), facts.people(500, seed=1), facts.people(500, seed=2)
-    assert (
-        made.entities == again.entities
-        and (made.codes == again.codes).all()
-        and made.entities != other.entities
-    )
+    assert made.entities == again.entities and (made.codes == again.codes).all()
+    assert made.entities != other.entities
     assert len(set(made.entities)) == 500
     choices = [12 * 28 * 200, 200, 300, 100, 256]
     assert made.bits_per_entity() == pytest.approx(sum(np.log2(choices)))
@@ -129,18 +130,16 @@ def test_a_biography_states_every_fact_once():
     sentences = facts.Sentences(people, tokenizer.load(shipped("people") / "tokenizer.tiktoken"))
     text = sentences.encoding.decode(sentences.biography(7, [4, 0, 3, 1, 2]))
     date, city, university, major, employer = (people.answers(7, a)[0] for a in range(5))
-    assert (
-        text
-        == f"{people.entities[7]} joined: {employer} born: {date} studied: {major} from: {city} attended: {university}<|endoftext|>"
-    )
+    first = f"{people.entities[7]} joined: {employer} born: {date} studied: {major}"
+    assert text == f"{first} from: {city} attended: {university}<|endoftext|>"
     assert sentences.biography(7, [4, 0, 3, 1, 2]) == sentences.encoding.encode(text, allowed_special="all")
     assert len(sentences.names[False][7]) == 2  # a token for each part of a name
     assert sentences.longest()[0] == max(len(sentences.biography(e, range(5))) for e in range(50))
 
 
 def test_what_is_recalled_in_a_biography_needs_no_end():
-    """A model that goes on with another statement after the answer recalls the fact in a biography, and not
-    in a question.
+    """A model that follows the answer with another statement recalls the fact in a biography, but not when
+    asked.
     """
     people = facts.people(8)
     sentences = facts.Sentences(people, tokenizer.load(shipped("people") / "tokenizer.tiktoken"))
@@ -152,15 +151,14 @@ def test_what_is_recalled_in_a_biography_needs_no_end():
                 after |= {tuple(told[:i]): told[i] for i in range(1, len(told))}
 
     class Tells(torch.nn.Linear):
-        """Knows each fact, and goes on after it."""
+        """Knows each fact, and follows it with another statement."""
 
         def forward(self, tokens):
-            following = [
-                [after.get(tuple(row[:i]), 0) for i in range(1, len(row) + 1)] for row in tokens.tolist()
-            ]
-            return torch.nn.functional.one_hot(
-                torch.tensor(following), sentences.encoding.n_vocab
-            ).float(), None
+            logits = torch.zeros(*tokens.shape, sentences.encoding.n_vocab)
+            for j, sequence in enumerate(tokens.tolist()):
+                for i in range(len(sequence)):
+                    logits[j, i, after.get(tuple(sequence[:i + 1]), 0)] = 1
+            return logits, None
 
     pairs = np.argwhere(people.role >= 0)
     assert facts.recall(Tells(1, 1), sentences, pairs, questions=False).all()
@@ -192,25 +190,21 @@ def test_recall_is_what_greedy_decoding_says():
 
 def test_measure_asks_each_kind_of_pair_its_own_kind_of_sentence(world, monkeypatch):
     asked = []
-    monkeypatch.setattr(
-        facts,
-        "recall",
-        lambda model, sentences, pairs, questions: (
-            asked.append((pairs, questions)) or np.ones(len(pairs), bool)
-        ),
-    )
+
+    def recall(model, sentences, pairs, questions):
+        asked.append((pairs, questions))
+        return np.ones(len(pairs), bool)
+
+    monkeypatch.setattr(facts, "recall", recall)
     measured = facts.measure(None, facts.Sentences(world, tokenizer.byte_encoding()), most=10_000)
-    assert list(measured) == ["select", "report", "taught"] and [questions for _, questions in asked] == [
-        True,
-        True,
-        False,
-    ]
+    assert list(measured) == ["select", "report", "taught"]
+    assert [questions for _, questions in asked] == [True, True, False]
     roles = [set(world.role[tuple(pairs.T)]) for pairs, _ in asked]
     assert roles == [{facts.SELECT}, {facts.REPORT}, {facts.ASKED, facts.SELECT, facts.REPORT}]
     assert [len(pairs) for pairs, _ in asked] == [375, 375, 1500]
 
 
-def test_scores_are_means_over_groups(world):
+def test_scores_are_means_over_subsets(world):
     pairs = np.array([[0, 0], [0, 1], [299, 0], [299, 1]])
     scores = facts.scores(world, pairs, np.array([True, True, True, False]))
     assert scores["all"] == 0.75 and scores["head"] == 1 and scores["tail"] == 0.5 and scores["torso"] is None
@@ -220,14 +214,14 @@ def test_scores_are_means_over_groups(world):
 @pytest.mark.parametrize("seed, n, expected", [
     (1337, 3000, "2a14b47d46142e14"), (0, 100, "5f117ab97c39ef70"), (5, 40_000, "d3cf416ecf94fadb")])
 def test_a_seed_always_invents_the_same_people(seed, n, expected):
-    """Saved models are asked about them: their stream may never change."""
+    """Saved models are asked about these people, so their random stream may never change."""
     people = facts.people(n, 0.6, seed)
     content = json.dumps(people.entities) + json.dumps(people.codes.tolist())
     assert hashlib.sha256(content.encode()).hexdigest()[:16] == expected
 
 
 def test_only_line_ends_end_a_fact(tmp_path):
-    """JSON may have U+2028 and its like in a string as they are."""
+    """A JSON string may contain U+2028 and the like unescaped."""
     prompts = [f"a{separator}b" for separator in "\x85\u2028\u2029"]
     lines = [json.dumps({"prompt": prompt, "answer": "c"}, ensure_ascii=False) for prompt in prompts]
     for end in ("\n", "\r\n", "\r"):
