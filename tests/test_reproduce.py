@@ -115,7 +115,7 @@ def test_a_run_that_was_stopped_goes_on(tiny, tmp_path):
     results = reproduce.train([run], reproduce.PRESETS["laptop"], tmp_path, reproduce.Console(quiet=True))
     assert results["one"]["iter"] == 8
     assert (
-        "going on from iteration 4"
+        "resuming from iteration 4"
         in run.folder(tmp_path).with_name(run.folder(tmp_path).name + ".log").read_text()
     )
 

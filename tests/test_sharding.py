@@ -275,10 +275,10 @@ def test_processes_started_again_go_on_and_a_new_launch_does_not(tmp_path, monke
     arguments = ["--max_iters=5", f"--out_dir={tmp_path / 'run'}"]
     for launch, expected in (
         ("one", None),
-        ("one", "going on from iteration 5"),
+        ("one", "resuming from iteration 5"),
         ("two", "moved the earlier run"),
         ("", "moved the earlier run"),
     ):
         monkeypatch.setattr(sharding, "_launch", launch)
         out, _ = runs.run("train.py", *runs.TINY, *arguments)
-        assert ("moved" in out or "going on" in out) == bool(expected) and (expected or "") in out
+        assert ("moved" in out or "resuming" in out) == bool(expected) and (expected or "") in out
