@@ -388,7 +388,8 @@ def read_to_cut(file, held, least, left, end, inside):
     if not inside:
         return left
     beginnings = (i for i, byte in enumerate(held[least:least + 4]) if byte & 0xC0 != 0x80)
-    return least + next(beginnings, 0)
+    begin = next(beginnings, None)
+    return left if begin is None else least + begin  # the text may end within this character
 
 
 # ------------------------------------------------------------------------------------------------

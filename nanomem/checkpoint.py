@@ -14,6 +14,7 @@ files' sizes.
 """
 
 import contextlib
+import difflib
 import json
 import os
 import shutil
@@ -26,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from nanomem import sharding
-from nanomem.cli import UserError, nearest
+from nanomem.cli import UserError
 
 try:
     import fcntl
@@ -118,47 +119,52 @@ def lock(out_dir):
 # Which checkpoint
 
 
-def folders(out_dir):
+def folders(out_dir: str | Path) -> list[Path]:
     """The folders of out_dir's checkpoints, the newest first."""
-    numbered = [
-        (int(path.name.removeprefix("checkpoint-")), path)
-        for path in Path(out_dir).glob("checkpoint-*")
-        if path.name.removeprefix("checkpoint-").isdecimal()
-    ]
-    return [path for _, path in sorted(numbered, reverse=True)]
+    by_iteration = {}
+    for path in Path(out_dir).glob("checkpoint-*"):
+        number = path.name.removeprefix("checkpoint-")
+        if number.isdecimal():  # not one that is still being written
+            by_iteration[int(number)] = path
+    return [by_iteration[iteration] for iteration in sorted(by_iteration, reverse=True)]
 
 
-def none_in(out_dir):
-    """The message for a folder without checkpoints: its name, and the most similar folder beside it with
-    some.
-    """
-    runs = sorted({str(path.parent) for path in Path(out_dir).parent.glob("*/checkpoint-*")})
-    return f"there is no checkpoint in {out_dir}{nearest(str(out_dir), runs)}"
+def none_in(out_dir: str | Path) -> str:
+    """The message for a folder without checkpoints, with the most similar folder beside it that has some."""
+    out_dir = Path(out_dir)
+    siblings = {path.parent.name for path in out_dir.parent.glob("*/checkpoint-*") if folders(path.parent)}
+    close = difflib.get_close_matches(out_dir.name, siblings - {out_dir.name}, n=1)
+    likely = out_dir.with_name(close[0]) if close else None
+    if folders(out_dir.parent):  # it names a checkpoint, not its run
+        likely = out_dir.parent
+    return f"there is no checkpoint in {out_dir}" + (f" (did you mean {likely}?)" if likely else "")
 
 
-def read_header(folder):
-    """The header that a checkpoint was saved with, and "files". Raises UserError naming the file that is
-    missing, cut or none.
-    """
+class NewerFormat(UserError):
+    """A checkpoint that only a newer version of nanomem can read."""
+
+
+def read_header(folder: Path) -> dict:
+    """The header of a checkpoint. Raises UserError naming the file that is missing, cut short or damaged."""
     header = read_json(folder / HEADER)
+    if header is None:
+        raise UserError(f"{folder / HEADER} is missing")
     try:
         sizes = header["files"].items()
         header["config"], header["iteration"]
-        newer = header.get("format", 1) > FORMAT
+        is_newer = header.get("format", 1) > FORMAT
     except (KeyError, TypeError, AttributeError):
-        raise UserError(
-            f"{folder / HEADER} is {'missing' if header is None else 'not the header of a nanomem checkpoint'}"
-        ) from None
-    if newer:
-        raise UserError(
-            f"{folder} has format {header['format']}, of a newer nanomem; this one reads up to {FORMAT}"
-        )
+        raise UserError(f"{folder / HEADER} is not the header of a nanomem checkpoint") from None
+    if is_newer:
+        newer = f"has format {header['format']}, of a newer nanomem"
+        raise NewerFormat(f"{folder} {newer}; this one reads up to {FORMAT}")
     for name, size in sizes:
         path = folder / name
         if not path.exists():
             raise UserError(f"{path} is missing")
-        if path.stat().st_size != size:
-            raise UserError(f"{path} has {path.stat().st_size:,} bytes, and was written with {size:,}")
+        found = path.stat().st_size
+        if found != size:
+            raise UserError(f"{path} has {found:,} bytes, and was written with {size:,}")
         try:
             with safe_open(path, framework="pt"):
                 pass
@@ -167,16 +173,18 @@ def read_header(folder):
     return header
 
 
-def newest(out_dir):
-    """out_dir's newest whole checkpoint: (its folder, its header, {folder of a newer one: what is wrong
-    with it}); (None, None, {}) if there are no checkpoints.
+def newest(out_dir: str | Path) -> tuple[Path | None, dict | None, dict[Path, str]]:
+    """out_dir's newest whole checkpoint: (folder, header, {folder of a newer one: what is wrong with it}).
 
-    Raises UserError if there are, and none is whole.
+    (None, None, {}) if there are no checkpoints. Raises UserError if none is whole, and if the newest is of
+    a newer version of nanomem: continuing from an older one would replace it.
     """
     refused = {}
     for folder in folders(out_dir):
         try:
             return folder, read_header(folder), refused
+        except NewerFormat:
+            raise
         except UserError as error:
             refused[folder] = str(error)
     if refused:
@@ -210,120 +218,115 @@ def _tables(model):
 
 
 def _part(model, optimizers):
-    """What this process writes: (its number, of how many, {name: tensor}, {name: the row and column its
-    tensor begins at}).
+    """What this process writes: (its number, of how many, {name: tensor}, {name: its first row and column}).
 
-    The processes of the first group write their columns of the tables, the first of them all else too,
-    which all have alike.
+    The processes of the first group write their columns of the tables. The first of them also writes
+    everything else, which is the same in all processes.
     """
     tables = {f"model.{name}": table for name, table in _tables(model).items()}
-    tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()} | _optimizer_tensors(
-        model, optimizers
-    )
+    tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
+    tensors |= _optimizer_tensors(model, optimizers)
     mesh = next((table.mesh for table in tables.values()), None)
     group, number = mesh.get_coordinate() if mesh else (sharding.rank(), 0)
     if number:
         tensors = {name: tensors[name] for name in tables}
-    begins = {
-        name: [0, tables[name].columns.start] if name in tables else [0] * tensor.dim()
-        for name, tensor in tensors.items()
-    }
-    return number, mesh["shard"].size() if mesh else 1, tensors if group == 0 else {}, begins
+    begins = {name: [0] * tensor.dim() for name, tensor in tensors.items()}
+    begins |= {name: [0, table.columns.start] for name, table in tables.items()}
+    count = mesh["shard"].size() if mesh else 1
+    return number, count, tensors if group == 0 else {}, begins
 
 
-def save(out_dir, model, optimizers, header):
+def save(out_dir: str | Path, model: torch.nn.Module, optimizers: list, header: dict):
     """Writes out_dir/checkpoint-ITERATION, then deletes all but the newest two. All processes call it.
 
-    header: a dict for JSON, `config` and `iteration` among it. Raises UserError, in all processes and with
-    the checkpoints before it kept, if it can't be written.
+    header: for JSON, with `config` and `iteration`. Raises UserError in all processes if the checkpoint
+    can't be written; those before it are kept.
     """
     folder = Path(out_dir) / f"checkpoint-{header['iteration']}"
     temporary = folder.with_name(folder.name + ".tmp")
     number, count, tensors, begins = _part(model, optimizers)
     files = [temporary / f"part-{i + 1}-of-{count}.safetensors" for i in range(count)]
-    first = sharding.rank() == 0
+    is_main = sharding.rank() == 0
     try:
         with sharding.together():
-            if first:
+            if is_main:
                 for stale in Path(out_dir).glob("checkpoint-*.tmp"):
                     shutil.rmtree(stale)
                 temporary.mkdir()
         with sharding.together():
-            if tensors:  # torch.distributed.checkpoint's own writer would first make two copies of them
-                info = {
-                    name: {"saved_offsets": begin} for name, begin in begins.items()
-                }  # as its reader expects
+            if tensors:  # torch.distributed.checkpoint's own writer would make two copies of them
+                info = {name: {"saved_offsets": begin} for name, begin in begins.items()}  # for its reader
                 save_file(tensors, files[number], metadata={"DCP_SHARDING_INFO": json.dumps(info)})
                 sync(files[number])
         with sharding.together():
-            if first:
-                about = {"format": FORMAT, "files": {f.name: f.stat().st_size for f in files}}
+            if is_main:
+                about = {"format": FORMAT, "files": {path.name: path.stat().st_size for path in files}}
                 write_text(temporary / HEADER, json.dumps(header | about, indent=2) + "\n")
-                shutil.rmtree(
-                    folder, ignore_errors=True
-                )  # of the same iteration there can only be one that `newest` has refused
-                os.replace(temporary, folder)
-                sync_folder(folder.parent)
-                newest_first = folders(out_dir)
-                for old in newest_first[
-                    newest_first.index(folder) + KEPT :
-                ]:  # those refused are newer, and stay
-                    shutil.rmtree(old, ignore_errors=True)
+                _move_into_place(temporary, folder)
     except UserError as error:
-        if first:
+        if is_main:
             shutil.rmtree(temporary, ignore_errors=True)
-        kept = [path.name for path in folders(out_dir)[:1]]
-        raise UserError(
-            f"could not write {folder} ({error}); {f'{kept[0]} is kept' if kept else 'there is none before it'}"
-        ) from None
+        before = folders(out_dir)
+        kept = f"{before[0].name} is kept" if before else "there is none before it"
+        raise UserError(f"could not write {folder} ({error}); {kept}") from None
 
 
-def load(folder, model, optimizers=()):
-    """Fills model and optimizers from a checkpoint's folder, each process with the columns it holds,
-    whoever wrote them.
+def _move_into_place(temporary, folder):
+    """Gives a checkpoint its name, and deletes the oldest ones."""
+    shutil.rmtree(folder, ignore_errors=True)  # only one that `newest` refused can have this name
+    os.replace(temporary, folder)
+    sync_folder(folder.parent)
+    newest_first = folders(folder.parent)
+    oldest = newest_first.index(folder) + KEPT  # those refused are newer, and stay
+    for old in newest_first[oldest:]:
+        shutil.rmtree(old, ignore_errors=True)
 
-    Raises UserError if a file is damaged or is of a model of another shape.
+
+def load(folder: Path, model: torch.nn.Module, optimizers: list = ()):
+    """Fills model and optimizers from a checkpoint, each process with the columns it holds.
+
+    Raises UserError if a file is damaged, or of a model of another shape.
     """
     import torch.distributed.checkpoint as dcp  # takes a second: only when it is needed
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-    from torch.distributed.tensor import DTensor, Replicate, Shard
 
-    target, tables = {}, _tables(model)
+    # What damaged files raise
+    damage = (SafetensorError, OSError, KeyError, ValueError, RuntimeError, dcp.CheckpointException)
     try:
         reader = HuggingFaceStorageReader(str(folder))
         saved = reader.read_metadata().state_dict_metadata
-        for name, p in model.named_parameters():
-            whole = p.detach()
-            if name in tables:
-                whole = DTensor.from_local(whole, tables[name].mesh, [Replicate(), Shard(1)], run_check=False)
-            found = saved.get(f"model.{name}")
-            if found is None or found.size != whole.shape:
-                raise UserError(
-                    f"{folder}: {name} has shape {tuple(found.size) if found else None}, the model's is {tuple(whole.shape)}"
-                )
-            target[f"model.{name}"] = whole
-            for optimizer in optimizers:
-                if any(p is q for group in optimizer.param_groups for q in group["params"]):
-                    prefix = f"optimizer.{name}."
-                    optimizer.state[p] = {
-                        key.removeprefix(prefix): torch.empty(
-                            found.size, dtype=found.properties.dtype, device=p.device
-                        )
-                        for key, found in saved.items()
-                        if key.startswith(prefix)
-                    }
-                    target |= {prefix + key: tensor for key, tensor in optimizer.state[p].items()}
+        target = _target(folder, saved, model, optimizers)
         with warnings.catch_warnings():
             warnings.filterwarnings(
                 "ignore", "torch.distributed is disabled"
-            )  # no news: each process reads for itself
+            )  # each process reads for itself
             dcp.load(target, storage_reader=reader, no_dist=True)
-    except (
-        SafetensorError,
-        OSError,
-        KeyError,
-        ValueError,
-        RuntimeError,
-        dcp.CheckpointException,
-    ) as error:  # of damaged files
+    except damage as error:
         raise UserError(f"{folder} can't be loaded ({error})") from None
+
+
+def _target(folder, saved, model, optimizers):
+    """{name: the tensor to fill} for what a checkpoint has saved. Makes the optimizers' state."""
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    target, tables = {}, _tables(model)
+    for name, p in model.named_parameters():
+        whole = p.detach()
+        if name in tables:
+            whole = DTensor.from_local(whole, tables[name].mesh, [Replicate(), Shard(1)], run_check=False)
+        found = saved.get(f"model.{name}")
+        shape = tuple(found.size) if found else None
+        if shape != tuple(whole.shape):
+            raise UserError(f"{folder}: {name} has shape {shape}, the model's is {tuple(whole.shape)}")
+        target[f"model.{name}"] = whole
+        prefix = f"optimizer.{name}."
+        for optimizer in optimizers:
+            if not any(p is q for param_group in optimizer.param_groups for q in param_group["params"]):
+                continue
+            optimizer.state[p] = {}
+            for key, about in saved.items():
+                if key.startswith(prefix):
+                    tensor = torch.empty(about.size, dtype=about.properties.dtype, device=p.device)
+                    optimizer.state[p][key.removeprefix(prefix)] = tensor
+                    target[key] = tensor
+    return target

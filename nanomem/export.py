@@ -25,14 +25,11 @@ FILE = "model.safetensors"
 
 
 def save(folder, model, encoding, config):
-    """Writes a model to a folder. Raises UserError if there is a model or a run already, or it can't be
-    written.
-    """
+    """Writes a model to a folder. Raises UserError if it can't be written, or would overwrite something."""
     folder = Path(folder)
-    if (folder / FILE).exists() or (folder / "config.json").exists():
-        raise UserError(
-            f"{folder} has {'an exported model' if (folder / FILE).exists() else 'a run'} already; name another folder"
-        )
+    for name in (FILE, "config.json", "tokenizer.tiktoken"):
+        if (folder / name).exists():
+            raise UserError(f"{folder} already has a {name}; name another folder")
     kept = {f.name for f in dataclasses.fields(GPTConfig)} | {
         "data",
         "n_entities",

@@ -41,6 +41,7 @@ from nanomem.checkpoint import read_json, write_text
 from nanomem.cli import UserError, one_line_errors, parse, safe_streams, setting
 from nanomem.config import Config, keep_freed_memory, pick_device
 from nanomem.data import open_data
+from nanomem.datasets import DATASETS
 from nanomem.model import GPT
 from nanomem.observe import SlotUsage, observe_lookups
 
@@ -219,7 +220,7 @@ def short_hash(*things):
 @functools.cache
 def contents(data):
     """A hash of a text's tokens, in a list; facts come with the program."""
-    return [] if data in ("people", "world") else [open_data(Config(data=data)).digest()]
+    return [] if data in DATASETS else [open_data(Config(data=data)).digest()]
 
 
 @functools.cache
@@ -329,7 +330,7 @@ def start(run, folder, preset):
         if value != getattr(default, name)
     ]
     environment = os.environ | ({"OMP_NUM_THREADS": str(preset.threads)} if preset.threads else {})
-    resume = ["--resume"] if list(folder.glob("checkpoint-*")) else []
+    resume = ["--resume"] if checkpoint.folders(folder) else []
     with open(f"{folder}.log", "a", encoding="utf-8") as log:
         return subprocess.Popen(
             [sys.executable, str(ROOT / "train.py"), *arguments, f"--out_dir={folder}", *resume],

@@ -1,7 +1,9 @@
 import dataclasses
+import json
 import sys
 
 import pytest
+import runs
 import torch
 from safetensors.torch import load_file
 
@@ -149,3 +151,21 @@ def test_no_checkpoint_and_a_file_that_is_none(tmp_path):
     (tmp_path / "checkpoint-5" / "checkpoint.json").write_text('["of something else"]')
     with pytest.raises(UserError, match="no checkpoint in .* is whole: .*checkpoint.json is not the header"):
         checkpoint.newest(tmp_path)
+
+
+def test_a_checkpoint_of_a_newer_version_is_never_replaced(tmp_path):
+    runs.train(tmp_path / "run", "--max_iters=10")
+    header = tmp_path / "run" / "checkpoint-10" / checkpoint.HEADER
+    header.write_text(json.dumps(json.loads(header.read_text()) | {"format": checkpoint.FORMAT + 1}))
+    before = header.read_bytes()
+    _, err = runs.train(tmp_path / "run", "--max_iters=10", "--resume", code=2)
+    assert "of a newer nanomem" in err and err.count("\n") == 1 and header.read_bytes() == before
+
+
+def test_a_missing_checkpoint_names_the_run_it_may_be_of(tmp_path):
+    runs.train(tmp_path / "people-memory", "--max_iters=2")
+    (tmp_path / "zq").mkdir()
+    assert "did you mean" not in checkpoint.none_in(tmp_path / "zq")
+    assert f"(did you mean {tmp_path / 'people-memory'}?)" in checkpoint.none_in(tmp_path / "people-memry")
+    inside = tmp_path / "people-memory" / "checkpoint-2"
+    assert f"(did you mean {tmp_path / 'people-memory'}?)" in checkpoint.none_in(inside)

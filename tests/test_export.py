@@ -2,7 +2,6 @@ import dataclasses
 import json
 
 import pytest
-import runs
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -34,7 +33,7 @@ def test_what_is_loaded_computes_what_was_saved(ffn, tmp_path):
 def test_a_model_that_is_there_is_kept_and_a_damaged_one_is_named(tmp_path):
     config = Config(**SHAPE)
     export.save(tmp_path, GPT(config), tokenizer.byte_encoding(), config)
-    with pytest.raises(UserError, match="has an exported model already"):
+    with pytest.raises(UserError, match="already has a model.safetensors"):
         export.save(tmp_path, GPT(config), tokenizer.byte_encoding(), config)
     tensors = load_file(tmp_path / "model.safetensors")
     save_file(tensors | {"norm.weight": torch.ones(3)}, tmp_path / "model.safetensors")
@@ -51,3 +50,12 @@ def test_a_model_that_is_there_is_kept_and_a_damaged_one_is_named(tmp_path):
     (tmp_path / "config.json").unlink()
     with pytest.raises(UserError, match="config.json is missing"):
         export.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", [export.FILE, "config.json", "tokenizer.tiktoken"])
+def test_an_export_overwrites_nothing(name, tmp_path):
+    (tmp_path / name).write_text("mine")
+    config = Config(n_embd=8, vocab_size=257, mem_n_keys=8, mem_knn=2)
+    with pytest.raises(UserError, match=f"already has a {name}"):
+        export.save(tmp_path, GPT(config), tokenizer.byte_encoding(), config)
+    assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == "mine"

@@ -70,7 +70,7 @@ def test_one_sample_is_streamed_as_it_would_be_beside_others(out_dir):
 def test_a_model_is_not_exported_into_its_run(out_dir):
     before = (out_dir / "config.json").read_bytes()
     assert (
-        f"{out_dir} has a run already; name another folder"
+        f"{out_dir} already has a config.json; name another folder"
         in runs.run("sample.py", f"--out_dir={out_dir}", f"--export={out_dir}", code=2)[1]
     )
     assert (out_dir / "config.json").read_bytes() == before
