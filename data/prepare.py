@@ -1,10 +1,10 @@
 """
 Turns text into shards of tokens that train.py reads from disk, whatever their size.
 
-    python data/prepare.py shakespeare                      a named set, downloaded: shakespeare, enwik8, wikitext-103,
-                                                            fineweb-edu, tinystories
-    python data/prepare.py book.txt notes/ --out=data/mine  your own .txt, .md, .jsonl with a "text" (or .ndjson, .json),
-                                                            these as .gz, .parquet; folders of them
+    python data/prepare.py shakespeare                      a named set, downloaded: shakespeare, enwik8,
+                                                            wikitext-103, fineweb-edu, tinystories
+    python data/prepare.py book.txt notes/ --out=data/mine  your own .txt, .md, .jsonl with a "text" (or
+                                                            .ndjson, .json), these as .gz, .parquet; folders
     python data/prepare.py enwik8 --from-file=enwik8.zip    a named set fetched by hand
     python train.py --data=mine
 
@@ -140,7 +140,8 @@ def fetch(name, set_, folder, from_file):
     file to fetch by hand.
     """
     path = Path(from_file) if from_file else folder / Path(set_.url).name
-    by_hand = f"fetch {set_.url} by hand and pass it: python data/prepare.py {name} --from-file={Path(set_.url).name}"
+    command = f"python data/prepare.py {name} --from-file={Path(set_.url).name}"
+    by_hand = f"fetch {set_.url} by hand and pass it: {command}"
     if from_file and not path.is_file():
         raise UserError(f"--from-file={from_file} is no file; {by_hand}")
     if not path.exists():
@@ -189,7 +190,8 @@ def download(url, path):
                 bar.advance(task, len(block))
     if total is not None and part.stat().st_size != total:
         raise OSError(
-            f"the connection ended after {part.stat().st_size:,} of {total:,} bytes; a second try goes on from there"
+            f"the connection ended after {part.stat().st_size:,} of {total:,} bytes; "
+            "a second try continues from there"
         )
     os.replace(part, path)
 
@@ -474,7 +476,8 @@ def open_parquet(path):
     columns = {column.name: str(column.type) for column in file.schema_arrow}
     if columns.get("text") not in ("string", "large_string"):
         raise UserError(
-            f"{path}: expected a column \"text\" of strings, got {', '.join(f'{name} ({kind})' for name, kind in columns.items())}"
+            f'{path}: expected a column "text" of strings, got '
+            + ", ".join(f"{name} ({kind})" for name, kind in columns.items())
         )
     return file
 
@@ -565,7 +568,8 @@ def prepare(pieces, folder, encoding, name, config):
     if (folder / INDEX).exists():
         if begun != plan:
             raise UserError(
-                f"{folder} has shards of other text, or made with other settings; delete it, or name another folder with --out"
+                f"{folder} has shards of other text, or made with other settings; delete it, "
+                "or name another folder with --out"
             )
         return read_json(folder / INDEX)
     if begun != plan:
@@ -613,7 +617,8 @@ def prepare(pieces, folder, encoding, name, config):
         documents = sum(shard["documents"] for shards in index.values() for shard in shards)
         raise UserError(
             f"of {documents} documents none is for {'training' if index['val'] else 'validation'}; "
-            f"another --val_share than {config.val_share:g} settles it, such as {min(0.5, 5 / max(documents, 10)):.2g}"
+            f"choose another --val_share than {config.val_share:g}, such as "
+            f"{min(0.5, 5 / max(documents, 10)):.2g}"
         )
     if name.endswith(".tiktoken"):
         tokenizer.save(encoding, folder / name)
@@ -681,7 +686,8 @@ def check_folder(folder):
     others = [path.name for pattern in ("*.bin", "*.tiktoken") for path in folder.glob(pattern)]
     if others and not (folder / "plan.json").exists():
         raise UserError(
-            f"{folder} has {others[0]}, which prepare.py did not write; name another folder with --out, such as --out=data/mine"
+            f"{folder} has {others[0]}, which prepare.py did not write; name another folder with "
+            "--out, such as --out=data/mine"
         )
 
 
@@ -710,7 +716,8 @@ def main():
     check_folder(folder)
     if named and (folder / INDEX).exists():
         raise UserError(
-            f"{named} is in {folder} already; delete that folder to prepare it anew, or name another with --out"
+            f"{named} is in {folder} already; delete that folder to prepare it again, "
+            "or name another with --out"
         )
     try:
         pieces, downloaded = (
@@ -728,14 +735,16 @@ def main():
             sum(shard[key] for shard in index[split]) for key in ("tokens", "bytes", "documents")
         )
         console.print(
-            f"{split}: {tokens:,} tokens of {size:,} bytes, {documents:,} documents, in {len(index[split])} shards"
+            f"{split}: {tokens:,} tokens of {size:,} bytes, {documents:,} documents, "
+            f"in {len(index[split])} shards"
         )
     for path in downloaded if not config.keep_download else ():
         path.unlink(missing_ok=True)
         (folder / Path(NAMED[named].url).name).unlink(missing_ok=True)
     where = folder.name if folder.parent == FOLDER else folder
     console.print(
-        f"{index['vocab_size']:,} tokens in the vocabulary; in {folder}; now: python train.py --data={shlex.quote(str(where))}"
+        f"{index['vocab_size']:,} tokens in the vocabulary; in {folder}; "
+        f"now: python train.py --data={shlex.quote(str(where))}"
     )
 
 

@@ -1,58 +1,30 @@
 """
-How long one training step of a memory layer takes, beside what one would write from PyTorch's parts.
+Times one training step of a memory layer beside the same layer written with PyTorch's parts.
 
-    python -m nanomem.bench                     on a CPU: 4096 tokens, d=128, 4 heads, k=16, k_dim 128, 1M and 16M slots
-    python -m nanomem.bench --device=cuda       on a GPU: that shape and larger ones, up to the paper's
-    python -m nanomem.bench --device=cuda --peer=PATH    also the paper's own layer, from a checkout of facebookresearch/memory
+    python -m nanomem.bench                   on a CPU: 4,096 tokens, d=128, 4 heads, k=16, 1M and 16M slots
+    python -m nanomem.bench --device=cuda     on a GPU: that shape and larger ones, up to the paper's
+    python -m nanomem.bench --device=cuda --paper=PATH      also the paper's, in a clone of facebookresearch/memory
     python -m nanomem.bench --n_keys=256 --knn=32 --dim=256
-    python -m nanomem.bench --generation        writing 256 tokens, with and without the cache of keys and values
-    python -m nanomem.bench --prepare=big.txt   data/prepare.py's speed and memory, beside tiktoken's alone (--tokenizer=FILE.tiktoken)
+    python -m nanomem.bench --generation      writing 256 tokens, with and without the key-value cache
+    python -m nanomem.bench --prepare=big.txt  speed and memory of data/prepare.py, beside tiktoken alone
 
 A step is forward, backward (to the input, too), and the update of all parameters. All layers have the same
-parts
-(query projection, qk-norm, gate, output projection; the paper's has no qk-norm) and differ in three places:
+parts (query
+projection, qk-norm, gate, output projection; the paper's has no qk-norm) and differ in three places:
 
     nanomem   pruned candidates                 memory_read         RowAdam over the rows read
-    pytorch   einsum and all k*k candidates     F.embedding_bag     fused AdamW over the table's dense gradient
+    pytorch   einsum and all k*k candidates     F.embedding_bag     fused AdamW over a dense gradient
     compiled  the same, compiled                by torch.compile    (on a GPU)
-    paper     einsum and all k*k candidates     its Triton kernels  fused AdamW over the table's dense gradient
+    paper     einsum and all k*k candidates     its Triton kernels  fused AdamW over a dense gradient
 
-Each measurement runs in a process of its own, since whichever layer came first would pay for the memory of
-all; they take turns, and the table shows medians. "Read" has the gate and the output projection in it. On a
-CPU each is timed twice: with memory allocated as it comes, and as train.py has it
-(nanomem.config.keep_freed_memory), which helps dense gradients most. On a GPU a second table tells how near
-the kernels come to what the card can do: bytes they must move over time, as a share of what a copy reaches
-in the same process.
+Each measurement runs in its own process, because the first layer would pay for allocating memory that the
+others reuse. They take turns, and the table shows medians. "Read" includes the gate and the output
+projection. On a CPU, each is timed with the default allocator and with train.py's allocator settings
+(nanomem.config.keep_freed_memory), which help dense gradients most. On a GPU, a second table shows how near
+the kernels come to what the card can do: the bytes they must move over their time, as a share of what a copy
+reaches in the same process.
 
-What was tried (2 cores of an AMD EPYC, AVX2, 1M slots, the CPU's shape; in ms, predicted -> measured):
-
-    top-k of 1,024 half scores: in two levels, groups of 8 first             100 ->  60 ->  85   kept
-      float32 and index packed into a float64, partitioned by NumPy           85 ->  45 ->  56   kept
-      the same on 2 threads of our own, OpenMP's spinning beside them         56 ->  40 ->  54   kept: it scales with cores
-      bitonic sorting network of torch.minimum and maximum                    85 -> 100          not written: passes over memory
-    gradient of the keys: matrix products with a one-hot matrix, 128 keys    3.9 -> 1.5 -> 3.6   dropped: a key can occur twice in a
-                                                                                                 token's
-                                                                                                 slots, and
-                                                                                                 scatter_add_
-                                                                                                 is slow
-    sorting lookups as int32 or int16 instead of int64: radix passes           3.8 -> 2 -> 2.1   kept
-    gradient of the weights: sampled_addmm instead of gathering rows         97 ->     ->  25   kept
-    large temporaries: page faults of a fresh 117 MB gradient                 62 ->   8 ->   8   keep_freed_memory
-      and pages of 2 MB: a whole step with freed memory kept                 317 -> 300 -> 278   keep_freed_memory
-
-No GPU could be had yet. What the kernels were designed by, to be measured (H100, the paper's shape: 32k
-tokens, d=1024, 4 heads,
-k=32, k_dim 512, 1M slots, bf16):
-
-    select    648 million warp instructions, counted in the compiled code: 0.7 ms at full issue, 1.5 expected; plus the scores,
-              0.2 ms of cuBLAS and 0.7 of writing and reading them, 128 MB at a time. A warp to 2 rows (512
-              packed numbers) instead of 4 warps to 16: 79 registers in place of 255, and a quarter fewer
-              instructions.
-    read      8.7 GB: 2.9 ms at 3 TB/s
-    backward  8.6 GB of a 67 MB gradient, of which the 50 MB L2 holds a part, and 2.1 + 2.1 GB of rows, for both gradients in one
-              pass: 4 to 5 ms; in two, 8.6 GB of values more
-    keys      137 GFLOP in tf32, and comparisons of as many instructions as select: 1 to 2 ms
-    update    6.5 GB: 2.2 ms
+docs/log.md says what was tried to make it faster.
 """
 
 import json
@@ -114,7 +86,7 @@ class BenchConfig:
         "of parameters and activations; auto: bfloat16 on cuda, else float32",
         ("auto", "float32", "bfloat16"),
     )
-    peer: str = setting(
+    paper: str = setting(
         "", "a checkout of facebookresearch/memory, the paper's code, to measure beside", path=True
     )
     generation: bool = setting(False, "time whole models that write 256 tokens in place of layers")
@@ -158,7 +130,7 @@ class PlainPyTorchMemory(ProductKeyMemory):
 
 def paper_layer(config, n_keys):
     """The paper's own layer, and the module that reads its values."""
-    sys.path.insert(0, config.peer)
+    sys.path.insert(0, config.paper)
     from lingua.product_key.memory import HashingMemory
 
     layer = HashingMemory(
@@ -294,7 +266,7 @@ def measure_kernels(config, n_keys):
     source = torch.randn(2**28 if device.type == "cuda" else 2**22, device=device)
     target = torch.empty_like(source)
     copied = 2 * source.nbytes / ms(lambda: target.copy_(source))  # bytes a millisecond
-    del source, target
+    source = target = None  # frees them
 
     queries = torch.randn(tokens, heads, 2, config.k_dim // 2, device=device, dtype=dtype)
     keys = torch.randn(heads, 2, n_keys, config.k_dim // 2, device=device, dtype=dtype)
@@ -303,7 +275,7 @@ def measure_kernels(config, n_keys):
     result = {"copy_gb_s": copied / 1e6, "topk": ms(lambda: product_key_topk(queries, keys, knn)),
               "select": ms(lambda: merge_halves(half_scores, knn)),
               "two_torch_topk": ms(lambda: (half_scores.topk(knn), candidates.topk(knn)))}
-    del half_scores, candidates
+    half_scores = candidates = None  # frees them
     scores, _ = product_key_topk(queries.requires_grad_(), keys.requires_grad_(), knn)
     grad_scores = torch.randn_like(scores)
     result["topk_backward"] = ms(
@@ -365,7 +337,7 @@ def in_own_process(kind, shape, config, keep_freed=False):
     no other result is lost.
     """
     settings = dict(zip(SHAPE, shape)) | {"only": kind, "keep_freed": str(keep_freed).lower()}
-    settings |= {name: getattr(config, name) for name in ("steps", "device", "dtype", "peer")}
+    settings |= {name: getattr(config, name) for name in ("steps", "device", "dtype", "paper")}
     command = [
         sys.executable,
         "-m",
@@ -429,9 +401,9 @@ def show_steps(console, shape, rows):
         "peak GB",
         "times as fast",
     ):
-        table.add_column(title, justify="left" if title in ("layer", "memory") else "right")
+        table.add_column(title, justify="left" if title in ("layer", "allocator") else "right")
     for (kind, kept), row in rows.items():
-        cells = [kind, {None: "", True: "as train.py", False: "as it comes"}[kept]]
+        cells = [kind, {None: "", True: "train.py's", False: "default"}[kept]]
         if "failed" in row:
             table.add_row(*cells, row["failed"])
             continue
@@ -447,7 +419,8 @@ def show_steps(console, shape, rows):
     ours, plain = rows.get(("nanomem", True), {}), rows.get(("pytorch", False), {})
     if "step" in ours and "step" in plain:
         console.print(
-            f"  nanomem as train.py runs it, against pytorch as it comes: {plain['step'] / ours['step']:.2f} times as fast\n"
+            "  nanomem with train.py's allocator settings, pytorch with the default allocator: "
+            f"{plain['step'] / ours['step']:.2f} times as fast\n"
         )
 
 
@@ -457,7 +430,8 @@ def show_kernels(console, row):
         console.print(f"the parts alone: {row['failed']}")
         return
     console.print(
-        f"copy {row['copy_gb_s']:,.0f} GB/s   scores and top-k {row['topk']:.2f} ms, their gradients {row['topk_backward']:.2f} ms; "
+        f"copy {row['copy_gb_s']:,.0f} GB/s   scores and top-k {row['topk']:.2f} ms, "
+        f"their gradients {row['topk_backward']:.2f} ms; "
         f"top-k alone {row['select']:.2f} ms, the two torch.topk in its place {row['two_torch_topk']:.2f} ms"
     )
     console.print(
@@ -567,13 +541,16 @@ def time_prepare(console, config, sample=2**25):
     many.append(alone(workers))
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     console.print(
-        f"data/prepare.py with {workers} workers: {speed:.1f} MB/s from start to end, peak memory {peak / 1e6:.0f} MB"
+        f"data/prepare.py with {workers} workers: {speed:.1f} MB/s from start to end, "
+            f"peak memory {peak / 1e6:.0f} MB"
     )
     for threads, speeds in ((1, one), (workers, many)):
-        console.print(
-            f"tiktoken alone, {threads} thread{'s' * (threads > 1)}: {' and '.join(f'{s:.1f}' for s in speeds)} MB/s, so that is "
-            f"{speed * threads / workers / statistics.mean(speeds):.0%} of {f'{workers} times as much' if threads == 1 else 'it'}"
-        )
+        threads_text = "1 thread" if threads == 1 else f"{threads} threads"
+        bound = f"{workers} times as much" if threads == 1 else "it"
+        share = speed * threads / workers / statistics.mean(speeds)
+        before, after = speeds
+        console.print(f"tiktoken alone, {threads_text}: {before:.1f} and {after:.1f} MB/s, so that is "
+                      f"{share:.0%} of {bound}")
 
 
 def main():
@@ -598,13 +575,15 @@ def main():
         time_generation(console, device, config.rounds)
         return
     on_cpu, on_gpu = device.type == "cpu", device.type == "cuda"
-    if config.peer and not Path(config.peer, "lingua", "product_key", "memory.py").exists():
+    if config.paper and not Path(config.paper, "lingua", "product_key", "memory.py").exists():
         raise UserError(
-            f"--peer={config.peer} has no lingua/product_key/memory.py: expected a checkout of facebookresearch/memory"
+            f"--paper={config.paper} has no lingua/product_key/memory.py: "
+            "expected a clone of facebookresearch/memory"
         )
-    if config.peer and (not on_gpu or config.heads < 2):
+    if config.paper and (not on_gpu or config.heads < 2):
         raise UserError(
-            f"--peer needs --device=cuda and 2 heads or more, got {device} and {config.heads}: the paper's layer asks for both"
+            f"--paper needs --device=cuda and 2 heads or more, got {device} and {config.heads}: "
+            "the paper's layer needs both"
         )
     name = (
         torch.cuda.get_device_name(device)
@@ -613,7 +592,7 @@ def main():
     )
     dtype = dtype_of(config, device)
     console.print(f"One training step of a memory layer; {name}, {dtype}, torch {torch.__version__}")
-    kinds = [kind for kind in KINDS if (kind != "compiled" or on_gpu) and (kind != "paper" or config.peer)]
+    kinds = [kind for kind in KINDS if (kind != "compiled" or on_gpu) and (kind != "paper" or config.paper)]
     tasks = [
         (shape, kind, kept)
         for shape in shapes

@@ -1,11 +1,11 @@
 """
 The paper's claims, small: trains the models of a table or figure with train.py, and writes it.
 
-    python -m nanomem.reproduce table1       dense models, mixture of experts, PEER, plain memory and Memory+ on equal terms
+    python -m nanomem.reproduce table1       dense models, mixture, PEER, plain memory and Memory+
     python -m nanomem.reproduce scaling      recall against the number of slots, at equal FLOPs
     python -m nanomem.reproduce ablations    Memory+ with one thing changed at a time
-    python -m nanomem.reproduce text         dense, mixture of experts and Memory+ on text (--text=data/wikitext-103)
-    python -m nanomem.reproduce slots        which slots facts use, in a trained model (--run=out/people-memory)
+    python -m nanomem.reproduce text         dense, mixture and Memory+ on text (--text=data/wikitext-103)
+    python -m nanomem.reproduce slots        which slots facts use in a model (--run=out/people-memory)
 
 - equal terms: the same facts, tokens, batches and tokenizer; each model's learning rate is the best of a
   small sweep, by the loss on questions that are never reported
@@ -298,7 +298,8 @@ def train(runs, preset, out_dir, console, diverged=None):
                         said = log.read_text(encoding="utf-8", errors="replace").strip()
                         if not (diverged and said.endswith("A lower learning_rate or mem_lr may help.")):
                             raise UserError(
-                                f"{run.name} failed: {said.splitlines()[-1] if said else process.returncode} (see {log})"
+                                f"{run.name} failed: "
+                                f"{said.splitlines()[-1] if said else process.returncode} (see {log})"
                             )
                     results[run] = diverged if process.returncode else rows_of(folders[run])[-1]
                 work = {
@@ -310,7 +311,8 @@ def train(runs, preset, out_dir, console, diverged=None):
                 bar.update(
                     task,
                     completed=done,
-                    description=f"{len(results)}/{len(runs)} runs; now {', '.join(run.name for run in running)}",
+                    description=f"{len(results)}/{len(runs)} runs; now "
+                    + ", ".join(run.name for run in running),
                 )
     finally:
         for process in running.values():  # Ctrl-C has reached them too; they save and end
@@ -662,7 +664,8 @@ def slots(run, facts_looked_at=100, batches=20):
     checkpoint.load(folder, model)
     if not data.facts or not model.memory_layers():
         raise UserError(
-            f"--run={run} must be a run with facts and with memory layers, got data={config.data} and ffn={config.ffn}"
+            f"--run={run} must be a run with facts and with memory layers, got data={config.data} "
+            f"and ffn={config.ffn}"
         )
     numbers = {layer: number for number, layer in model.memory_layers().items()}
 

@@ -98,7 +98,8 @@ def load(path):
             ) from None
     if sorted(ranks.values()) != list(range(len(ranks))) or len(ranks) < 256:
         raise ValueError(
-            f"{path}: expected ranks 0, 1, 2, ... with all 256 bytes among the tokens, got {len(ranks)} tokens"
+            f"{path}: expected ranks 0, 1, 2, ... with all 256 bytes among the tokens, "
+            f"got {len(ranks)} tokens"
         )
     return from_ranks(ranks)
 
@@ -178,7 +179,8 @@ def by_name(name):
     names = tiktoken.list_encoding_names()
     if name not in names:
         raise ValueError(
-            f"tokenizer must be auto, bytes, bpe, a .tiktoken file, or one of {', '.join(names)}; got {name!r}"
+            f"tokenizer must be auto, bytes, bpe, a .tiktoken file, or one of {', '.join(names)}; "
+            f"got {name!r}"
         )
     try:
         return tiktoken.get_encoding(name)

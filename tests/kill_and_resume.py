@@ -39,7 +39,8 @@ def kill_and_resume(folder, kills, seed=0):
         out, err = process.communicate()
         assert process.returncode in (-9, 0), f"kill {number}: exit code {process.returncode}\n{out}\n{err}"
         print(
-            f"kill {number + 1}: {'it had ended' if process.returncode == 0 else 'killed'}, {checkpoints(killed)}",
+            f"kill {number + 1}: {'it had ended' if process.returncode == 0 else 'killed'}, "
+            f"{checkpoints(killed)}",
             flush=True,
         )
         if process.returncode == 0:  # it came to its end before the kill: begin anew

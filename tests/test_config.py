@@ -85,7 +85,8 @@ def test_help_and_mistakes_are_answered_before_anything_slow_is_imported(program
     code = (
         f"import runpy, sys\nsys.argv = [{program!r}, {argument!r}]\n"
         f"try: runpy.run_path({str(runs.ROOT / program)!r}, run_name='__main__')\n"
-        "except SystemExit as end: print(end.code or 0, {'torch', 'numpy', 'rich', 'tiktoken'} & set(sys.modules))"
+        "except SystemExit as end:\n"
+        "    print(end.code or 0, {'torch', 'numpy', 'rich', 'tiktoken'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=runs.ROOT)
     assert done.stdout.splitlines()[-1] == f"{2 if argument != '--help' else 0} set()"

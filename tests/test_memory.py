@@ -237,7 +237,7 @@ def test_a_step_builds_nothing_of_the_tables_size_nor_of_tokens_times_lookups_ti
         clip_gradients(layer, 1.0)
         for optimizer in optimizers:
             optimizer.step()
-    # The gradients of the rows read, fewer than lookups, are the largest there is. What must not be would be larger:
+    # The gradients of the rows read, fewer than lookups, are the largest tensor. These would be larger:
     # (tokens, heads, 2, n_keys) scores, (tokens, lookups, v_dim) rows, the table.
     lookups = n * heads * knn
     assert (

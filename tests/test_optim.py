@@ -152,7 +152,7 @@ def test_shared_table_accumulation_and_clipping_equal_the_dense_gradients(accumu
     dense_model = copy.deepcopy(sparse_model)
     dense_model.first.table.sparse_grad = False
     models = [(m, build_optimizer(m, learning_rate=1e-2)) for m in (sparse_model, dense_model)]
-    for step in range(5):
+    for _ in range(5):
         batches = [torch.randn(2, 7, 6, dtype=torch.float64) for _ in range(accumulation)]
         norms = []
         for model, optimizers in models:

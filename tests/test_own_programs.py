@@ -25,7 +25,7 @@ from nanomem.baselines import PEER, MixtureOfExperts, memory_dot
 from nanomem.config import GPTConfig
 from nanomem.memory import MemoryTable, ProductKeyMemory, memory_read, product_key_topk
 from nanomem.model import GPT
-from nanomem.optim import RowAdam, build_optimizer, clip_gradients
+from nanomem.optim import RowAdam, build_optimizer
 
 
 def make(sparse=True, kind=ProductKeyMemory):
@@ -394,7 +394,8 @@ def test_an_installed_nanomem_has_its_kernels_and_facts(tmp_path):
     program = (
         "import json, nanomem; from nanomem import facts, tokenizer\n"
         "from nanomem.config import Config; from nanomem.data import open_data\n"
-        "sets = [open_data(Config(data=data, n_entities=50)).facts.entities[0] for data in ('people', 'world')]\n"
+        "sets = [open_data(Config(data=data, n_entities=50)).facts.entities[0]\n"
+        "        for data in ('people', 'world')]\n"
         "print(json.dumps([nanomem.__file__, nanomem.kernels.__file__, *sets]))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path,

@@ -80,7 +80,7 @@ def test_a_text_comes_back_and_keeps_its_last_tenth(small, monkeypatch, tmp_path
 
 
 def test_json_lines_gzip_and_parquet_hold_the_same_documents(small, monkeypatch, tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow")
     import pyarrow.parquet
     documents = [words(4, seed) for seed in range(300)]
     lines = "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(documents))
@@ -160,7 +160,7 @@ def test_files_of_others_are_kept(monkeypatch, tmp_path):
 
 
 def test_a_parquet_column_of_numbers_is_refused(monkeypatch, tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow")
     import pyarrow.parquet
     pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "n.parquet")
     with pytest.raises(prepare.UserError, match=r'expected a column "text" of strings, got text \(int64\)'):
@@ -188,7 +188,8 @@ def test_a_folder_of_many_files_and_any_number_of_workers(small, monkeypatch, tm
 
 def test_killed_and_resumed_gives_the_same_shards(tmp_path):
     (tmp_path / "book.txt").write_text(words(1_000_000))
-    program = f"import sys; sys.path.insert(0, {str(runs.ROOT / 'data')!r}); import prepare; prepare.PIECE = 2**20; prepare.main()"
+    program = f"import sys; sys.path.insert(0, {str(runs.ROOT / 'data')!r}); import prepare; "
+    program += "prepare.PIECE = 2**20; prepare.main()"
 
     def start(out):
         return subprocess.Popen(

@@ -194,7 +194,8 @@ def test_processes_that_differ_are_told_so(tmp_path):
         "data": "data is",
         "file": "process 1: data must be",
         "share": "2 processes can't share batch_size=5",
-        "columns": "values of 31 columns (mem_v_dim, or n_embd) can't be split over 2 processes; nearest: mem_v_dim=30 or 32",
+        "columns": "values of 31 columns (mem_v_dim, or n_embd) can't be split over 2 processes; "
+        "nearest: mem_v_dim=30 or 32",
         "group": "mem_parallel=5 must divide the number of processes, 2; nearest: 2 (0: all of them)",
     }
     for name, message in expected.items():
@@ -233,10 +234,10 @@ def test_nccl_in_one_process_equals_the_gpu_alone_and_its_checkpoint_moves_to_th
 
 def test_shares_cover_every_sequence_once(monkeypatch):
     for processes, batch_size, passes in ((1, 5, 3), (2, 4, 1), (3, 4, 3), (4, 6, 2), (6, 6, 4), (8, 2, 8)):
-        monkeypatch.setattr(sharding, "size", lambda: processes)
+        monkeypatch.setattr(sharding, "size", lambda n=processes: n)
         seen = []
         for rank in range(processes):
-            monkeypatch.setattr(sharding, "rank", lambda: rank)
+            monkeypatch.setattr(sharding, "rank", lambda n=rank: n)
             batches, rows = sharding.share_of_batch(batch_size, passes)
             seen += [(i, row) for i in batches for row in range(batch_size)[rows]]
         assert sorted(seen) == [(i, row) for i in range(passes) for row in range(batch_size)]

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from unittest import mock
 
@@ -114,8 +113,8 @@ def test_training_survives_output_that_goes_nowhere(tmp_path):
     reader = runs.start("train.py", *runs.TINY, "--max_iters=10", f"--out_dir={tmp_path / 'pipe'}")
     reader.stdout.close()
     reader.stderr.close()
-    for process, name in ((process, "full"), (reader, "pipe")):
-        assert process.wait(timeout=60) == 0
+    for ended, name in ((process, "full"), (reader, "pipe")):
+        assert ended.wait(timeout=60) == 0
         assert checkpoint.newest(tmp_path / name)[1]["iteration"] == 10
 
 

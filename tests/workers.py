@@ -65,7 +65,7 @@ def _step_bytes(mem_parallel):
         return call
 
     gather = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
-    for update in range(2):  # DDP makes its buckets anew after the first
+    for _ in range(2):  # DDP makes its buckets anew after the first
         sent, idx = 0, torch.randint(50, (4, 16))
         with (
             mock.patch.object(dist, gather, counted(getattr(dist, gather), lambda n: n - 1)),
