@@ -3,7 +3,7 @@ Times one training step of a memory layer beside the same layer written with PyT
 
     python -m nanomem.bench                   on a CPU: 4,096 tokens, d=128, 4 heads, k=16, 1M and 16M slots
     python -m nanomem.bench --device=cuda     on a GPU: that shape and larger ones, up to the paper's
-    python -m nanomem.bench --device=cuda --paper=PATH      also the paper's, in a clone of facebookresearch/memory
+    python -m nanomem.bench --device=cuda --paper=PATH    also the paper's, in a clone of its code
     python -m nanomem.bench --n_keys=256 --knn=32 --dim=256
     python -m nanomem.bench --generation      writing 256 tokens, with and without the key-value cache
     python -m nanomem.bench --prepare=big.txt  speed and memory of data/prepare.py, beside tiktoken alone
