@@ -408,3 +408,23 @@ def test_an_installed_nanomem_has_its_kernels_and_facts(tmp_path):
         and person
         and city == "Shanghai"
     )
+
+
+def test_a_second_derivative_raises_in_a_compiled_layer_that_is_not_compiled_ahead_of_time():
+    layer = ProductKeyMemory(8, MemoryTable(64, 8), heads=2, knn=3)
+    x = torch.randn(2, 5, 8, requires_grad=True)
+    compiled = torch.compile(layer, backend="eager")
+    (grad,) = torch.autograd.grad(compiled(x).square().sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        grad.square().sum().backward()
+
+
+def test_forward_mode_raises_in_a_compiled_search():
+    keys, tangent = torch.randn(2, 2, 8, 4), torch.randn(3, 2, 2, 4)
+
+    @torch.compile(backend="eager")
+    def derivative(queries):
+        return torch.func.jvp(lambda q: product_key_topk(q, keys, 2)[0], (queries,), (tangent,))[1]
+
+    with pytest.raises(NotImplementedError, match="forward"):
+        derivative(torch.randn(3, 2, 2, 4))

@@ -572,3 +572,14 @@ def test_links_in_a_folder_are_followed_once_and_one_that_leads_nowhere_is_named
         f"gone.txt is a link to {tmp_path / 'nowhere.txt'}, which is not there" in err
         and err.count("\n") == 1
     )
+
+
+def test_a_text_that_ends_in_a_long_character_is_cut_between_characters(monkeypatch, tmp_path):
+    (tmp_path / "a.txt").write_text("北京是中国", encoding="utf-8")
+    (tmp_path / "b.txt").write_text(words(500))
+    run(monkeypatch, tmp_path / "a.txt", tmp_path / "b.txt", f"--out={tmp_path / 'out'}")
+    data = open_data(Config(data=str(tmp_path / "out"), block_size=8))
+    text = data.encoding.decode(
+        [t for shards in data.tokens.values() for shard in shards for t in shard[:].tolist()]
+    )
+    assert "北京是中国" in text.replace("<|endoftext|>", "")
