@@ -389,7 +389,7 @@ def test_a_named_set_is_downloaded_checked_and_prepared(server, monkeypatch, tmp
     (["bad.jsonl"], 'bad.jsonl, line 2: expected {"text": "..."}'),
     (["short.txt"], "the text is too short to keep a tenth"),
     (["bad.txt", "empty.txt"], "empty.txt: the file is empty"),
-    (["short.jsonl"], "of 2 documents none is for validation; another --val_share than 0.01"),
+    (["short.jsonl"], "of 2 documents none is for validation; choose another --val_share than 0.01"),
     (["cut.jsonl.gz"], "cut.jsonl.gz is not a complete gzip file"),
     (["bad.txt", "--val_share=2"], "val_share must be between 0 and 1"),
     (["bad.txt", "--tokeniser=bpe"], "did you mean tokenizer"),

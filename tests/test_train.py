@@ -83,10 +83,13 @@ def test_a_closed_terminal_saves_and_nohup_goes_on(tmp_path):
     def ignore():
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
+    def default():  # pytest itself may run under nohup
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
     def iteration(name):
         return runs.metrics(tmp_path / name)[-1]["iter"]
 
-    plain = runs.start("train.py", *settings, f"--out_dir={tmp_path / 'plain'}")
+    plain = runs.start("train.py", *settings, f"--out_dir={tmp_path / 'plain'}", preexec_fn=default)
     nohup = runs.start("train.py", *settings, f"--out_dir={tmp_path / 'nohup'}", preexec_fn=ignore)
     try:
         for process, name in ((plain, "plain"), (nohup, "nohup")):
