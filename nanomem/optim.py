@@ -1,12 +1,13 @@
 """
 Optimizers for models with memory layers.
 
-- AdamW for everything but the tables; RowAdam for the tables, at the cost of the rows that were read
-- clipping, separately for tables and the rest: torch's clip_grad_norm_ doesn't take sparse gradients
-- the schedule of the learning rate
+- RowAdam for the tables, whose step costs only as much as the rows that were read; AdamW for the rest
+- gradient clipping, separately for tables and the rest
+- the learning-rate schedule
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -18,10 +19,10 @@ from nanomem.memory import MemoryTable, segment_sum
 from nanomem.ops import sparse_rows, use_kernels
 
 
-def squared_norms(grads: Tensor, process_group=None) -> Tensor:
-    """The squared norm of each row, float32 at least: grads (u, columns) -> (u,).
+def squared_norms(grads: Tensor, process_group: "dist.ProcessGroup | None" = None) -> Tensor:
+    """The squared norm of each row, in float32 at least: grads (u, columns) -> (u,).
 
-    If the processes of a group hold different columns, the norms are those of whole rows.
+    process_group: the processes that hold the other columns; the norms are then those of whole rows.
     """
     dtype = torch.promote_types(grads.dtype, torch.float32)
     squares = torch.linalg.vector_norm(grads, dim=1, dtype=dtype).square()
@@ -30,12 +31,13 @@ def squared_norms(grads: Tensor, process_group=None) -> Tensor:
     return squares
 
 
-def coalesce_gradient_(values: Tensor, process_group=None) -> tuple[Tensor, Tensor]:
-    """Sums repeated rows of a sparse values.grad in place. Returns (its rows, their gradients).
+def coalesce_gradient_(
+    values: Tensor, process_group: "dist.ProcessGroup | None" = None
+) -> tuple[Tensor, Tensor]:
+    """The rows that have a gradient, (u,) int64, ascending and distinct; and their gradients (u, columns).
 
-    rows (u,) int64 ascending and distinct, gradients (u, columns). Changing a sparse gradient's `gradients`
-    in place changes values.grad. For a dense gradient, returns a copy of the rows that are not zero (in any
-    process's columns).
+    Sums repeated rows of a sparse values.grad in place; the gradients returned share its memory. Of a dense
+    one, returns copies of the rows that are not zero in the columns of any process of process_group.
     """
     grad = values.grad
     if not grad.is_sparse:
@@ -45,7 +47,8 @@ def coalesce_gradient_(values: Tensor, process_group=None) -> tuple[Tensor, Tens
         rows = touched.nonzero().squeeze(1)
         return rows, grad[rows]
     rows, grads = grad._indices()[0], grad._values()
-    # Several layers or accumulated batches may have read the same row (torch's own flag for that gets lost).
+    # Rows repeat if several layers or accumulated batches read them. (Adding gradients up loses torch's own
+    # flag for that.)
     is_coalesced = (rows[1:] > rows[:-1]).all()
     if not is_coalesced:
         rows, grads = segment_sum(rows[:, None], grads.new_ones(len(rows), 1), grads, len(values))
@@ -54,34 +57,35 @@ def coalesce_gradient_(values: Tensor, process_group=None) -> tuple[Tensor, Tens
 
 
 class RowAdam(torch.optim.Optimizer):
-    """Adam without momentum and with one second moment per row, for tables of which a step reads few rows.
+    """Adam without momentum and with one second moment per row, for tables where a step reads few rows.
 
         v_r     <- beta2 * v_r + (1 - beta2) * mean(g_r ** 2)        for each row r with a gradient
         V_r     <- V_r - lr * g_r / (sqrt(v_r / (1 - beta2 ** n_r)) + eps)
 
-    n_r counts the steps in which row r had a gradient: every row has its own clock. A row whose gradient is
-    missing or zero keeps its value, moment and count; nothing decays. A row's first step has a root mean
-    square of lr, however late it comes. (With Adam's clock, a row first read at step 10,000 would move 1 /
-    sqrt(1 - beta2) = 10 times as far.) Later steps can exceed lr: if a gradient is larger than the row's
-    earlier ones, step n_r can be sqrt(n_r) * lr, up to lr / sqrt(1 - beta2). State: 8 bytes per row.
+    n_r counts the steps in which row r got a gradient, so every row has its own clock. A row whose gradient
+    is missing or zero keeps its value, moment and count; nothing decays. State: 8 bytes per row.
 
-    bfloat16 tables are rounded stochastically, up or down by chance, so that the expectation is right and
-    steps smaller than bfloat16's spacing are not all lost. The noise depends only on seed, row, n_r and
-    column.
+    A row's first step has a root mean square of lr, however late it comes. (With Adam's clock, a row first
+    read at step 10,000 would move 1 / sqrt(1 - beta2) = 10 times as far.) Later steps can exceed lr: step n_r
+    can reach sqrt(n_r) * lr, up to lr / sqrt(1 - beta2), if its gradient is larger than the row's earlier
+    ones.
 
-    Takes sparse gradients, and dense ones, of which it updates the rows that are not zero. A row whose
-    squared gradient is 0 in float32 counts as zero. process_group: the processes that share the tables'
-    columns (sharding.py); moments are then those of whole rows, and the noise is that of the whole table.
+    bfloat16 tables are rounded up or down at random, with the right expectation, so that steps smaller than
+    bfloat16's spacing still add up. The noise depends only on seed, row, n_r and column.
+
+    Takes sparse gradients; of a dense one it updates the rows that are not zero. A row whose squared norm
+    underflows to 0 in float32 counts as zero. process_group: the processes that share the tables' columns
+    (sharding.py); moments are then those of whole rows, and the noise is the whole table's.
     """
 
-    CHUNK = 2**18  # numbers updated at a time: temporaries stay in cache, 1.5 times as fast as all at once
+    CHUNK = 2**18  # numbers updated at a time, so that temporaries stay in cache: 1.5 times as fast
 
     def __init__(self, params, lr: float = 1e-2, beta2: float = 0.99, eps: float = 1e-10, seed: int = 0,
-                 process_group=None):
+                 process_group: "dist.ProcessGroup | None" = None):
         super().__init__(params, dict(lr=lr, beta2=beta2, eps=eps, seed=seed))
         self.process_group = process_group
 
-    def add_param_group(self, param_group):
+    def add_param_group(self, param_group: dict):
         """As in torch. Raises ValueError for a parameter that is not a table."""
         super().add_param_group(param_group)
         for values in self.param_groups[-1]["params"]:
@@ -93,10 +97,8 @@ class RowAdam(torch.optim.Optimizer):
                 )
 
     @torch.no_grad()
-    def step(self, closure=None):
-        """Updates the rows that have a gradient. Returns the loss of closure(), which computes it and
-        gradients.
-        """
+    def step(self, closure: Callable | None = None):
+        """Updates the rows that have a gradient. Returns closure()'s loss, as torch's optimizers do."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -107,60 +109,61 @@ class RowAdam(torch.optim.Optimizer):
                     self._update(values, group["lr"], group["beta2"], group["eps"], group["seed"] % 2**31)
         return loss
 
+    def _update(self, values, lr, beta2, eps, seed):
+        state = self.state[values]
+        if not state:
+            state["second_moment"] = values.new_zeros(len(values), dtype=torch.float32)
+            state["reads"] = values.new_zeros(len(values), dtype=torch.int32)
+        second_moment, reads = state["second_moment"], state["reads"]           # v and n: (n_rows,) each
+
+        rows, grads = coalesce_gradient_(values, self.process_group)            # (u,), (u, columns)
+        columns, first_column, mean_square = grads.shape[1], 0, None
+        if self.process_group is not None:  # these are some of the columns
+            v_dim = columns * dist.get_world_size(self.process_group)
+            first_column = columns * dist.get_rank(self.process_group)
+            mean_square = squared_norms(grads, self.process_group) / v_dim      # (u,), of whole rows
+
+        if use_kernels(values):
+            kernels.row_adam(
+                values, rows, grads, second_moment, reads, lr, beta2, eps, seed, mean_square, first_column)
+            return
+
+        if mean_square is None:
+            mean_square = squared_norms(grads) / columns
+        has_gradient = mean_square != 0  # true for NaN, which must not go unnoticed
+        if not has_gradient.all():
+            rows, grads, mean_square = rows[has_gradient], grads[has_gradient], mean_square[has_gradient]
+        v = second_moment[rows].lerp_(mean_square.float(), 1 - beta2)           # (u,)
+        n = reads[rows] + 1                                                     # (u,)
+        second_moment[rows], reads[rows] = v, n
+        factor = lr / ((v / (1 - beta2**n)).sqrt() + eps)                       # (u,)
+
+        wide = torch.promote_types(values.dtype, torch.float32)  # lr / sqrt(v) can overflow float16
+        size = max(1, self.CHUNK // columns)
+        for r, g, f, n_r in zip(rows.split(size), grads.split(size), factor.split(size), n.split(size)):
+            new = values.index_select(0, r).to(wide).addcmul_(g.to(wide), f[:, None].to(wide), value=-1)
+            if values.dtype == torch.bfloat16:
+                new = stochastic_round(new, seed, r, n_r, first_column)
+            values.index_copy_(0, r, new.to(values.dtype))
+
     def __getstate__(self):  # for copies; torch's own leaves the process group out
         return super().__getstate__() | {"process_group": self.process_group}
 
-    def load_state_dict(self, state_dict):
-        """Loads what state_dict() returned and keeps its dtypes; torch would cast the counts to the table's
-        dtype.
-        """
+    def load_state_dict(self, state_dict: dict):
+        """Loads what state_dict() returned. Unlike torch's, keeps dtypes: the counts stay int32."""
         super().load_state_dict(state_dict)
         tables = [values for group in self.param_groups for values in group["params"]]
         for number, saved in state_dict["state"].items():
             device = tables[number].device
             self.state[tables[number]] = {key: tensor.clone().to(device) for key, tensor in saved.items()}
 
-    def _update(self, values, lr, beta2, eps, seed):
-        state = self.state[values]
-        if not state:
-            state["second_moment"] = torch.zeros(len(values), dtype=torch.float32, device=values.device)
-            state["reads"] = torch.zeros(len(values), dtype=torch.int32, device=values.device)
-        rows, grads = coalesce_gradient_(values, self.process_group)  # (u,), (u, columns)
-        columns = grads.shape[1]
-        mean_square, first_column = None, 0  # of whole rows, if processes share the columns
-        if self.process_group is not None:
-            v_dim = columns * dist.get_world_size(self.process_group)
-            mean_square = squared_norms(grads, self.process_group) / v_dim
-            first_column = columns * dist.get_rank(self.process_group)
-        if use_kernels(values):
-            kernels.row_adam(values, rows, grads, state["second_moment"], state["reads"], lr, beta2, eps,
-                             seed, mean_square, first_column)
-            return
-        if mean_square is None:
-            mean_square = squared_norms(grads) / columns
-        has_gradient = mean_square != 0  # true for NaN, which must not go unnoticed
-        if not has_gradient.all():
-            rows, grads, mean_square = rows[has_gradient], grads[has_gradient], mean_square[has_gradient]
-        moment = state["second_moment"][rows].lerp_(mean_square.float(), 1 - beta2)
-        reads = state["reads"][rows] + 1
-        state["second_moment"][rows] = moment
-        state["reads"][rows] = reads
-        factor = lr / ((moment / (1 - beta2**reads)).sqrt() + eps)
-        wide = torch.promote_types(values.dtype, torch.float32)  # lr / sqrt(v) can overflow float16
-        size = max(1, self.CHUNK // values.shape[1])
-        for r, g, f, n in zip(rows.split(size), grads.split(size), factor.split(size), reads.split(size)):
-            new = values.index_select(0, r).to(wide).addcmul_(g.to(wide), f[:, None].to(wide), value=-1)
-            if values.dtype == torch.bfloat16:
-                new = stochastic_round(new, seed, r, n, first_column)
-            values.index_copy_(0, r, new.to(values.dtype))
-
 
 def stochastic_round(new: Tensor, seed: int, rows: Tensor, reads: Tensor, first_column: int = 0) -> Tensor:
-    """float32 numbers (u, columns) to bfloat16, up with the probability that makes the expectation right.
+    """Rounds float32 numbers (u, columns) to bfloat16, up or down at random, with the right expectation.
 
-    bfloat16 is the upper half of a float32: adding 16 random bits to the lower half carries into it just as
-    often as it should. The bits are a hash of seed, rows (u,) int64, reads (u,) int32 and column, counted
-    from first_column, so they are the same each time.
+    bfloat16 is the upper half of a float32. Adding 16 random bits to the lower half carries into the upper
+    just as often as it should. The bits are a hash of seed, rows (u,) int64, reads (u,) int32 and column, so
+    they are the same each time. first_column: the number of new's first column in the whole table.
     """
     column = torch.arange(first_column, first_column + new.shape[1], device=new.device)
     row_seed = _mix(_mix(_mix(reads.long() ^ seed) ^ (rows & 0xFFFFFFFF)) ^ (rows >> 32))
@@ -171,43 +174,47 @@ def stochastic_round(new: Tensor, seed: int, rows: Tensor, reads: Tensor, first_
 
 
 def _mix(x):
-    """A hash of 32-bit integers, held in int64, whose every output bit depends on every input bit."""
+    """A hash of 32-bit integers (in int64): every output bit depends on every input bit."""
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
     x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
     return x ^ (x >> 16)
 
 
-def process_group_of(table):
-    """The processes that share a ShardedTable's columns; None for a table in one piece."""
+def process_group_of(table: MemoryTable) -> "dist.ProcessGroup | None":
+    """The processes that share a ShardedTable's columns; None for a table that is not split."""
     return getattr(table, "shard_group", None)
 
 
 def tables_of(model: nn.Module) -> list[MemoryTable]:
-    """The memory tables in a module, each once."""
+    """The memory tables of a model, each once."""
     return [module for module in model.modules() if isinstance(module, MemoryTable)]
+
+
+def _outside_tables(model):
+    """The parameters of a model other than its tables' values."""
+    in_tables = {id(table.values) for table in tables_of(model)}
+    return [p for p in model.parameters() if id(p) not in in_tables]
 
 
 def build_optimizer(model: nn.Module, learning_rate: float = 1e-3, mem_lr: float = 1e-2,
                     weight_decay: float = 0.1, betas: tuple[float, float] = (0.9, 0.95),
                     mem_beta2: float = 0.99) -> list[torch.optim.Optimizer]:
-    """The optimizers for any module that contains memory layers: [AdamW, and RowAdam for the tables].
+    """The optimizers for any module with memory layers: [AdamW, RowAdam for the tables].
 
-    Step and zero each of them. The second exists only if there are tables. Weight decay is for matrices, not
-    for vectors, keys or values.
+    Each needs its step() and zero_grad(). A model without tables has no RowAdam, one without other trainable
+    parameters no AdamW. Weight decay applies to matrices, not to vectors, keys or values.
     """
-    tables = tables_of(model)
-    in_tables = {id(table.values) for table in tables}
-    core = [p for p in model.parameters() if p.requires_grad and id(p) not in in_tables]
+    core = [p for p in _outside_tables(model) if p.requires_grad]
     matrices = dict(params=[p for p in core if p.dim() == 2], weight_decay=weight_decay)
     others = dict(params=[p for p in core if p.dim() != 2], weight_decay=0.0)
     optimizers = []
     if core:
         fused = all(p.device.type in ("cpu", "cuda") for p in core)
-        param_groups = [group for group in (matrices, others) if group["params"]]
-        optimizers.append(torch.optim.AdamW(param_groups, lr=learning_rate, betas=betas, fused=fused))
+        groups = [group for group in (matrices, others) if group["params"]]
+        optimizers.append(torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused))
+    tables = tables_of(model)
     if tables:
-        values = [table.values for table in tables]
-        process_group = process_group_of(tables[0])
+        values, process_group = [table.values for table in tables], process_group_of(tables[0])
         optimizers.append(RowAdam(values, lr=mem_lr, beta2=mem_beta2, process_group=process_group))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -219,36 +226,32 @@ def build_optimizer(model: nn.Module, learning_rate: float = 1e-3, mem_lr: float
 def clip_gradients(model: nn.Module, max_norm: float) -> tuple[Tensor, Tensor]:
     """Scales the tables' gradients, and all others, to a norm of at most max_norm each.
 
-    Repeated rows are summed before their norm is taken. Returns (norm of the others, norm of the tables').
+    Returns both norms before scaling: (of the others, of the tables'). Sums repeated rows first.
     """
-    tables = tables_of(model)
-    in_tables = {id(table.values) for table in tables}
-    core = [p for p in model.parameters() if id(p) not in in_tables]
-    core_norm = torch.nn.utils.clip_grad_norm_(core, max_norm)
-    grads = []
+    core_norm = torch.nn.utils.clip_grad_norm_(_outside_tables(model), max_norm)
+    tables, grads, norms = tables_of(model), [], []
     for table in tables:
         grad = table.values.grad
         if grad is not None:
-            grads.append(coalesce_gradient_(table.values)[1] if grad.is_sparse else grad)
-    table_norm = torch.tensor(0.0)
-    if grads:
-        norms = []
-        for grad in grads:
+            grad = coalesce_gradient_(table.values)[1] if grad.is_sparse else grad
             wide = torch.promote_types(grad.dtype, torch.float32)
+            grads.append(grad)
             norms.append(torch.linalg.vector_norm(grad, dtype=wide))
-        squares = torch.stack(norms).square().sum()
-        process_group = process_group_of(tables[0])
-        if process_group is not None:  # add up those of all columns
-            dist.all_reduce(squares, group=process_group)
-        table_norm = squares.sqrt()
+    if not grads:
+        return core_norm, torch.tensor(0.0)
+    squares = torch.stack(norms).square().sum()
+    process_group = process_group_of(tables[0])
+    if process_group is not None:  # add the squares of the other processes' columns
+        dist.all_reduce(squares, group=process_group)
+    table_norm = squares.sqrt()
     if table_norm > max_norm:
-        for g in grads:
-            g.mul_(max_norm / (table_norm + 1e-6))
+        for grad in grads:
+            grad.mul_(max_norm / (table_norm + 1e-6))
     return core_norm, table_norm
 
 
 def schedule(step: int, warmup_iters: int, max_iters: int, min_ratio: float) -> float:
-    """The factor of the peak learning rates: a linear warm-up, then a cosine from 1 down to min_ratio."""
+    """What to multiply the peak learning rates by: a linear warm-up, then a cosine from 1 to min_ratio."""
     if step < warmup_iters:
         return (step + 1) / (warmup_iters + 1)
     progress = min(1.0, (step - warmup_iters) / max(1, max_iters - warmup_iters))

@@ -1,25 +1,25 @@
 """
-Training on several processes: tables too large for one device are split by columns; the rest is data
-parallel.
+Training on several processes. Tables too large for one device are split by columns; everything else is
+data parallel.
 
     torchrun --standalone --nproc_per_node=8 train.py
 
-P processes form P / G groups, the replicas, of G = mem_parallel processes, the shards. Each process of a
-group holds v_dim / G columns of every slot, so the load is even whichever slots are popular. In the forward
-pass,
+G = mem_parallel processes form a group that shares one table: each holds v_dim / G columns of every slot, so
+the load is even whichever slots are popular. P processes make P / G such groups, the replicas. In the
+forward pass,
 
-    1. each process sends the slots and weights of its tokens to its whole group       (all-gather)
-    2. each sums its columns of the rows that the group's tokens chose                 (memory_read)
-    3. each sends every token's sums to the process that has the token                 (all-to-all)
+    1. each process sends its tokens' slots and weights to its whole group           (all-gather)
+    2. each sums its columns of the rows that the group's tokens chose               (memory_read)
+    3. each returns every token's sums to the process that has the token             (all-to-all)
 
-In the backward pass, 3 sends out the columns of the gradient, 2 computes the gradient of the rows, each
-process for its columns, and 1 sends the gradients of the weights back. `bytes_per_token` says what this
-costs. (torch's functional collectives have such gradients too, but their names change from release to
+The backward pass runs these in reverse: 3 sends out the columns of the gradient, 2 computes the gradient of
+the rows, each process for its columns, and 1 returns the weights' gradients. `bytes_per_token` says what
+this costs. (torch's functional collectives have such gradients too, but their names change from release to
 release.)
 
 Replicas hold the same columns. After the backward pass they add up the gradients of the rows that any of
-them read (`add_replicas`). All gradients are sums over the processes, not means: the loss of a process is
-its part of the whole batch's mean.
+them read (`add_replicas`). All gradients are summed over the processes, not averaged, because each process's
+loss is its part of the whole batch's mean.
 """
 
 import contextlib
@@ -47,65 +47,63 @@ from nanomem.optim import coalesce_gradient_
 
 
 class _AllToAll(torch.autograd.Function):
-    """Sends block j of x to process j of the group, and receives a block from each: (G * n, ...) -> (G * n,
-    ...)
-    """
+    """Sends block j of x (G * n, ...) to process j, and returns the blocks received: (G * n, ...)."""
 
     @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
+    def forward(ctx, x, process_group):
+        ctx.process_group = process_group
         x = x.contiguous()
         out = torch.empty_like(x)
-        dist.all_to_all_single(out, x, group=group)
+        dist.all_to_all_single(out, x, group=process_group)
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        return _AllToAll.apply(grad, ctx.group), None  # the blocks go back
+        return _AllToAll.apply(grad, ctx.process_group), None  # each block returns to its sender
 
 
-def _all_gather(x, group):
-    """The x of all processes of the group, one after the other: (n, ...) -> (G * n, ...)"""
-    out = x.new_empty(dist.get_world_size(group) * len(x), *x.shape[1:])
-    collective = (
-        getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    )  # its name before torch 2.13
-    collective(out, x.contiguous(), group=group)
+def _all_gather(x, process_group):
+    """Every process's x, one after the other: (n, ...) -> (G * n, ...)."""
+    out = x.new_empty(dist.get_world_size(process_group) * len(x), *x.shape[1:])
+    # all_gather_into_tensor is its name before torch 2.13.
+    collective = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    collective(out, x.contiguous(), group=process_group)
     return out
 
 
 class _Gather(torch.autograd.Function):
-    """The rows of all processes of the group: (n, lookups) -> (G * n, lookups)."""
+    """_all_gather of (n, lookups), with a gradient."""
 
     @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return _all_gather(x, group)
+    def forward(ctx, x, process_group):
+        ctx.process_group = process_group
+        return _all_gather(x, process_group)
 
     @staticmethod
     def backward(ctx, grad):
-        parts = _AllToAll.apply(grad, ctx.group)
-        return parts.view(dist.get_world_size(ctx.group), -1, grad.shape[1]).sum(0), None
+        parts = _AllToAll.apply(grad, ctx.process_group)                           # (G * n, lookups)
+        return parts.view(dist.get_world_size(ctx.process_group), -1, grad.shape[1]).sum(0), None
 
 
-def _send_home(x, group):
-    """From some columns of the group's tokens to all columns of this process's: (G * n, v_dim / G) -> (n,
-    v_dim)
+def _send_home(x, process_group):
+    """Trades columns for tokens: these columns of all the group's tokens, (G * n, v_dim / G), become all
+    columns of this process's tokens, (n, v_dim).
     """
-    blocks = _AllToAll.apply(x, group).view(dist.get_world_size(group), -1, x.shape[1])  # (G, n, v_dim / G)
-    return blocks.transpose(0, 1).flatten(1)
+    blocks = _AllToAll.apply(x, process_group)                                     # (G * n, v_dim / G)
+    blocks = blocks.view(dist.get_world_size(process_group), -1, x.shape[1])       # (G, n, v_dim / G)
+    return blocks.transpose(0, 1).flatten(1)                                       # (n, v_dim)
 
 
 class ShardedTable(MemoryTable):
     """A MemoryTable whose columns are split over a group of processes, which read it together.
 
-    Each forward and backward pass involves the whole group, with the same number of tokens on each process.
-    values (n_slots, v_dim / G) start as these columns of the whole table would.
+    All processes of the group must call forward and backward together, with equally many tokens. values
+    (n_slots, v_dim / G) are initialised to the same numbers as these columns of an unsplit table.
 
     Args:
-        n_slots, v_dim: the size of the whole table.
+        n_slots, v_dim: size of the whole table.
         mesh: from `make_mesh`.
-        dtype: of the values.
+        dtype: dtype of the values.
     Raises:
         UserError: v_dim can't be split evenly.
     """
@@ -113,39 +111,39 @@ class ShardedTable(MemoryTable):
     def __init__(self, n_slots: int, v_dim: int, mesh: DeviceMesh, dtype: torch.dtype | None = None):
         shards, shard = mesh["shard"].size(), mesh["shard"].get_local_rank()
         if v_dim % shards:
-            nearest = multiples_around(v_dim, shards)
             raise UserError(
                 f"values of {v_dim} columns (mem_v_dim, or n_embd) can't be split over {shards} processes; "
-                f"nearest: mem_v_dim={nearest}, or mem_parallel=1, not to split them"
+                f"nearest: mem_v_dim={multiples_around(v_dim, shards)}, or mem_parallel=1, not to split them"
             )
         width = v_dim // shards
-        # reset_parameters, which MemoryTable.__init__ calls, reads these two.
+        # Set before MemoryTable.__init__, which calls reset_parameters.
         self.whole_v_dim, self.columns = v_dim, range(shard * width, (shard + 1) * width)
         super().__init__(n_slots, width, dtype=dtype)
         self.v_dim, self.mesh = v_dim, mesh
         self.shard_group, self.replica_group = mesh.get_group("shard"), mesh.get_group("replica")
 
     def reset_parameters(self):
-        """Initialises these columns as in the whole table."""
+        """Initialises these columns to the same numbers as in the whole table."""
         ops.draw_rows(self.values, self.whole_v_dim, self.columns)
 
     @ops.not_compiled
-    def forward(self, indices, weights):
-        """indices (n, lookups) int64 and weights (n, lookups) of this process's n tokens -> (n, v_dim)"""
-        narrow = torch.int32 if self.n_slots <= 2**31 else torch.int64
-        indices = _all_gather(indices.to(narrow), self.shard_group).long()
+    def forward(self, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """This process's indices (n, lookups) int64 and weights (n, lookups) -> (n, v_dim)."""
+        sent_as = torch.int32 if self.n_slots <= 2**31 else torch.int64
+        indices = _all_gather(indices.to(sent_as), self.shard_group).long()            # (G * n, lookups)
         weights = _Gather.apply(weights.to(self.values.dtype), self.shard_group)
-        return _send_home(memory_read(self.values, indices, weights, self.sparse_grad), self.shard_group)
+        sums = memory_read(self.values, indices, weights, self.sparse_grad)            # (G * n, v_dim / G)
+        return _send_home(sums, self.shard_group)
 
 
 def multiples_around(number: int, factor: int) -> str:
-    """The multiples of `factor` next to `number`, in words: "63 or 66" for 64 and 3."""
+    """The multiples of `factor` nearest to `number`, in words: "63 or 66" for 64 and 3."""
     below = number // factor * factor
     return f"{below} or {below + factor}" if below else f"{factor}"
 
 
 def tables(model: nn.Module) -> list[ShardedTable]:
-    """The ShardedTables in a module, each once."""
+    """All ShardedTables of a model, each once."""
     return [module for module in model.modules() if isinstance(module, ShardedTable)]
 
 
@@ -153,52 +151,56 @@ def tables(model: nn.Module) -> list[ShardedTable]:
 def add_replicas(model: nn.Module):
     """Adds up the tables' gradients over the replicas, which exchange the rows that any of them read.
 
-    All processes must call it. One whose table has no gradient takes part with an empty one.
+    All processes must call it, even those whose tables have no gradient.
     """
     for table in tables(model):
-        if dist.get_world_size(table.replica_group) == 1 or not table.values.requires_grad:
+        values = table.values
+        if dist.get_world_size(table.replica_group) == 1 or not values.requires_grad:
             continue
-        if table.values.grad is None:
-            rows, grads = torch.arange(0, device=table.values.device), table.values.detach()[:0]
+        if values.grad is None:
+            rows, grads = torch.arange(0, device=values.device), values.detach()[:0]   # no rows
         else:
-            rows, grads = coalesce_gradient_(table.values, table.shard_group)
-        touched = _union(rows, table.n_slots, table.replica_group)
-        sums = grads.new_zeros(len(touched), grads.shape[1])
-        sums.index_copy_(0, torch.searchsorted(touched, rows), grads)
+            rows, grads = coalesce_gradient_(values, table.shard_group)                # (u,), (u, columns)
+        all_rows = _union(rows, table.n_slots, table.replica_group)                    # (all,)
+        sums = grads.new_zeros(len(all_rows), grads.shape[1])                          # (all, columns)
+        sums.index_copy_(0, torch.searchsorted(all_rows, rows), grads)
         dist.all_reduce(sums, group=table.replica_group)
-        table.values.grad = sparse_rows(touched, sums, table.values.shape)
+        values.grad = sparse_rows(all_rows, sums, values.shape)
 
 
-def _union(rows, n_slots, group):
-    """The numbers below n_slots that any process of the group has in `rows`: int64, ascending."""
-    counts = _all_gather(torch.tensor([len(rows)], device=rows.device), group)
+def _union(rows, n_slots, process_group):
+    """All rows, numbered below n_slots, that any process of the group passes: int64, ascending, distinct."""
+    counts = _all_gather(torch.tensor([len(rows)], device=rows.device), process_group)
     dtype = torch.int32 if n_slots < 2**31 else torch.int64
-    mine = rows.new_full((counts.max(),), n_slots, dtype=dtype)  # all-gather takes tensors of equal size
-    mine[:len(rows)] = rows
-    unique = torch.unique(_all_gather(mine, group))
+    # All-gather takes tensors of equal size: the shorter ones are filled up with n_slots, which is no row.
+    padded = rows.new_full((counts.max(),), n_slots, dtype=dtype)
+    padded[:len(rows)] = rows
+    unique = torch.unique(_all_gather(padded, process_group))
     return unique[unique < n_slots].long()
 
 
 def bytes_per_token(model: nn.Module) -> int:
-    """Bytes that one token of a training step puts on the wire, in all memory layers.
+    """Bytes that a training step sends between processes per token, in all memory layers.
 
-    What its process sends to the others of its group, and they to it. In each layer, with G processes,
-    values of b bytes and up to 2**31 slots,
+    With G processes to a table, values of b bytes and up to 2**31 slots, a layer sends
 
         (G - 1) * lookups * (4 + 2 * b)        slots and weights out, the weights' gradients back
         + (G - 1) / G * v_dim * 2 * b          columns back, and their gradients out
 
-    In addition, each update sends from each process, whatever the number of tokens: (G - 1) / G * 8 bytes
-    per row that was read, for the squared norms that RowAdam needs; with R replicas (R - 1) * 4 per row read
-    by the group that read most, and (R - 1) / R * 2 * b * v_dim / G per row read by any group; and (P - 1) /
-    P * 8 per float32 parameter outside the tables.
+    Not counted is what each process sends once per update, however many tokens there are:
+
+        (G - 1) / G * 8                        per row read by any group, for RowAdam's squared norms
+        (R - 1) * 4                            with R replicas: per row of the group that read most
+        + (R - 1) / R * 2 * b * v_dim / G      with R replicas: per row read by any group
+        (P - 1) / P * 8                        per float32 parameter outside the tables
     """
     sent = 0
     for layer in model.modules():
         if isinstance(layer, ProductKeyMemory) and isinstance(layer.table, ShardedTable):
-            others, b = layer.table.mesh["shard"].size() - 1, layer.table.values.element_size()
-            sent += others * layer.heads * layer.knn * (4 + 2 * b)
-            sent += others * layer.table.v_dim * 2 * b // (others + 1)
+            table, lookups = layer.table, layer.heads * layer.knn
+            G, b = table.mesh["shard"].size(), table.values.element_size()
+            sent += (G - 1) * lookups * (4 + 2 * b)
+            sent += (G - 1) * table.v_dim * 2 * b // G
     return sent
 
 
@@ -210,10 +212,14 @@ _launch = ""
 
 
 def start():
-    """Joins the processes that torchrun started, if it did. GPU tensors go by NCCL, CPU tensors by gloo."""
+    """Connects the processes that torchrun started; does nothing without torchrun.
+
+    GPU tensors go through NCCL, CPU tensors through gloo.
+    """
     global _launch
     if {"RANK", "WORLD_SIZE"} <= os.environ.keys() and not dist.is_initialized():
         store, number, count = next(dist.rendezvous("env://"))
+        # Each process proposes a name. The store keeps the one that arrives first, and all get that.
         _launch = store.compare_set("nanomem launch", "", uuid.uuid4().hex).decode()
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         own_store = _roll_call(store, number, count)
@@ -221,30 +227,30 @@ def start():
 
 
 def _roll_call(store, number, count):
-    """A part of the store that only the processes running now know.
+    """A part of the store that only the processes alive now use.
 
-    When torchrun restarts processes it gives them the old store, which still has the addresses of those that
-    died; connecting to these can hang (pytorch issue 135712). So each process puts a new name in place of
-    its rank's old one, and waits for all others under a hash of all names. If a dead process's name is among
-    them, not all arrive, and it reads the names again.
+    When torchrun restarts processes, it gives them the old store, which still holds the addresses of those
+    that died. Connecting to these can hang (pytorch issue 135712). So each process replaces its rank's name
+    with a new one, and waits for all others under a hash of all names. If it read a dead process's name, not
+    all arrive there, and it reads the names again.
     """
     store.set(f"nanomem {number}", uuid.uuid4().hex)
     while True:
         names = store.multi_get([f"nanomem {i}" for i in range(count)])
         roll = hashlib.sha256(b"".join(names)).hexdigest()
         store.set(f"{roll} {number}", "here")
-        with contextlib.suppress(dist.DistStoreError):  # not all came within a second
+        with contextlib.suppress(dist.DistStoreError):  # not all arrived within a second
             store.wait([f"{roll} {i}" for i in range(count)], timedelta(seconds=1))
             return dist.PrefixStore(roll, store)
 
 
 def launch() -> str:
-    """A name for this launch of torchrun, the same after it has restarted processes; "" without torchrun."""
+    """A name for this launch of torchrun, kept when it restarts processes; "" without torchrun."""
     return _launch
 
 
 def stop(code: int = 0):
-    """Leaves the other processes and ends this one, with an exit code."""
+    """Disconnects from the other processes and ends this one with an exit code."""
     if dist.is_initialized():
         dist.destroy_process_group()
         sys.stdout.flush()
@@ -256,7 +262,7 @@ def stop(code: int = 0):
 
 
 def rank() -> int:
-    """This process's number, 0 if there is only one."""
+    """This process's number, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -266,10 +272,10 @@ def size() -> int:
 
 
 def make_mesh(device: torch.device, mem_parallel: int) -> DeviceMesh | None:
-    """The processes as a DeviceMesh (replica, shard): groups of mem_parallel neighbours share a table; 0:
-    all do.
+    """The processes as a DeviceMesh (replica, shard), or None without torchrun.
 
-    None without torchrun. Raises UserError unless mem_parallel divides the number of processes.
+    Groups of mem_parallel neighbours share a table; 0: all processes do. Raises UserError unless mem_parallel
+    divides the number of processes.
     """
     if not dist.is_initialized():
         return None
@@ -283,37 +289,41 @@ def make_mesh(device: torch.device, mem_parallel: int) -> DeviceMesh | None:
 
 
 def data_parallel(model: nn.Module) -> DistributedDataParallel:
-    """torch's DistributedDataParallel around everything but the tables. It adds gradients up."""
+    """torch's DistributedDataParallel (DDP) for everything but the tables. It sums gradients.
+
+    A module whose class sets may_skip_parameters = True may leave parameters without a gradient.
+    """
     values = {id(table.values) for table in tables(model)}
     in_tables = [name for name, p in model.named_parameters() if id(p) in values]
     constants = [name for name, _ in model.named_buffers()]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, in_tables + constants)
-    # Experts that no token chose have no gradient. DDP must look for them, which costs a pass over the
-    # graph.
+    # Only if needed, since it costs DDP a pass over the graph.
     may_skip = any(getattr(module, "may_skip_parameters", False) for module in model.modules())
     parallel = DistributedDataParallel(model, find_unused_parameters=may_skip)
     parallel.register_comm_hook(None, _add)
     return parallel
 
 
-def _add(_, bucket):  # by default DDP takes the mean of a bucket of gradients
+def _add(_, bucket):
+    """What DDP does with a bucket of gradients: sums them. By default it averages."""
     work = dist.all_reduce(bucket.buffer(), async_op=True)
     return work.get_future().then(lambda future: future.value()[0])
 
 
 def share_of_batch(batch_size: int, passes: int) -> tuple[range, slice]:
-    """(the numbers of an update's batches that this process computes, its sequences of each).
+    """What this process computes of an update: (the numbers of its batches, its sequences of each).
 
-    Whole batches if there are enough for all, so that a GPU's batch is as large as it is alone; otherwise
-    parts: with two passes for four processes, 0 and 1 compute half of batch 0 each, 2 and 3 of batch 1.
-    Raises UserError if they can't be shared evenly.
+    Whole batches if there are enough for all processes, so that a GPU's batch is as large as in a run of its
+    own. Otherwise parts: with two passes on four processes, 0 and 1 compute half of batch 0 each, 2 and 3
+    half of batch 1. Raises UserError if the sequences can't be shared evenly.
     """
-    at_once = math.gcd(passes, size())
-    sharers = size() // at_once  # of one batch
+    at_once = math.gcd(passes, size())  # batches that are computed at the same time
+    sharers = size() // at_once  # processes to a batch
     if batch_size % sharers:
-        sequences = f"batch_size={batch_size} x gradient_accumulation_steps={passes} sequences"
-        raise UserError(f"{size()} processes can't share {sequences} evenly; "
-                        f"nearest: batch_size={multiples_around(batch_size, sharers)}")
+        raise UserError(
+            f"{size()} processes can't share batch_size={batch_size} x gradient_accumulation_steps={passes} "
+            f"sequences evenly; nearest: batch_size={multiples_around(batch_size, sharers)}"
+        )
     batch, sharer = divmod(rank(), sharers)
     share = batch_size // sharers
     return range(batch, passes, at_once), slice(sharer * share, (sharer + 1) * share)
@@ -323,8 +333,8 @@ def share_of_batch(batch_size: int, passes: int) -> tuple[range, slice]:
 # Agreement
 
 
-def gather(item) -> list:
-    """Each process's item."""
+def gather(item: object) -> list:
+    """The items of all processes, in the order of their numbers."""
     if not dist.is_initialized():
         return [item]
     items = [None] * size()
@@ -333,7 +343,7 @@ def gather(item) -> list:
 
 
 def add(tensor: torch.Tensor) -> torch.Tensor:
-    """Adds up a tensor over all processes, in place."""
+    """Sums a tensor over all processes, in place."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
@@ -346,10 +356,8 @@ def total(*numbers: float) -> list[float]:
 
 @contextlib.contextmanager
 def together():
-    """A block that all processes run. A mistake that any of them meets is raised in all, as a UserError, at
-    its end.
-
-    Otherwise the others would wait for it forever.
+    """A block that all processes run. If any of them meets a mistake there, all raise it as a UserError at
+    the end of the block, so that none waits for another forever.
     """
     problem = None
     try:
@@ -358,17 +366,16 @@ def together():
         problem = mistake(error)
         if problem is None:
             raise
-    problems = gather(problem)
-    for number, problem in enumerate(problems):
-        if problem:
-            raise UserError(problem if number == 0 else f"process {number}: {problem}")
+    for number, theirs in enumerate(gather(problem)):
+        if theirs:
+            raise UserError(theirs if number == 0 else f"process {number}: {theirs}")
 
 
-def check_same(facts: dict):
-    """Raises UserError, in all processes, if {name: value} is not the same in all of them."""
-    everyones = gather(facts)
-    for number, theirs in enumerate(everyones):
-        for name, value in everyones[0].items():
+def check_same(mine: dict):
+    """Raises UserError, in all processes, unless all pass the same {name: value}."""
+    gathered = gather(mine)
+    for number, theirs in enumerate(gathered):
+        for name, value in gathered[0].items():
             if theirs[name] != value:
                 raise UserError(
                     f"all processes must have the same settings and data: {name} is {value} in process 0 "

@@ -11,57 +11,40 @@ from nanomem import sharding
 from nanomem.cli import UserError
 from nanomem.memory import MemoryTable
 
-SMALL = [
-    "--device=cpu",
-    "--dtype=float64",
-    "--n_layer=2",
-    "--n_embd=24",
-    "--n_head=2",
-    "--block_size=32",
-    "--batch_size=12",
-    "--mem_layers=0,1",
-    "--mem_n_keys=8",
-    "--mem_knn=2",
-    "--mem_heads=2",
-    "--eval_iters=1",
-    "--eval_interval=20",
-    "--log_interval=1",
-    "--warmup_iters=2",
-    "--max_iters=20",
-    "--grad_clip=0.2",
-]
+SMALL = (
+    "--device=cpu --dtype=float64 --n_layer=2 --n_embd=24 --n_head=2 --block_size=32 --batch_size=12 "
+    "--mem_layers=0,1 --mem_n_keys=8 --mem_knn=2 --mem_heads=2 --eval_iters=1 --eval_interval=20 "
+    "--log_interval=1 --warmup_iters=2 --max_iters=20 --grad_clip=0.2"
+)
 OPTIONS = {
-    "shared table": [],
-    "tables of their own": ["--mem_share_values=false", "--mem_gated=false", "--mem_qk_norm=false"],
-    "2 passes": ["--gradient_accumulation_steps=2"],
-    "3 passes": ["--gradient_accumulation_steps=3"],
-    "no clipping": ["--grad_clip=0"],
-    "dense": ["--ffn=dense"],
-    "mixture of experts": ["--ffn=moe", "--moe_experts=12", "--moe_hidden=4", "--moe_k=1"],
-    "PEER": ["--ffn=peer"],
-    "PEER, 2 passes": ["--ffn=peer", "--gradient_accumulation_steps=2"],
-    # Its balance loss is of the tokens that are computed at once, which depend on how passes are shared
-    # out.
-    "mixture of experts, 2 passes": [
-        "--ffn=moe",
-        "--moe_experts=12",
-        "--moe_hidden=4",
-        "--moe_balance=0",
-        "--gradient_accumulation_steps=2",
-    ],
-    "float32": ["--dtype=float32"],
-    "bfloat16 table": ["--dtype=float32", "--mem_dtype=bfloat16"],
+    "shared table": "",
+    "tables of their own": "--mem_share_values=false --mem_gated=false --mem_qk_norm=false",
+    "2 passes": "--gradient_accumulation_steps=2",
+    "3 passes": "--gradient_accumulation_steps=3",
+    "no clipping": "--grad_clip=0",
+    "dense": "--ffn=dense",
+    "mixture of experts": "--ffn=moe --moe_experts=12 --moe_hidden=4 --moe_k=1",
+    "PEER": "--ffn=peer",
+    "PEER, 2 passes": "--ffn=peer --gradient_accumulation_steps=2",
+    # Without balance loss, which sees the tokens of one process's pass: how passes are shared changes it.
+    "mixture of experts, 2 passes":
+        "--ffn=moe --moe_experts=12 --moe_hidden=4 --moe_balance=0 --gradient_accumulation_steps=2",
+    "float32": "--dtype=float32",
+    "bfloat16 table": "--dtype=float32 --mem_dtype=bfloat16",
 }
-# Relative; 1e-9 otherwise, and tensors too. Some of PEER's rows have gradients that are next to nothing, of
-# which RowAdam makes steps as large as any other's, rounding included.
+# How far losses may be apart, relative; for all other options 1e-9, and then the tensors must agree too. In
+# PEER some rows have gradients close to zero: RowAdam steps as far along their rounding errors as along any
+# gradient.
 LOSSES_WITHIN = {"float32": 1e-3, "bfloat16 table": 2e-2, "PEER": 1e-9, "PEER, 2 passes": 1e-9}
 
 
-def torchrun(processes, function, argument):
-    """The result of a function of workers.py in so many processes."""
-    process = runs.start("tests/workers.py", function, json.dumps(argument), processes=processes)
+def torchrun(*scenarios):
+    """The results of scenarios (number of processes, function in workers.py, its arguments...) that one
+    launch of torchrun runs one after the other. The number of processes may only fall.
+    """
+    process = runs.start("tests/workers.py", json.dumps(scenarios), processes=scenarios[0][0])
     out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err[-3000:]
+    assert process.returncode == 0, err
     return json.loads(out.splitlines()[-1])
 
 
@@ -69,65 +52,97 @@ def torchrun(processes, function, argument):
 def facts(tmp_path_factory):
     """A few facts of different lengths, so that sequences have different numbers of targets."""
     path = tmp_path_factory.mktemp("facts") / "mine.jsonl"
-    path.write_text("".join(json.dumps({"prompt": f"{name}'s locker is", "answer": str(i**9)}) + "\n"
-                            for i, name in enumerate(("Ada", "Grace", "Alan"))))
+    path.write_text(
+        '{"prompt": "Ada has", "answer": "0"}\n'
+        '{"prompt": "Grace has", "answer": "1"}\n'
+        '{"prompt": "Alan has", "answer": "512"}\n'
+    )
     return path
+
+
+def settings(option, facts, out_dir, *arguments):
+    """train.py's arguments for a small run with one of the OPTIONS."""
+    return [*SMALL.split(), f"--data={facts}", *OPTIONS[option].split(), *arguments, f"--out_dir={out_dir}"]
 
 
 @pytest.fixture(scope="module")
 def alone(facts, tmp_path_factory):
-    """option -> out_dir of one process's run"""
+    """A function: option -> out_dir of its run in one process."""
     folder = tmp_path_factory.mktemp("alone")
-    found = {}
 
-    def out_dir(option):
-        if option not in found:
-            runs.run("train.py", *SMALL, f"--data={facts}", *OPTIONS[option], f"--out_dir={folder / option}")
-            found[option] = folder / option
-        return found[option]
-    return out_dir
+    def out_dir_of(option):
+        if not (folder / option).exists():
+            runs.run("train.py", *settings(option, facts, folder / option))
+        return folder / option
+    return out_dir_of
 
 
-def compare(processes, options, facts, alone, folder, *arguments):
-    """Runs with each of the options must have one process's losses, and end with its tensors."""
-    torchrun(
-        processes,
-        "train",
-        [
-            [*SMALL, f"--data={facts}", *OPTIONS[option], *arguments, f"--out_dir={folder / option}"]
-            for option in options
-        ],
-    )
+def training(processes, options, facts, folder, *arguments):
+    """A scenario: processes train with each of the options, into folder / option."""
+    return processes, "train", *[settings(option, facts, folder / option, *arguments) for option in options]
+
+
+def losses(out_dir):
+    return [record["train_loss"] for record in runs.metrics(out_dir)]
+
+
+def check_losses_and_tensors(options, alone, folder):
+    """The runs in folder must have the losses of one process's runs, and end with its tensors."""
     for option in options:
-        losses = [
-            [row["train_loss"] for row in runs.metrics(out_dir)]
-            for out_dir in (alone(option), folder / option)
-        ]
-        assert losses[0] == pytest.approx(losses[1], rel=LOSSES_WITHIN.get(option, 1e-9)), option
+        within = LOSSES_WITHIN.get(option, 1e-9)
+        assert losses(folder / option) == pytest.approx(losses(alone(option)), rel=within), option
         if option not in LOSSES_WITHIN:
-            same_tensors(alone(option), folder / option)
+            check_tensors(alone(option), folder / option)
 
 
-def same_tensors(expected, found):
-    """The newest checkpoints of two runs have equal tensors, to 1e-9 of their norm."""
+def check_tensors(expected, found):
+    """The newest checkpoints of two runs must have equal tensors, to 1e-9 of their norm."""
     expected, found = runs.checkpoint(expected), runs.checkpoint(found)
     assert expected.keys() == found.keys()
     for name, tensor in expected.items():
         assert (found[name].double() - tensor.double()).norm() <= 1e-9 * tensor.double().norm(), name
 
 
-def test_two_processes_train_as_one(facts, alone, tmp_path):
-    compare(
-        2,
-        ["shared table", "2 passes", "float32", "bfloat16 table", "mixture of experts", "PEER"],
-        facts,
-        alone,
-        tmp_path,
-    )
+BY_TWO = ["shared table", "2 passes", "float32", "bfloat16 table", "mixture of experts", "PEER"]
+BY_TWO_GROUPS = ["shared table", "tables of their own", "float32"]
 
 
-def test_two_groups_of_two_train_as_one(facts, alone, tmp_path):
-    compare(4, ["shared table", "tables of their own", "float32"], facts, alone, tmp_path, "--mem_parallel=2")
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where the processes of `results` write."""
+    return tmp_path_factory.mktemp("processes")
+
+
+@pytest.fixture(scope="module")
+def results(facts, folder):
+    """name -> result of every scenario of four or two processes. They share a launch, which saves starting
+    processes and importing torch again and again.
+    """
+    full = folder / "full"
+    full.mkdir()
+    scenarios = {
+        "two groups of two": training(4, BY_TWO_GROUPS, facts, folder / "groups", "--mem_parallel=2"),
+        "run of four": training(4, ["shared table"], facts, folder / "four", "--eval_interval=10"),
+        "bytes, 4 to a table": (4, "step_bytes", 4),
+        "bytes, 2 to a table": (4, "step_bytes", 2),
+        "bytes, 1 to a table": (4, "step_bytes", 1),
+        "resumed": (2, "resume_at_10", str(folder / "four" / "shared table")),
+        "two": training(2, BY_TWO, facts, folder / "two"),
+        "replicas without a gradient": (2, "replicas_without_a_gradient"),
+        "dense gradients of columns": (2, "dense_gradients_of_columns"),
+        "disagree": (2, "disagree", str(folder / "disagree")),
+        "full disk": (2, "full_disk", str(full)),
+        "wrapped": (2, "wrapped"),
+    }
+    return dict(zip(scenarios, torchrun(*scenarios.values())))
+
+
+def test_two_processes_train_as_one(results, alone, folder):
+    check_losses_and_tensors(BY_TWO, alone, folder / "two")
+
+
+def test_two_groups_of_two_train_as_one(results, alone, folder):
+    check_losses_and_tensors(BY_TWO_GROUPS, alone, folder / "groups")
 
 
 @pytest.mark.slow
@@ -135,60 +150,50 @@ def test_two_groups_of_two_train_as_one(facts, alone, tmp_path):
     "processes, mem_parallel", [(1, 0), (2, 0), (2, 1), (3, 0), (3, 1), (4, 0), (4, 1), (4, 2)]
 )
 def test_any_number_of_processes_trains_as_one(processes, mem_parallel, facts, alone, tmp_path):
-    compare(processes, OPTIONS, facts, alone, tmp_path, f"--mem_parallel={mem_parallel}")
+    torchrun(training(processes, OPTIONS, facts, tmp_path, f"--mem_parallel={mem_parallel}"))
+    check_losses_and_tensors(OPTIONS, alone, tmp_path)
 
 
-def test_a_run_of_four_goes_on_in_two_and_in_one(facts, alone, tmp_path):
-    out_dir = tmp_path / "run"
-    torchrun(4, "train", [[*SMALL, f"--data={facts}", "--eval_interval=10", f"--out_dir={out_dir}"]])
-    assert len(list((out_dir / "checkpoint-20").glob("part-*"))) == 4
+def test_a_run_of_four_processes_resumes_in_two_and_in_one(results, alone, folder):
+    out_dir = folder / "four" / "shared table"
+    assert results["resumed"] == [4, 2]  # parts of the checkpoint: a process writes its columns
+    check_tensors(alone("shared table"), out_dir)
     shutil.rmtree(out_dir / "checkpoint-20")  # as if it had been stopped at 10
-    torchrun(2, "train", [["--resume", f"--out_dir={out_dir}"]])
-    assert len(list((out_dir / "checkpoint-20").glob("part-*"))) == 2
-    same_tensors(alone("shared table"), out_dir)
-    shutil.rmtree(out_dir / "checkpoint-20")
     runs.run("train.py", "--resume", f"--out_dir={out_dir}")
-    same_tensors(alone("shared table"), out_dir)
-    out, _ = runs.run(
-        "sample.py",
-        f"--out_dir={out_dir}",
-        "--device=cpu",
-        "--start=Ada's locker is",
-        "--max_new_tokens=3",
-        "--trace",
-    )
-    assert "Ada's locker is" in out
+    check_tensors(alone("shared table"), out_dir)
+    question = ["--start=Ada has", "--max_new_tokens=3", "--trace"]
+    out, _ = runs.run("sample.py", f"--out_dir={out_dir}", "--device=cpu", *question)
+    assert "Ada has" in out
 
 
-def test_a_step_sends_what_the_formula_says_and_parts_of_tables_shrink():
-    for G, result in zip((4, 2, 1), torchrun(4, "step_bytes", [4, 2, 1])):
+def test_a_step_sends_what_the_formula_says_and_parts_of_tables_shrink(results):
+    for G in (4, 2, 1):
         P, R, lookups, v_dim, b = 4, 4 // G, 2 * 3, 24, 4
+        result = results[f"bytes, {G} to a table"]
         assert result["table"] == 12**2 * v_dim * b / G
-        token = 2 * ((G - 1) * lookups * (4 + 2 * b) + (G - 1) / G * v_dim * 2 * b)  # two memory layers
-        assert result["bytes per token"] == token
-        rows = (G - 1) / G * 8 * result["rows"]
+        per_token = 2 * ((G - 1) * lookups * (4 + 2 * b) + (G - 1) / G * v_dim * 2 * b)  # two memory layers
+        assert result["bytes per token"] == per_token
+        per_process = (G - 1) / G * 8 * result["rows"] + (P - 1) / P * 8 * result["core"]
         if R > 1:
-            rows += (R - 1) * 4 * result["rows of a group"] + (R - 1) / R * 2 * b * v_dim / G * result["rows"]
-        assert result["sent"] == pytest.approx(
-            result["tokens"] * token + P * rows + P * (P - 1) / P * 8 * result["core"]
-        )
+            per_process += (R - 1) * 4 * result["rows of a group"]
+            per_process += (R - 1) / R * 2 * b * v_dim / G * result["rows"]
+        assert result["sent"] == pytest.approx(result["tokens"] * per_token + P * per_process)
 
 
-def test_a_replica_without_a_gradient_takes_part_with_an_empty_one():
-    sparse, dense, none = torchrun(2, "replicas_without_a_gradient", {})
+def test_a_replica_without_a_gradient_takes_part_with_an_empty_one(results):
+    sparse, dense, none = results["replicas without a gradient"]
     assert sparse == [[0, 0], [3, 4], [0, 0], [0, 0], [6, 8], [0, 0]]
     assert dense == torch.eye(6)[:, 1:3].tolist()
     assert none == [[0, 0]] * 6
 
 
-def test_a_dense_gradient_of_split_columns_moves_the_rows_that_any_process_has():
-    moved = torch.tensor(torchrun(2, "dense_gradients_of_columns", {})).T
+def test_a_dense_gradient_of_split_columns_moves_the_rows_that_any_process_has(results):
+    moved = torch.tensor(results["dense gradients of columns"]).T
     expected = -0.1 * torch.tensor([[0.0, 0.0], [2**0.5, 0.0], [0.0, 2**0.5], [1.0, 1.0]])
     torch.testing.assert_close(moved, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_processes_that_differ_are_told_so(tmp_path):
-    told = torchrun(2, "disagree", str(tmp_path))
+def test_processes_that_differ_all_say_how(results, folder):
     expected = {
         "settings": "learning_rate is 0.1 in process 0 and 0.2 in process 1",
         "data": "data is",
@@ -198,9 +203,10 @@ def test_processes_that_differ_are_told_so(tmp_path):
         "nearest: mem_v_dim=30 or 32",
         "group": "mem_parallel=5 must divide the number of processes, 2; nearest: 2 (0: all of them)",
     }
+    messages = results["disagree"]
     for name, message in expected.items():
-        assert message in told[name] and told[name].count("\n") == 1, told
-    assert not list(tmp_path.glob("*/out"))
+        assert message in messages[name] and messages[name].count("\n") == 1, messages
+    assert not list((folder / "disagree").glob("*/out"))
 
 
 def test_a_wrong_setting_of_three_processes_is_one_line_and_exit_code_2(tmp_path):
@@ -210,10 +216,19 @@ def test_a_wrong_setting_of_three_processes_is_one_line_and_exit_code_2(tmp_path
     assert err.count("(pid: ") - err.count("of binary") == err.count("exitcode  : 2 ")
 
 
-def test_a_full_disk_of_one_process_keeps_the_checkpoint_before(tmp_path):
-    told = torchrun(2, "full_disk", str(tmp_path))
-    assert "process 1: " in told and "checkpoint-1 is kept" in told
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+def test_a_full_disk_of_one_process_keeps_the_checkpoint_before(results, folder):
+    assert "process 1: " in results["full disk"] and "checkpoint-1 is kept" in results["full disk"]
+    assert [path.name for path in (folder / "full").iterdir()] == ["checkpoint-1"]
+
+
+def test_ddp_and_fsdp_of_a_dense_table_give_one_processs_gradients_and_refuse_a_sparse_one(results):
+    found = results["wrapped"]
+    for name in ("ddp dense", "fsdp dense", "fsdp clip"):
+        assert found[name] < 1e-6, name
+    assert found["fsdp adamw"] < 1e-5
+    for name, error in {"ddp sparse": "Sparse", "fsdp sparse": "Sparse", "fsdp RowAdam": "DTensor"}.items():
+        assert error in found[name], name
+    assert found["fsdp meta"] == pytest.approx([1.0, 1.0, 1.0], rel=0.2)  # of 512 numbers
 
 
 @pytest.mark.slow
@@ -223,63 +238,63 @@ def test_killed_ranks(tmp_path):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_nccl_in_one_process_equals_the_gpu_alone_and_its_checkpoint_moves_to_the_cpu(facts, tmp_path):
-    arguments = ["--device=cuda", "--dtype=float32", f"--data={facts}"]
-    runs.run("train.py", *SMALL, *arguments, f"--out_dir={tmp_path / 'alone'}")
-    torchrun(1, "train", [[*SMALL, *arguments, f"--out_dir={tmp_path / 'nccl'}"]])
-    losses = [[row["train_loss"] for row in runs.metrics(tmp_path / name)] for name in ("alone", "nccl")]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    torchrun(2, "train", [["--resume", "--device=cpu", "--max_iters=24", f"--out_dir={tmp_path / 'nccl'}"]])
-    runs.run("train.py", "--resume", "--device=cuda", "--max_iters=28", f"--out_dir={tmp_path / 'nccl'}")
+    alone, nccl = tmp_path / "alone", tmp_path / "nccl"
+    runs.run("train.py", *settings("float32", facts, alone, "--device=cuda"))
+    torchrun((1, "train", settings("float32", facts, nccl, "--device=cuda")))
+    assert losses(nccl) == pytest.approx(losses(alone), rel=1e-5)
+    torchrun((2, "train", ["--resume", "--device=cpu", "--max_iters=24", f"--out_dir={nccl}"]))
+    runs.run("train.py", "--resume", "--device=cuda", "--max_iters=28", f"--out_dir={nccl}")
 
 
 def test_shares_cover_every_sequence_once(monkeypatch):
     for processes, batch_size, passes in ((1, 5, 3), (2, 4, 1), (3, 4, 3), (4, 6, 2), (6, 6, 4), (8, 2, 8)):
         monkeypatch.setattr(sharding, "size", lambda n=processes: n)
-        seen = []
+        computed = []
         for rank in range(processes):
             monkeypatch.setattr(sharding, "rank", lambda n=rank: n)
-            batches, rows = sharding.share_of_batch(batch_size, passes)
-            seen += [(i, row) for i in batches for row in range(batch_size)[rows]]
-        assert sorted(seen) == [(i, row) for i in range(passes) for row in range(batch_size)]
-    with pytest.raises(
-        UserError,
-        match="8 processes can't share batch_size=6 x gradient_accumulation_steps=2 .*batch_size=4 or 8",
-    ):
+            batches, sequences = sharding.share_of_batch(batch_size, passes)
+            for i in batches:
+                computed += [(i, sequence) for sequence in range(batch_size)[sequences]]
+        assert sorted(computed) == [(i, sequence) for i in range(passes) for sequence in range(batch_size)]
+    message = "8 processes can't share batch_size=6 x gradient_accumulation_steps=2 .*batch_size=4 or 8"
+    with pytest.raises(UserError, match=message):
         sharding.share_of_batch(6, 2)
 
 
 @pytest.fixture
 def mesh():
-    """One process in a group of its own."""
+    """A mesh of one process."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield sharding.make_mesh(torch.device("cpu"), 0)
     dist.destroy_process_group()
 
 
-def test_a_group_of_one_reads_as_a_table(mesh):
-    tables = []
-    for make in (sharding.ShardedTable, lambda *shape, mesh: MemoryTable(*shape)):
-        torch.manual_seed(0)
-        tables.append(make(100, 6, mesh=mesh))
+def test_a_table_of_one_process_reads_as_one_that_is_not_split(mesh):
+    torch.manual_seed(0)
+    split = sharding.ShardedTable(100, 6, mesh)
+    torch.manual_seed(0)
+    whole = MemoryTable(100, 6)
     indices, weights = torch.randint(100, (5, 4)), torch.rand(5, 4, requires_grad=True)
     results = []
-    for table in tables:
+    for table in (split, whole):
         out = table(indices, weights)
         out.sum().backward()  # an expanded gradient
         results.append((out, weights.grad, table.values.grad.to_dense()))
         weights.grad = None
-    for ours, theirs in zip(*results):
-        torch.testing.assert_close(ours, theirs)
+    for found, expected in zip(*results):
+        torch.testing.assert_close(found, expected)
 
 
-def test_processes_started_again_go_on_and_a_new_launch_does_not(tmp_path, monkeypatch):
-    arguments = ["--max_iters=5", f"--out_dir={tmp_path / 'run'}"]
-    for launch, expected in (
+def test_restarted_processes_resume_and_a_new_launch_starts_over(tmp_path, monkeypatch):
+    for launch, message in (
         ("one", None),
         ("one", "resuming from iteration 5"),
         ("two", "moved the earlier run"),
         ("", "moved the earlier run"),
     ):
         monkeypatch.setattr(sharding, "_launch", launch)
-        out, _ = runs.run("train.py", *runs.TINY, *arguments)
-        assert ("moved" in out or "resuming" in out) == bool(expected) and (expected or "") in out
+        out, _ = runs.run("train.py", *runs.TINY, "--max_iters=5", f"--out_dir={tmp_path / 'run'}")
+        if message:
+            assert message in out
+        else:
+            assert "moved" not in out and "resuming" not in out
