@@ -288,5 +288,7 @@ def one_line_errors(leave=sys.exit):
         if line is None:
             raise
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+            program = Path(sys.argv[0])
+            name = program.parent.name if program.name == "__main__.py" else program.name
+            print(f"{name}: {line}", file=sys.stderr)
         leave(2)

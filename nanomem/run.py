@@ -388,6 +388,9 @@ class Interrupt:
         signal.signal(signum, signal.SIG_DFL)
 
 
+DIVERGED = "A lower learning_rate or mem_lr may help."  # how the last line of a diverged run ends
+
+
 def stop_unless_finite(number: float, what: str, iteration: int, out_dir: Path):
     """Ends the run if training has diverged, before that reaches a checkpoint."""
     if math.isfinite(number):
@@ -395,8 +398,7 @@ def stop_unless_finite(number: float, what: str, iteration: int, out_dir: Path):
     if sharding.rank() == 0:
         good = checkpoint.folders(out_dir)
         last = f"the last good checkpoint is {good[0]}" if good else "there is no checkpoint yet"
-        advice = "A lower learning_rate or mem_lr may help."
-        print(f"{what} is {number} at iteration {iteration}; {last}. {advice}", file=sys.stderr)
+        print(f"{what} is {number} at iteration {iteration}; {last}. {DIVERGED}", file=sys.stderr)
     sharding.stop(1)
 
 

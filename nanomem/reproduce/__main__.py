@@ -1,0 +1,132 @@
+"""
+The paper's claims, small: trains the models of a table or figure with train.py, and writes it.
+
+    python -m nanomem.reproduce table1       dense models, mixture, PEER, plain memory and Memory+
+    python -m nanomem.reproduce scaling      recall against the number of slots, at equal FLOPs
+    python -m nanomem.reproduce ablations    Memory+ with one thing changed at a time
+    python -m nanomem.reproduce text         dense, mixture and Memory+ on text (--text=data/wikitext-103)
+    python -m nanomem.reproduce slots        which slots facts use in a model (--run=out/people-memory)
+
+- equal terms: the same facts, tokens, batches and tokenizer; each model's learning rate is the best of a
+  small sweep, by the loss on questions that are never reported
+- a finished run is a JSON file in assets/runs and is not trained again; one that was stopped continues
+- writes assets/NAME.json, NAME.md and NAME.png (pip install -e '.[plot]')
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanomem import cli
+from nanomem.cli import UserError, nearest, one_line_errors, parse, read_recipe, safe_streams, setting
+from nanomem.config import Config, keep_freed_memory
+from nanomem.datasets import DATASETS
+from nanomem.reproduce.presets import PRESETS
+
+NAMES = ("table1", "scaling", "ablations", "text", "slots")
+
+
+@dataclass
+class Settings:
+    """The command line."""
+
+    arguments = f"({' | '.join(NAMES)}) "
+    preset: str = setting(
+        "laptop", "laptop: 2 cores, about an hour a command; gpu: one H100", tuple(PRESETS),
+        section="Reproduction")
+    data: str = setting("people", "what the facts are about", tuple(DATASETS))
+    text: str = setting(
+        "data/wikitext-103", "text to train on: shards that data/prepare.py made, or a text file", path=True)
+    seeds: int = setting(3, "runs of each model of table1, scaling and text")
+    run: str = setting("out/people-memory", "folder of the trained model that slots looks into", path=True)
+    out_dir: str = setting("out/reproduce", "folder for checkpoints and logs of the runs", path=True)
+    runs: str = setting("assets/runs", "folder for the results of finished runs", path=True)
+    assets: str = setting("assets", "folder for tables and figures", path=True)
+
+
+def main():
+    """One command."""
+    arguments = sys.argv[1:]
+    command = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
+    settings = Settings(**parse(Settings, arguments))
+    if command not in NAMES:
+        got = f"{command}{nearest(command, NAMES)}" if command else "nothing"
+        raise UserError(f"expected what to reproduce, one of {', '.join(NAMES)}; got {got}")
+    if settings.seeds < 1:
+        raise UserError(f"seeds must be 1 or more, got {settings.seeds}")
+    from nanomem.reproduce import figures
+
+    figures.pyplot()  # if matplotlib is missing, say so now and not after hours of training
+    keep_freed_memory()
+    Path(settings.assets).mkdir(parents=True, exist_ok=True)
+    if command == "slots":
+        look_into_slots(settings)
+    else:
+        reproduce(command, settings)
+
+
+def reproduce(command, settings):
+    """Trains a command's models and writes its table and figure."""
+    from rich.console import Console
+
+    from nanomem.checkpoint import write_text
+    from nanomem.data import open_data
+    from nanomem.reproduce import commands, figures, runs
+
+    preset = PRESETS[settings.preset]
+    recipe, data = preset.recipe, settings.data
+    if command == "text":
+        recipe, data = preset.text_recipe, settings.text
+    base = Config(**read_recipe(Config, cli.shipped("configs") / f"{recipe}.toml") | {"data": data})
+    base.vocab_size = open_data(base).encoding.n_vocab  # it counts in FLOPs
+    console = Console(highlight=False, soft_wrap=True)
+    out_dir = Path(settings.out_dir) / settings.preset
+    trainer = runs.Trainer(preset.workers, preset.threads, settings.runs, out_dir, console)
+    seeds = list(range(base.seed, base.seed + settings.seeds))
+    rows = commands.COMMANDS[command](base, seeds, preset, trainer)
+
+    table = f"`{command_line(command, settings)}`: {trainer.summary()}\n\n{figures.markdown(rows)}"
+    name = command
+    for choice in ("data", "preset"):
+        if getattr(settings, choice) != getattr(Settings, choice):
+            name += f"-{getattr(settings, choice)}"
+    assets = Path(settings.assets)
+    write_text(assets / f"{name}.json", json.dumps(rows, indent=1) + "\n")
+    write_text(assets / f"{name}.md", table)
+    figures.draw(command, rows, assets / f"{name}.png")
+    console.print(table)
+
+
+def look_into_slots(settings):
+    """Measures what a trained model's memory reads, and writes a table and a figure."""
+    from nanomem.checkpoint import write_text
+    from nanomem.reproduce import figures
+    from nanomem.reproduce.slots import slots
+
+    rows, iteration = slots(settings.run)
+    assets = Path(settings.assets)
+    figures.draw_slots(rows, assets / "slots.png")
+    for row in rows:
+        del row["sorted"]  # a number for each slot, only for the figure
+    table = (f"`python -m nanomem.reproduce slots --run={settings.run}`, {iteration:,} updates\n\n"
+             f"{figures.slots_table(rows)}")
+    write_text(assets / "slots.json", json.dumps(rows, indent=1) + "\n")
+    write_text(assets / "slots.md", table)
+    print(table)
+
+
+def command_line(command, settings):
+    """The command that gives the same table, without folders and defaults."""
+    changed = []
+    for name in ("preset", "data", "text", "seeds"):
+        value = getattr(settings, name)
+        if value != getattr(Settings, name):
+            changed.append(f"--{name}={value}")
+    return " ".join(["python -m nanomem.reproduce", command, *changed])
+
+
+if __name__ == "__main__":
+    safe_streams()
+    with one_line_errors():
+        main()

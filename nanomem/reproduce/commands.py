@@ -1,0 +1,188 @@
+"""
+The tables and figures. Each function gets the preset's Config and returns the rows: dicts of columns. What
+was measured is a list with a number for each seed.
+"""
+
+import dataclasses
+import hashlib
+import json
+
+import torch
+
+from nanomem.checkpoint import read_json, write_text
+from nanomem.config import Config
+from nanomem.model import GPT
+from nanomem.reproduce.pace import step_seconds
+from nanomem.reproduce.presets import Preset
+from nanomem.reproduce.runs import COMPUTATION, Run, Trainer, machine
+from nanomem.reproduce.sizing import at_flops, at_flops_if_possible, dense_of, flops
+from nanomem.reproduce.sweeps import choose_rates, named
+
+
+def train_seeds(models: dict[str, Config], seeds: list[int], trainer: Trainer) -> dict[str, list[dict]]:
+    """{name: the last metrics of its runs, one for each seed}.
+
+    Runs of one seed see the same facts in the same batches, whatever the model.
+    """
+    runs = {}
+    for seed in seeds:
+        for name, config in models.items():
+            runs[name, seed] = named(name, config.replace(seed=seed))
+    metrics = trainer.train(list(runs.values()))
+    return {name: [metrics[runs[name, seed].name] for seed in seeds] for name in models}
+
+
+def describe(name: str, config: Config) -> dict:
+    """The columns that say what a model is."""
+    with torch.device("meta"):
+        model = GPT(config)
+    core, sparse = model.count_parameters()
+    return {
+        "model": name,
+        "params": core + sparse,
+        "mem_params": sparse,
+        "flops_per_token": model.flops_per_token(),
+        "learning_rate": config.learning_rate,
+        "mem_lr": config.mem_lr if config.ffn in ("memory", "peer") else None,
+    }
+
+
+def measured(runs: list[dict], **metrics: str) -> dict:
+    """The columns of a model's runs: measured(runs, column=metric)."""
+    return {column: [run[metric] for run in runs] for column, metric in metrics.items()}
+
+
+RECALL = dict(recall="recall", recall_taught="recall_taught", loss="val_loss", recall_tail="recall_tail")
+
+
+def table1(base: Config, seeds: list[int], preset: Preset, trainer: Trainer) -> list[dict]:
+    """Dense models, mixture, PEER, plain memory and Memory+, each at its best learning rate."""
+    numbers = base.memory_layer_numbers()
+    one_layer = str(numbers[len(numbers) // 2])
+    plain = base.replace(mem_gated=False, mem_qk_norm=False, mem_layers=one_layer)
+    models = {
+        "dense": base.replace(ffn="dense"),
+        "dense, 2x": dense_of(base, 2),
+        "dense, 4x": dense_of(base, 4),
+        "mixture of experts": base.replace(ffn="moe"),
+        "PEER": base.replace(ffn="peer"),
+        "plain memory": at_flops(plain, flops(base)),
+        "Memory+": base,
+    }
+    models = choose_rates(models, seeds, preset, trainer)
+    results = train_seeds(models, seeds, trainer)
+    seconds = measured_pace(models, trainer)
+    at_equal_time = train_equal_time(models, seconds, trainer)
+    rows = []
+    for name, config in models.items():
+        row = describe(name, config) | measured(results[name], **RECALL)
+        row["seconds"] = seconds[name] * config.max_iters
+        row["recall_equal_time"] = at_equal_time[name]["recall"]
+        rows.append(row)
+    return rows
+
+
+def measured_pace(models, trainer):
+    """Seconds of each model's training step on this machine, measured once: {name: seconds}."""
+    shapes = {name: dataclasses.asdict(config) for name, config in models.items()}
+    measured_on = json.dumps([shapes, COMPUTATION, machine(), torch.get_num_threads()])
+    path = trainer.out_dir / f"pace-{hashlib.sha256(measured_on.encode()).hexdigest()[:8]}.json"
+    if not path.exists():
+        trainer.out_dir.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(step_seconds(models)))
+    return read_json(path)
+
+
+def train_equal_time(models, seconds, trainer):
+    """Trains each model for as many steps as it does in the time that Memory+ takes: {name: metrics}."""
+    runs = {}
+    for name, config in models.items():
+        iters = max(1, round(config.max_iters * seconds["Memory+"] / seconds[name]))
+        runs[name] = Run(f"{name}, equal time", config.replace(max_iters=iters, eval_interval=iters))
+    runs["Memory+"] = named("Memory+", models["Memory+"])
+    metrics = trainer.train(list(runs.values()))
+    return {name: metrics[run.name] for name, run in runs.items()}
+
+
+def scaling(base: Config, seeds: list[int], preset: Preset, trainer: Trainer) -> list[dict]:
+    """Memory+ from 1k to 1M slots, and the dense model of the same FLOPs.
+
+    The feed-forward layers get what fewer keys save. If the scores of more keys cost more than these layers
+    do, the model has more FLOPs than the others.
+    """
+    models = {"no memory": base.replace(ffn="dense")}
+    for n_keys in (32, 64, 128, 256, 512, 1024):
+        if n_keys >= base.mem_knn:
+            config = base.replace(mem_n_keys=n_keys)
+            same = n_keys == base.mem_n_keys
+            models[f"{n_keys**2:,} slots"] = config if same else at_flops_if_possible(config, flops(base))
+    results = train_seeds(models, seeds, trainer)
+    rows = []
+    for name, config in models.items():
+        slots = {"slots": config.mem_n_keys**2 if config.ffn == "memory" else 0}
+        rows.append(describe(name, config) | slots | measured(results[name], **RECALL))
+    return rows
+
+
+def ablations(base: Config, seeds: list[int], preset: Preset, trainer: Trainer) -> list[dict]:
+    """Memory+ with one thing changed at a time, at its FLOPs if a feed-forward width can make up for it."""
+    models = {"Memory+": base}
+    unchanged = at_flops(base, flops(base))
+    for name, change in ablation_changes(base).items():
+        config = at_flops_if_possible(base.replace(**change), flops(base))
+        if config != unchanged:
+            models[name] = config
+    seeds = seeds[:1]
+    results = train_seeds(models, seeds, trainer)
+    return [describe(name, config) | measured(results[name], **RECALL) for name, config in models.items()]
+
+
+def ablation_changes(base: Config) -> dict[str, dict]:
+    """{name: the settings that it changes}."""
+    heads, knn = base.mem_heads, base.mem_knn
+    k_dim, v_dim = base.mem_k_dim or base.n_embd, base.mem_v_dim or base.n_embd
+    layers, last = base.memory_layer_numbers(), base.n_layer - 1
+    several = layers if len(layers) > 1 else [last - 1, last]
+    several_text = ",".join(map(str, several))
+    all_text = ",".join(map(str, range(base.n_layer)))
+
+    changes = {
+        "without gate": dict(mem_gated=False),
+        "without qk-norm": dict(mem_qk_norm=False),
+        "without both": dict(mem_gated=False, mem_qk_norm=False),
+    }
+    for i in range(base.n_layer):
+        changes[f"layer {i} only"] = dict(mem_layers=str(i))
+    changes[f"layers {several_text}"] = dict(mem_layers=several_text)
+    changes[f"layers {several_text}, values not shared, as many in all"] = dict(
+        mem_layers=several_text, mem_share_values=False,
+        mem_n_keys=round(base.mem_n_keys / len(several) ** 0.5))
+    changes[f"layers {all_text}"] = dict(mem_layers=all_text)
+    for h, k in ((2 * heads, knn // 2), (4 * heads, knn // 4), (heads, knn // 4), (heads, 4 * knn)):
+        # The queries of all heads together stay as wide.
+        changes[f"heads x knn: {h} x {k}"] = dict(mem_heads=h, mem_knn=k, mem_k_dim=k_dim * heads // h)
+    for dim in (k_dim // 2, k_dim * 2):
+        changes[f"keys of {dim}"] = dict(mem_k_dim=dim)
+    for dim in (v_dim // 2, v_dim * 2):
+        changes[f"values of {dim}"] = dict(mem_v_dim=dim)
+    for factor in (0.3, 3):
+        changes[f"value learning rate x {factor:g}"] = dict(mem_lr=base.mem_lr * factor)
+    for beta2 in (0, 0.999):
+        changes[f"second moment: beta2 = {beta2:g}"] = dict(mem_beta2=beta2)
+    return changes
+
+
+def text(base: Config, seeds: list[int], preset: Preset, trainer: Trainer) -> list[dict]:
+    """Dense, mixture and Memory+ on text, each at its best learning rate."""
+    models = {
+        "dense": base.replace(ffn="dense"),
+        "mixture of experts": base.replace(ffn="moe"),
+        "Memory+": base,
+    }
+    models = choose_rates(models, seeds, preset, trainer)
+    results = train_seeds(models, seeds, trainer)
+    columns = dict(loss="val_loss", bits_per_byte="bits_per_byte")
+    return [describe(name, config) | measured(results[name], **columns) for name, config in models.items()]
+
+
+COMMANDS = {"table1": table1, "scaling": scaling, "ablations": ablations, "text": text}

@@ -1,0 +1,143 @@
+"""
+Looks into a trained memory: which slots are read, and how much the lookups of a fact have in common with
+those of its question, of other facts and of other entities.
+"""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from nanomem import checkpoint
+from nanomem.cli import UserError
+from nanomem.config import Config
+from nanomem.data import open_data
+from nanomem.model import GPT
+from nanomem.observe import SlotUsage, observe_lookups
+
+
+def slots(run: str, n_facts: int = 100, n_batches: int = 20) -> tuple[list[dict], int]:
+    """(a row for each memory layer of a trained model, the number of updates it was trained for).
+
+    A row has:
+        "layer": its number
+        "share used" and "kl": of the slots, over n_batches training batches (Lample et al. 2019, section 4.4)
+        "sorted": the weight with which each slot was read, from high to low
+        "overlaps": {"name" or "answer": {what it is compared with: overlap}}, the mean over n_facts
+
+    The overlaps compare the lookups of a fact, in a taught wording, with those in another taught wording, in
+    a question, for another attribute of the entity, and for another entity. "name" is the last token of the
+    entity's name, where a memory can know the entity; "answer" is the last token before the answer, where
+    it can know the fact. Raises UserError for a run without facts or without memory.
+    """
+    model, data, config, iteration = load(run)
+    rows = measure_usage(model, data, config.batch_size, n_batches)
+    overlaps = measure_overlaps(model, data, n_facts)
+    for row in rows:
+        row["overlaps"] = overlaps[row["layer"]]
+    return rows, iteration
+
+
+def load(run):
+    """(model, data, config, iteration) of a trained run's newest checkpoint."""
+    folder, header, _ = checkpoint.newest(Path(run))
+    if header is None:
+        raise UserError(f"--run={run} has no checkpoint yet")
+    config = Config.from_saved(header["config"], run)
+    data = open_data(config, Path(run) / "tokenizer.tiktoken")
+    model = GPT(config).eval()
+    checkpoint.load(folder, model)
+    if not data.facts or not model.memory_layers():
+        raise UserError(f"--run={run} must be a run with facts and with memory layers, "
+                        f"got data={config.data} and ffn={config.ffn}")
+    return model, data, config, header["iteration"]
+
+
+@torch.no_grad()
+def measure_usage(model, data, batch_size, n_batches):
+    """A row for each memory layer, with how evenly it reads its slots."""
+    usage = {layer: SlotUsage() for layer in model.memory_layers().values()}
+    with observe_lookups(model, lambda layer, *lookups: usage[layer](layer, *lookups)):
+        for i in range(n_batches):
+            inputs, _ = data.batch("train", i * batch_size, batch_size)
+            model(inputs)
+    rows = []
+    for number, layer in model.memory_layers().items():
+        (weight,) = usage[layer].weight.values()
+        rows.append({
+            "layer": number,
+            "share used": usage[layer].usage(),
+            "kl": usage[layer].kl(),
+            "sorted": sorted(weight.tolist(), reverse=True),
+        })
+    return rows
+
+
+def measure_overlaps(model, data, n_facts):
+    """The mean overlaps of facts' lookups: {layer: {position: {what it is compared with: overlap}}}."""
+    rng = np.random.default_rng(0)
+    sums = {layer: {"name": Counter(), "answer": Counter()} for layer in model.memory_layers()}
+    for _ in range(n_facts):
+        fact, compared = draw_prompts(data.facts, rng)
+        expected = lookups_of(model, data.sentences, *fact)
+        for name, prompt in compared.items():
+            found = lookups_of(model, data.sentences, *prompt)
+            for layer, position in found:
+                sums[layer][position][name] += overlap(expected[layer, position], found[layer, position])
+    means = {}
+    for layer, positions in sums.items():
+        means[layer] = {position: {name: total / n_facts for name, total in counter.items()}
+                        for position, counter in positions.items()}
+    return means
+
+
+def draw_prompts(facts, rng):
+    """A random fact as (entity, wording), and what to compare it with: {name: (entity, wording)}."""
+    n_entities, n_attributes = len(facts.entities), len(facts.attributes)
+    entity, other, a = [int(rng.integers(limit)) for limit in (n_entities, n_entities, n_attributes)]
+    attribute, another = facts.attributes[a], facts.attributes[a - 1]
+    compared = {"another entity": (other, attribute.statements[0])}
+    if len(attribute.statements) > 1:
+        compared["another taught wording"] = (entity, attribute.statements[1])
+    if attribute.questions:
+        compared["a question"] = (entity, attribute.questions[0])
+    if n_attributes > 1:
+        compared["another attribute"] = (entity, another.statements[0])
+    return (entity, attribute.statements[0]), compared
+
+
+@torch.no_grad()
+def lookups_of(model, sentences, entity, wording):
+    """What a prompt reads: {(layer, "name" or "answer"): (indices (heads, knn), weights (heads, knn))}."""
+    before, _ = sentences.pieces[wording]
+    name = sentences.names[bool(before)][entity]
+    tokens = [sentences.end] + sentences.prompt(entity, wording)
+    places = {"name": len(before) + len(name), "answer": len(tokens) - 1}
+    numbers = {layer: number for number, layer in model.memory_layers().items()}
+    found = {}
+
+    def observer(layer, indices, weights):
+        for position, place in places.items():
+            found[numbers[layer], position] = indices[place], weights[place]
+
+    with observe_lookups(model, observer):
+        model(torch.tensor([tokens]))
+    return found
+
+
+def overlap(one: tuple, other: tuple) -> float:
+    """The share of two tokens' lookups that is in common: the smaller weight of each slot, summed over slots.
+
+    one, other: (indices (heads, knn), weights (heads, knn)). From 0 to 1 per head; the mean over heads.
+    """
+    heads = len(one[0])
+    return (slot_weights(*one) & slot_weights(*other)).total() / heads
+
+
+def slot_weights(indices, weights):
+    """{slot: its weight, summed over heads}."""
+    total = Counter()
+    for slot, weight in zip(indices.flatten().tolist(), weights.flatten().tolist()):
+        total[slot] += weight
+    return total
