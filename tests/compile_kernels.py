@@ -62,7 +62,7 @@ def compile_only(kernel, grid):
             json.dumps(
                 {
                     "kernel": kernel.__name__,
-                    "row_length": named.get("dim", named.get("half")),
+                    "row_length": named.get("dim", named.get("half_dim")),
                     "shared": compiled.metadata.shared,
                     "wide_loads": re.search(
                         r"ld\.global\S*\.v[48]\.b32|(global|buffer)_load_dwordx4", assembly
