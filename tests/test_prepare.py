@@ -21,6 +21,8 @@ from nanomem.config import Config
 from nanomem.data import open_data
 
 sys.path.insert(0, str(runs.ROOT / "data"))
+import documents
+import download
 import prepare
 
 
@@ -59,8 +61,8 @@ def stored(folder, split):
 @pytest.fixture
 def small(monkeypatch):
     """Pieces of 20 kB, read 3 kB at a time, so that small texts make several."""
-    monkeypatch.setattr(prepare, "PIECE", 20_000)
-    monkeypatch.setattr(prepare, "SEGMENT", 3000)
+    monkeypatch.setattr(documents, "PIECE", 20_000)
+    monkeypatch.setattr(documents, "SEGMENT", 3000)
 
 
 def test_a_text_comes_back_and_keeps_its_last_tenth(small, monkeypatch, tmp_path):
@@ -188,8 +190,8 @@ def test_a_folder_of_many_files_and_any_number_of_workers(small, monkeypatch, tm
 
 def test_killed_and_resumed_gives_the_same_shards(tmp_path):
     (tmp_path / "book.txt").write_text(words(1_000_000))
-    program = f"import sys; sys.path.insert(0, {str(runs.ROOT / 'data')!r}); import prepare; "
-    program += "prepare.PIECE = 2**20; prepare.main()"
+    program = f"import sys; sys.path.insert(0, {str(runs.ROOT / 'data')!r}); import documents, prepare; "
+    program += "documents.PIECE = 2**20; prepare.main()"
 
     def start(out):
         return subprocess.Popen(
@@ -326,7 +328,7 @@ def test_a_download_goes_on_where_it_ended(left, tmp_path):
     (tmp_path / "set.part").write_bytes(content[:left])
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Ranges) as httpd:
         threading.Thread(target=httpd.serve_forever, daemon=True).start()
-        prepare.download(f"http://127.0.0.1:{httpd.server_port}/set", tmp_path / "set")
+        download.download(f"http://127.0.0.1:{httpd.server_port}/set", tmp_path / "set", prepare.console)
         httpd.shutdown()
     assert (tmp_path / "set").read_bytes() == content and asked == [
         f"bytes={left - 1}-" if left > 1 else None
@@ -339,10 +341,10 @@ def test_a_named_set_is_downloaded_checked_and_prepared(server, monkeypatch, tmp
     with zipfile.ZipFile(web / "set.zip", "w") as archive:
         archive.writestr("inside/stories.txt", text)
     size = (web / "set.zip").stat().st_size
-    named = prepare.Named(
+    named = download.Named(
         f"{url}/set.zip",
         size,
-        prepare.file_digest(web / "set.zip"),
+        download.file_digest(web / "set.zip"),
         member="inside/stories.txt",
         separator="<|endoftext|>",
     )
@@ -383,7 +385,7 @@ def test_a_named_set_is_downloaded_checked_and_prepared(server, monkeypatch, tmp
 @pytest.mark.parametrize("arguments, message", [
     ([], "expected what to prepare: one of shakespeare"),
     (["shakespare"], "did you mean shakespeare"),
-    (["shakespeare", "x.txt"], "shakespeare goes alone"),
+    (["shakespeare", "x.txt"], "shakespeare can't be combined with other inputs"),
     (["empty.txt"], "empty.txt: the file is empty"),
     (["bad.txt"], "bad.txt: byte 3 is not UTF-8"),
     (["bad.jsonl"], 'bad.jsonl, line 2: expected {"text": "..."}'),
@@ -569,7 +571,7 @@ def test_links_in_a_folder_are_followed_once_and_one_that_leads_nowhere_is_named
     (tmp_path / "mine" / "gone.txt").symlink_to(tmp_path / "nowhere.txt")
     _, err = runs.run("data/prepare.py", tmp_path / "mine", f"--out={tmp_path / 'other'}", code=2)
     assert (
-        f"gone.txt is a link to {tmp_path / 'nowhere.txt'}, which is not there" in err
+        f"gone.txt is a link to {tmp_path / 'nowhere.txt'}, which does not exist" in err
         and err.count("\n") == 1
     )
 
