@@ -18,7 +18,6 @@ from rich.progress import (
 )
 
 from nanomem.cli import UserError
-from nanomem.data import file_digest
 
 
 @dataclass(frozen=True)
@@ -80,6 +79,8 @@ def fetch(name: str, number: int, folder: Path, from_file: str, console: Console
 
     Raises UserError saying which file to fetch by hand.
     """
+    from nanomem.data import file_digest  # imports torch, which takes a second
+
     named = NAMED[name]
     url = named.url.format(number=number)
     path = Path(from_file) if from_file else folder / named.file_name(number)

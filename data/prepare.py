@@ -29,29 +29,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
-
 FOLDER = Path(__file__).resolve().parent
-sys.path.insert(0, str(FOLDER))  # for the two modules beside this one, however it was started
+sys.path.insert(0, str(FOLDER))  # for documents.py and download.py, however this file was loaded
 
-from documents import KINDS, Piece, find_files, pieces_of, split_of, texts_of
 from download import NAMED, fetch
 
-from nanomem import tokenizer
-from nanomem.checkpoint import read_json, write_text
 from nanomem.cli import UserError, expand, one_line_errors, parse, safe_streams, setting
-from nanomem.data import INDEX, SPLITS, token_dtype
-
-console = Console(highlight=False, markup=False, soft_wrap=True)
 
 
 @dataclass
@@ -71,6 +54,37 @@ class PrepareConfig:
     size: float = setting(1.0, "gigabytes of text to take from fineweb-edu")
     from_file: str = setting("", "a named set's file that you fetched by hand", path=True)
     keep_download: bool = setting(False, "keep what was downloaded")
+
+
+def parse_command_line() -> tuple[PrepareConfig, list[str]]:
+    """(the settings, the inputs). Raises UserError."""
+    options = [argument for argument in sys.argv[1:] if argument.startswith("-")]
+    inputs = [expand(argument) for argument in sys.argv[1:] if not argument.startswith("-")]
+    return PrepareConfig(**parse(PrepareConfig, options)), inputs
+
+
+if __name__ == "__main__":
+    safe_streams()
+    with one_line_errors():
+        parse_command_line()  # answers --help and mistakes before torch is imported, which takes a second
+
+import numpy as np
+from documents import KINDS, Piece, find_files, pieces_of, split_of, texts_of
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from nanomem import tokenizer
+from nanomem.checkpoint import read_json, write_text
+from nanomem.data import INDEX, SPLITS, token_dtype
+
+console = Console(highlight=False, markup=False, soft_wrap=True)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -284,11 +298,9 @@ def check_folder(folder):
                         "with --out, such as --out=data/mine")
 
 
-def read_command_line():
-    """(inputs, name of the set if it is a named one, folder for the shards, config). Raises UserError."""
-    options = [argument for argument in sys.argv[1:] if argument.startswith("-")]
-    inputs = [expand(argument) for argument in sys.argv[1:] if not argument.startswith("-")]
-    config = PrepareConfig(**parse(PrepareConfig, options))
+def what_to_do():
+    """(settings, inputs, name of the set if it is a named one, folder for the shards). Raises UserError."""
+    config, inputs = parse_command_line()
     if not inputs:
         raise UserError(f"expected what to prepare: one of {', '.join(NAMED)}, or files and folders")
     if not 0 < config.val_share < 1 or config.workers < 0 or config.size <= 0:
@@ -306,7 +318,7 @@ def read_command_line():
     if name and (folder / INDEX).exists():
         raise UserError(f"{name} is in {folder} already; delete that folder to prepare it again, "
                         "or name another with --out")
-    return inputs, name, folder, config
+    return config, inputs, name, folder
 
 
 def stem_of(path):
@@ -320,7 +332,7 @@ def stem_of(path):
 
 def main():
     """One command."""
-    inputs, name, folder, config = read_command_line()
+    config, inputs, name, folder = what_to_do()
     downloads = []
     try:
         if name:
@@ -346,6 +358,5 @@ def main():
 
 
 if __name__ == "__main__":
-    safe_streams()
     with one_line_errors():
         main()

@@ -18,7 +18,7 @@ import runs
 
 from nanomem import tokenizer
 from nanomem.config import Config
-from nanomem.data import open_data
+from nanomem.data import file_digest, open_data
 
 sys.path.insert(0, str(runs.ROOT / "data"))
 import documents
@@ -134,7 +134,7 @@ def test_more_shards_than_a_process_may_open(monkeypatch, tmp_path):
         import resource
         resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
         from nanomem.config import Config
-        from nanomem.data import open_data
+        from nanomem.data import file_digest, open_data
         data = open_data(Config(data={str(tmp_path / "out")!r}))
         print(sum(len(data.batch("train", i, 8)[0]) for i in range(100)))"""
     ended = subprocess.run(
@@ -344,7 +344,7 @@ def test_a_named_set_is_downloaded_checked_and_prepared(server, monkeypatch, tmp
     named = download.Named(
         f"{url}/set.zip",
         size,
-        download.file_digest(web / "set.zip"),
+        file_digest(web / "set.zip"),
         member="inside/stories.txt",
         separator="<|endoftext|>",
     )
