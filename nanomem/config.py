@@ -14,19 +14,7 @@ import os
 from dataclasses import dataclass
 
 from nanomem import datasets, kinds
-from nanomem.cli import (  # noqa: F401 TEMPORARY
-    SafeStream,
-    UserError,
-    check_limits,
-    expand,
-    mistake,
-    nearest,
-    one_line_errors,
-    parse,
-    safe_streams,
-    sections,
-    setting,
-)
+from nanomem.cli import UserError, check_limits, sections, setting
 
 
 @dataclass
@@ -110,11 +98,11 @@ class Config(GPTConfig):
     data: str = setting(
         "people", f"{datasets.help_text()}, a .jsonl file of facts, a text file, or what data/prepare.py "
         "made", section="Data", path=True)
-    n_entities: int = setting(3000, "people or cities to learn about")
+    n_entities: int = setting(3000, "how many entities, such as people or cities, to learn about")
     zipf: float = setting(0.6, "the entity of rank r is mentioned in proportion to r ** -zipf", least=0)
     tokenizer: str = setting(
         "auto", "bytes, bpe (trained on the data), a .tiktoken file, or one of tiktoken's such as gpt2; "
-        "auto: what comes with world and people, bytes for your own files", path=True)
+        "auto: that of the set of facts, bytes for your own files", path=True)
     seed: int = setting(1337, "random seed for weights, batches and invented people", least=0, below=2**63)
 
     batch_size: int = setting(32, "sequences per forward and backward pass", section="Training", least=1)

@@ -59,21 +59,31 @@ def test_metrics(finished):
     assert json.loads((finished[0] / "config.json").read_text())["n_embd"] == 16
 
 
-def test_ctrl_c_saves_and_the_resumed_run_equals_an_uninterrupted_one(tmp_path):
-    settings = ["--max_iters=120", "--dropout=0.1", "--gradient_accumulation_steps=2", "--eval_interval=20"]
-    runs.train(tmp_path / "alone", *settings)
-    process = runs.start("train.py", *runs.TINY, *settings, f"--out_dir={tmp_path / 'cut'}")
-    runs.wait_until(lambda: checkpoint.folders(tmp_path / "cut"), process)
-    process.send_signal(signal.SIGINT)
+LONG = ["--max_iters=120", "--dropout=0.1", "--gradient_accumulation_steps=2", "--eval_interval=20"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """out_dir of a run of 120 iterations."""
+    out_dir = tmp_path_factory.mktemp("runs") / "uninterrupted"
+    runs.train(out_dir, *LONG)
+    return out_dir
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill"])
+def test_an_interrupted_run_ends_like_an_uninterrupted_one_when_resumed(sent, uninterrupted, tmp_path):
+    process = runs.start("train.py", *runs.TINY, *LONG, f"--out_dir={tmp_path / 'run'}")
+    runs.wait_until(lambda: checkpoint.folders(tmp_path / "run"), process)
+    process.send_signal(sent)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
-    assert f"python train.py --resume --out_dir={tmp_path / 'cut'}" in out
-    assert 20 <= runs.metrics(tmp_path / "cut")[-1]["iter"] < 120
-    out, _ = runs.run(
-        "train.py", "--resume", f"--out_dir={tmp_path / 'cut'}"
-    )  # its settings come from the checkpoint
+    if sent == signal.SIGINT:
+        assert process.returncode == 130, err
+        assert f"python train.py --resume --out_dir={tmp_path / 'run'}" in out
+    assert 20 <= runs.metrics(tmp_path / "run")[-1]["iter"] < 120
+    # Its settings come from the checkpoint.
+    out, _ = runs.run("train.py", "--resume", f"--out_dir={tmp_path / 'run'}")
     assert "resuming from iteration" in out
-    check(tmp_path / "alone", tmp_path / "cut")
+    check(uninterrupted, tmp_path / "run")
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="this system has no terminals to close")
@@ -179,10 +189,6 @@ def test_an_out_dir_that_no_checkpoint_can_be_read_from_is_refused(tmp_path):
     _, err = runs.train(tmp_path / "loop", "--max_iters=2", code=2)
     assert f"out_dir={tmp_path / 'loop'} can't be made" in err and err.count("\n") == 1
     assert os.listdir(tmp_path) == ["loop"]
-
-
-def test_killed_and_resumed(tmp_path):
-    kill_and_resume(tmp_path, kills=2)
 
 
 @pytest.mark.slow
