@@ -1,3 +1,4 @@
+import functools
 import gzip
 import hashlib
 import http.server
@@ -24,6 +25,9 @@ sys.path.insert(0, str(runs.ROOT / "data"))
 import documents
 import download
 import prepare
+
+# Without the time, which would give the same test different names in pytest's processes.
+gz = functools.partial(gzip.compress, mtime=0)
 
 
 def run(monkeypatch, *arguments):
@@ -87,7 +91,7 @@ def test_json_lines_gzip_and_parquet_hold_the_same_documents(small, monkeypatch,
     documents = [words(4, seed) for seed in range(300)]
     lines = "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(documents))
     (tmp_path / "a.jsonl").write_text(lines)
-    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (tmp_path / "b.jsonl.gz").write_bytes(gz(lines.encode()))
     pyarrow.parquet.write_table(
         pyarrow.table({"text": documents}), tmp_path / "c.parquet", row_group_size=100
     )
@@ -404,7 +408,7 @@ def test_wrong_input_is_named(arguments, message, monkeypatch, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"txt": 1}\n')
     (tmp_path / "short.txt").write_text("a")
     (tmp_path / "short.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
-    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 1000)[:40])
+    (tmp_path / "cut.jsonl.gz").write_bytes(gz(b'{"text": "a"}\n' * 1000)[:40])
     with pytest.raises((prepare.UserError, ValueError), match=message):
         run(monkeypatch, *arguments, f"--out={tmp_path / 'out'}")
     assert not (tmp_path / "out").exists()
@@ -413,7 +417,7 @@ def test_wrong_input_is_named(arguments, message, monkeypatch, tmp_path):
 def test_where_it_goes(monkeypatch, tmp_path):
     monkeypatch.setattr(prepare, "FOLDER", tmp_path / "data")
     (tmp_path / "My notes v1.2.jsonl.gz").write_bytes(
-        gzip.compress("".join(json.dumps({"text": words(3, i)}) + "\n" for i in range(99)).encode())
+        gz("".join(json.dumps({"text": words(3, i)}) + "\n" for i in range(99)).encode())
     )
     run(monkeypatch, tmp_path / "My notes v1.2.jsonl.gz", "--val_share=0.2")
     assert (tmp_path / "data" / "My notes v1.2" / "index.json").exists()
@@ -431,7 +435,7 @@ def lines_of(*texts):
 @pytest.mark.parametrize("name", ["a.json", "a.ndjson", "a.JSON.gz", "a.JSONL.GZ", "a.ndjson.gz"])
 def test_json_lines_of_any_name_are_documents(name, monkeypatch, tmp_path):
     content = lines_of(*(words(3, seed) for seed in range(60))).encode()
-    (tmp_path / name).write_bytes(gzip.compress(content) if name.lower().endswith("gz") else content)
+    (tmp_path / name).write_bytes(gz(content) if name.lower().endswith("gz") else content)
     (tmp_path / "b.jsonl").write_bytes(content)
     for source in (name, "b.jsonl"):
         run(monkeypatch, tmp_path / source, f"--out={tmp_path / source}-out", "--val_share=0.2")
@@ -444,7 +448,7 @@ def test_a_json_that_describes_a_folder_is_left_alone(monkeypatch, tmp_path):
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "dataset_info.json").write_text('{"description": "words"}')
     documents = lines_of(*(words(3, seed) for seed in range(60)))
-    (tmp_path / "set" / "train.json.gz").write_bytes(gzip.compress(documents.encode()))
+    (tmp_path / "set" / "train.json.gz").write_bytes(gz(documents.encode()))
     run(monkeypatch, tmp_path / "set", f"--out={tmp_path / 'out'}", "--val_share=0.2")
     assert sum(len(stored(tmp_path / "out", split)[1]) for split in ("train", "val")) == 60
 
@@ -452,7 +456,7 @@ def test_a_json_that_describes_a_folder_is_left_alone(monkeypatch, tmp_path):
 def test_a_text_as_gzip_is_split_like_the_text(small, monkeypatch, tmp_path):
     text = words(6000).encode()
     (tmp_path / "book.txt").write_bytes(text)
-    two_members = gzip.compress(text[:100_000]) + gzip.compress(text[100_000:])
+    two_members = gz(text[:100_000]) + gz(text[100_000:])
     (tmp_path / "book.md.gz").write_bytes(two_members)
     for name in ("book.txt", "book.md.gz"):
         run(monkeypatch, tmp_path / name, f"--out={tmp_path / name}-out")
@@ -467,7 +471,7 @@ def test_many_texts_as_gzip_are_split_like_the_texts(small, monkeypatch, tmp_pat
     for i in range(30):
         text = words(40, seed=i).encode()
         (tmp_path / "plain" / f"{i}.txt").write_bytes(text)
-        (tmp_path / "packed" / f"{i}.txt.gz").write_bytes(gzip.compress(text))
+        (tmp_path / "packed" / f"{i}.txt.gz").write_bytes(gz(text))
     for folder in ("plain", "packed"):
         run(monkeypatch, tmp_path / folder, f"--out={tmp_path / folder}-out", "--val_share=0.2")
     for split in ("train", "val"):
@@ -494,15 +498,15 @@ FACT = '{"prompt": "a", "answer": "b"}\n'
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("cut.txt.gz", gzip.compress(words(999).encode())[:-20], "cut.txt.gz is not a complete gzip file"),
+        ("cut.txt.gz", gz(words(999).encode())[:-20], "cut.txt.gz is not a complete gzip file"),
         ("plain.txt.gz", b"plain", "plain.txt.gz is not a complete gzip file"),
         (
             "damaged.md.gz",
-            gzip.compress(bytes(9999))[:12] + b"xxxx",
+            gz(bytes(9999))[:12] + b"xxxx",
             "damaged.md.gz is not a complete gzip file",
         ),
-        ("empty.txt.gz", gzip.compress(b""), "empty.txt.gz: the file is empty"),
-        ("bad.txt.gz", gzip.compress(b"ab\xff" * 100), "bad.txt.gz: byte 3 is not UTF-8"),
+        ("empty.txt.gz", gz(b""), "empty.txt.gz: the file is empty"),
+        ("bad.txt.gz", gz(b"ab\xff" * 100), "bad.txt.gz: byte 3 is not UTF-8"),
         ("book.txt.zst", b"(\xb5/\xfd", "book.txt.zst: nanomem reads no compressed files but .gz"),
         ("notes.ZIP", b"PK", "notes.ZIP: nanomem reads no compressed files but .gz"),
         (
@@ -512,7 +516,7 @@ FACT = '{"prompt": "a", "answer": "b"}\n'
         ),
         (
             "facts.json.gz",
-            gzip.compress(FACT.encode()),
+            gz(FACT.encode()),
             "facts.json.gz, line 1: expected .* teach facts with",
         ),
         (
@@ -522,7 +526,7 @@ FACT = '{"prompt": "a", "answer": "b"}\n'
         ),
         (
             "facts.txt.gz",
-            gzip.compress(FACT.encode() * 99),
+            gz(FACT.encode() * 99),
             "looks like JSON; save it as .*facts.jsonl, one object a line",
         ),
         (
