@@ -27,7 +27,7 @@ class SampleConfig:
     temperature: float = setting(
         -1.0, "0 takes the likeliest token, higher is bolder; -1: 0 for facts, 0.8 for text")
     top_k: int = setting(200, "choose among the top_k likeliest tokens; 0: among all", least=0)
-    top_p: float = setting(1.0, "and among the fewest likeliest that together have a probability of top_p")
+    top_p: float = setting(1.0, "and among the fewest likeliest whose probabilities add up to top_p")
     num_samples: int = setting(
         1, "how many continuations, written at the same time; a single one appears as it is written", least=1)
     seed: int = setting(1337, "random seed for choosing tokens", least=0, below=2**63)
@@ -320,7 +320,7 @@ def main(config: SampleConfig):
         return
     if config.trace and not trained.model.memory_layers():
         ffn = trained.run.ffn
-        raise UserError(f"--trace shows memory slots, and this model has no memory layers (ffn={ffn})")
+        raise UserError(f"--trace shows slots of product-key memory, and this model has none (ffn={ffn})")
     check_fits(config, trained)
     data = trained.open_data() if config.trace else None
     generator = torch.Generator(trained.device).manual_seed(config.seed)

@@ -303,8 +303,12 @@ def what_to_do():
     config, inputs = parse_command_line()
     if not inputs:
         raise UserError(f"expected what to prepare: one of {', '.join(NAMED)}, or files and folders")
-    if not 0 < config.val_share < 1 or config.workers < 0 or config.size <= 0:
-        raise UserError("val_share must be between 0 and 1, workers 0 or more and size above 0")
+    if not 0 < config.val_share < 1:
+        raise UserError(f"--val_share must be above 0 and below 1, got {config.val_share:g}")
+    if config.workers < 0:
+        raise UserError(f"--workers must be 0 or more, got {config.workers}")
+    if not config.size > 0:
+        raise UserError(f"--size must be above 0, got {config.size:g}")
     name = inputs[0] if inputs[0] in NAMED else None
     if name and len(inputs) > 1:
         raise UserError(f"{name} can't be combined with other inputs; got {' '.join(inputs[1:])} too")
@@ -347,8 +351,10 @@ def main():
             folder.rmdir()  # only if it is empty, as it is after an error
     for split in SPLITS:
         totals = {key: sum(shard[key] for shard in index[split]) for key in ("tokens", "bytes", "documents")}
+        shards = "1 shard" if len(index[split]) == 1 else f"{len(index[split])} shards"
+        documents = "1 document" if totals["documents"] == 1 else f"{totals['documents']:,} documents"
         console.print(f"{split}: {totals['tokens']:,} tokens of {totals['bytes']:,} bytes, "
-                      f"{totals['documents']:,} documents, in {len(index[split])} shards")
+                      f"{documents}, in {shards}")
     if not config.keep_download:
         for path in downloads:
             path.unlink(missing_ok=True)

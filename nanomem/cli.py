@@ -67,7 +67,9 @@ def parse(cls, argv: list[str]) -> dict:
             sys.exit(0)
         is_option = argument.startswith("-")
         if not is_option and getattr(cls, "takes_recipe", False) and "=" not in argument:
-            recipe |= read_recipe(cls, argument)
+            if recipe:
+                raise UserError(f"expected one recipe, got a second one: {argument}")
+            recipe = read_recipe(cls, argument)
             continue
         name, value = parse_argument(settings, argument)
         given[name] = value
@@ -101,7 +103,8 @@ def convert(setting, text):
         return text.lower() == "true"
     if choices and text not in choices:
         hint = nearest(text, choices)
-        raise UserError(f"--{setting.name} must be one of {', '.join(choices)}; got {text!r}{hint}")
+        named = ", ".join(choice for choice in choices if choice)
+        raise UserError(f"--{setting.name} must be one of {named}; got {text!r}{hint}")
     try:
         if setting.type is not bool:
             return setting.type(text)
@@ -126,20 +129,24 @@ def default_text(setting) -> str:
 
 
 def nearest(name: str, names) -> str:
-    """' (did you mean X?)' for the most similar of the names, or nothing."""
-    close = difflib.get_close_matches(name.replace("-", "_"), names, n=1, cutoff=0.5)
+    """' (did you mean X?)' for a name that begins so, or the most similar one; or nothing."""
+    name = name.replace("-", "_")
+    longer = [candidate for candidate in names if len(name) > 1 and candidate.startswith(name)]
+    close = longer or difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f" (did you mean {close[0]}?)" if close else ""
 
 
 def print_help(cls):
     """How to call the program, and every setting with its default and meaning, by section."""
     program = sys.modules["__main__"]
-    called = f"-m {program.__spec__.name}" if program.__spec__ else sys.argv[0]
+    module = program.__spec__.name.removesuffix(".__main__") if program.__spec__ else None
+    called = f"-m {module}" if module else sys.argv[0]
     print(f"usage: python {called} {getattr(cls, 'arguments', '')}[--key=value ...]")
     for title, fields in sections(cls).items():
         print(f"\n{title}")
         for f in fields:
-            choices = f" ({'|'.join(f.metadata['choices'])})" if f.metadata["choices"] else ""
+            named = [choice for choice in f.metadata["choices"] or () if choice]
+            choices = f" ({'|'.join(named)})" if named else ""
             print(f"  --{f.name + '=' + default_text(f):<34} {f.metadata['help']}{choices}")
 
 
@@ -177,8 +184,8 @@ def read_recipe(cls, name: str) -> dict:
         path = shipped("configs") / f"{path.stem}.toml"
     if not path.is_file():
         recipes = [recipe.stem for recipe in sorted(shipped("configs").glob("*.toml"))]
-        hint = f"{nearest(name, recipes)}; recipes: {', '.join(recipes)}"
-        raise UserError(f"expected --key=value or a recipe, got {name!r}{hint}")
+        hint = f"{nearest(Path(name).stem, recipes)}; recipes: {', '.join(recipes)}"
+        raise UserError(f"expected --key=value or a recipe, got {name!r}, which is no file{hint}")
     try:
         text = path.read_text(encoding="utf-8")
         found = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)

@@ -155,8 +155,7 @@ class Config(GPTConfig):
     @classmethod
     def fixed_on_resume(cls) -> set[str]:
         """The settings that decide what a run computes, which can't change when it is resumed."""
-        titles = ("Model", "Memory", "Baselines", "Data")
-        fixed = {f.name for title in titles for f in sections(cls)[title]}
+        fixed = {f.name for f in dataclasses.fields(GPTConfig) + tuple(sections(cls)["Data"])}
         # The tokenizer may have fewer tokens than vocab_size asked for.
         return fixed - {"vocab_size", "moe_balance"}
 

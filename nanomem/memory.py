@@ -10,13 +10,13 @@ token reads only a few dozen of its rows, so the layer adds many parameters to a
     y   = sum over heads and chosen slots of s_i V_i
     out = W_out (y * silu(W_gate x))         Memory+'s input-dependent gate
 
-naive.py is the same in 15 lines, with every slot scored. This file, from top to bottom:
+Each projection W also adds a bias. naive.py does the same in 15 lines, with every slot scored. Here follow:
     ProductKeyMemory    the layer
     product_key_topk    finds the k best of N slots with 2 sqrt(N) scores
     memory_read         the weighted sum of the chosen values, and its gradients
     MemoryTable         the values; several layers may share one table
-lookups = heads * knn is the number of rows read per token. ops.py explains the decorators; on a GPU, the
-Triton kernels of kernels.py compute the same.
+lookups = heads * knn is the number of rows read per token, counting a row again if several heads choose it.
+The decorators of ops.py make the gradients known to autograd. On a GPU, kernels.py computes the same.
 """
 
 import functools
@@ -35,8 +35,8 @@ from nanomem.ops import use_kernels
 class ProductKeyMemory(nn.Module):
     """The memory layer: (batch, time, dim) -> (batch, time, dim). Raises ValueError for an invalid setting.
 
-    The defaults are the paper's Memory+ (section 3.3); qk_norm=False, gated=False is Lample et al.'s memory
-    (2019). Layers given the same table share its values. Keys and projections are each layer's own.
+    The defaults are the paper's Memory+ (section 3.3); qk_norm=False, gated=False is Lample et al.'s (2019).
+    Layers given the same table share its values, but not keys and projections.
 
     Args:
         dim: width of the model.
@@ -44,7 +44,7 @@ class ProductKeyMemory(nn.Module):
         heads: independent lookups per token; their results are added up.
         knn: slots read by each head, k in the formulas.
         k_dim: length of a query and of a key, an even number; None for dim.
-        qk_norm: scale both halves of queries and keys to length 1, then multiply by a learned scale per head.
+        qk_norm: scale both halves of queries and keys to length 1, and queries by a learned factor per head.
         gated: multiply what was read by silu(W_gate x).
     """
 
@@ -101,7 +101,7 @@ class ProductKeyMemory(nn.Module):
         """FLOPs of the forward pass for one token, 2 per multiply-add. They grow with n_keys."""
         layers = (self.query_proj, self.gate_proj, self.out_proj)
         linear = sum(layer.weight.numel() for layer in layers if layer is not None)
-        key_scores, read = self.n_keys * self.k_dim, self.knn * self.table.v_dim  # of each head
+        key_scores, read = self.n_keys * self.k_dim, self.knn * self.table.v_dim  # of each head, both halves
         return 2 * (linear + self.heads * (key_scores + read))
 
 
@@ -140,9 +140,9 @@ def merge_halves(half_scores, knn):
     a, b = candidate_pairs(knn, half_scores.device)                          # (n_pairs,) each
     if use_kernels(half_scores):
         return kernels.merge_halves(half_scores, knn, (a, b))
-    best, keys = cpu.topk(half_scores, knn)                                  # (heads, 2, n, knn) each, sorted
+    best, ids = cpu.topk(half_scores, knn)                                   # (heads, 2, n, knn) each, sorted
     sums = best[:, 0].index_select(-1, a) + best[:, 1].index_select(-1, b)   # (heads, n, n_pairs)
-    slots = keys[:, 0].index_select(-1, a) * n_keys + keys[:, 1].index_select(-1, b)
+    slots = ids[:, 0].index_select(-1, a) * n_keys + ids[:, 1].index_select(-1, b)
     scores, slots = cpu.topk(sums, knn, slots)                               # (heads, n, knn) each
     return scores.transpose(0, 1), slots.transpose(0, 1)
 
@@ -151,8 +151,8 @@ def merge_halves(half_scores, knn):
 def candidate_pairs(knn: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """The ranks (a, b) of half scores whose sum can be among the knn best: two (n_pairs,) int32 tensors.
 
-    The (a + 1) * (b + 1) pairs of ranks up to (a, b) have sums at least as high, since both halves are
-    sorted. So (a, b) is needed only if that is at most knn: 119 pairs instead of 1,024 for knn = 32.
+    Both halves are sorted, so the (a + 1) * (b + 1) pairs of ranks up to (a, b) have sums at least as high.
+    If they are more than knn, (a, b) isn't needed. That leaves 119 pairs instead of 1,024 for knn = 32.
     """
     pairs = [(a, b) for a in range(knn) for b in range(knn // (a + 1))]
     return torch.tensor(pairs, dtype=torch.int32, device=device).T.contiguous().unbind(0)
@@ -161,13 +161,15 @@ def candidate_pairs(knn: int, device: torch.device) -> tuple[Tensor, Tensor]:
 @product_key_topk.register_gradient
 def search_gradient(
         grad_scores: Tensor, queries: Tensor, keys: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of queries and keys: a query's is a sum of the keys it chose, a key's of its queries."""
-    n, heads, _, half_dim = queries.shape
-    n_keys, knn = keys.shape[2], grad_scores.shape[-1]
+    """dq[t, h, p] = sum over l of dscores[t, h, l] keys[h, p, c(l)], where slot l has the half key c(l), and
+    dkeys[h, p, i] = sum over (t, l) with c(l) = i of dscores[t, h, l] q[t, h, p], in each half p.
+    """
+    (n, heads, _, half_dim), n_keys, knn = queries.shape, keys.shape[2], grad_scores.shape[-1]
     i = slots // n_keys
     chosen = torch.stack([i, slots - i * n_keys], dim=2)                     # (n, heads, 2, knn)
+    # All half keys are rows of one table, in which those of (h, p) begin at (2 h + p) n_keys.
     start = torch.arange(heads * 2, device=keys.device).view(heads, 2, 1) * n_keys
-    rows = (chosen + start).view(n * heads * 2, knn)                         # of one table of all half keys
+    rows = (chosen + start).view(n * heads * 2, knn)
     weights = grad_scores.to(keys.dtype).unsqueeze(2).expand(n, heads, 2, knn).reshape(rows.shape)
     grad_queries = embedding_bag(keys.reshape(-1, half_dim), rows, weights).view(queries.shape)
     if use_kernels(keys):
@@ -178,7 +180,6 @@ def search_gradient(
 
 
 # ---------------------------------- Reading the chosen values ----------------------------------
-#
 #     out[t]   = sum over l of  w[t, l] V[indices[t, l]]                          an embedding bag
 #     dw[t, l] = <V[indices[t, l]], dout[t]>                                      an SDDMM
 #     dV[i]    = sum over (t, l) with indices[t, l] = i of  w[t, l] dout[t]       a sort, then a segment sum
@@ -231,7 +232,7 @@ def segment_sum(indices, weights, x, n_rows):
     rows, counts = torch.unique_consecutive(rows, return_counts=True)        # one segment per row
     starts = counts.cumsum(0) - counts
     tokens, weights = order // indices.shape[1], weights.flatten().index_select(0, order)
-    sums = F.embedding_bag(tokens, x, offsets=starts, per_sample_weights=weights, mode="sum")
+    sums = F.embedding_bag(tokens, x, offsets=starts, per_sample_weights=weights, mode="sum")  # of x's rows
     return rows.long(), sums
 
 
@@ -244,8 +245,7 @@ class MemoryTable(nn.Module):
 
     def __init__(self, n_slots: int, v_dim: int, sparse_grad: bool = True, dtype: torch.dtype | None = None):
         super().__init__()
-        if n_slots < 1 or v_dim < 1:
-            raise ValueError(f"n_slots and v_dim must be 1 or more, got {n_slots} and {v_dim}")
+        ops.check_table(n_slots, v_dim)
         self.n_slots, self.v_dim, self.sparse_grad = n_slots, v_dim, sparse_grad
         self.values = nn.Parameter(torch.empty(n_slots, v_dim, dtype=dtype))
         self.reset_parameters()

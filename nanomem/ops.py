@@ -299,6 +299,12 @@ def check_layer(layer):
         raise ValueError(f"heads must be 1 or more, got {layer.heads}")
 
 
+def check_table(n_slots, v_dim):
+    """Raises ValueError for a size of a MemoryTable that is below 1."""
+    if n_slots < 1 or v_dim < 1:
+        raise ValueError(f"n_slots and v_dim must be 1 or more, got {n_slots} and {v_dim}")
+
+
 def check_search(queries, keys, knn):
     """Raises ValueError for arguments of product_key_topk that don't fit each other."""
     fits = (

@@ -416,14 +416,16 @@ def describe(job: Job, console: Console):
                   f"{flops:.3f} million FLOPs a token, on {place} -> {config.out_dir}", soft_wrap=True)
     if config.ffn != "memory" and not (config.ffn == "dense" and config.ffn_hidden):
         flops, parameters = model.beside_memory()
+        note = "" if abs(flops - 1) <= 0.02 else "; this is no comparison at equal FLOPs"
         console.print(f"compared with --ffn=memory and these settings: {flops:.3f} times the FLOPs, "
-                      f"{parameters:.3f} times the parameters", soft_wrap=True)
+                      f"{parameters:.3f} times the parameters{note}", soft_wrap=True)
     if job.mesh:
         describe_processes(model, job.mesh, core, sparse, console)
     if job.data.facts:
         n_entities, n_attributes = job.data.facts.codes.shape
         n_facts = n_entities * n_attributes
-        console.print(f"{n_entities:,} entities x {n_attributes} attributes = {n_facts:,} facts")
+        attributes = "attribute" if n_attributes == 1 else "attributes"
+        console.print(f"{n_entities:,} entities x {n_attributes} {attributes} = {n_facts:,} facts")
     if job.saved_step is not None:
         console.print(f"resuming from iteration {job.step}")
     elif config.resume:

@@ -58,8 +58,10 @@ def test_a_wrong_recipe_is_named_with_what_is_wrong(content, message, tmp_path):
 
 
 def test_a_recipe_that_is_not_there_names_the_nearest_and_all():
-    with pytest.raises(UserError, match=r"got 'shakespear' \(did you mean shakespeare\?\); recipes: .*world"):
-        parse(Config, ["shakespear"])
+    with pytest.raises(UserError, match=r"no file \(did you mean shakespeare\?\); recipes: .*world"):
+        parse(Config, ["configs/shakespear.toml"])
+    with pytest.raises(UserError, match="expected one recipe, got a second one: laptop"):
+        parse(Config, ["world", "laptop"])
     assert parse(Config, ["configs/shakespeare.toml"]) == parse(Config, ["shakespeare"])
 
 

@@ -397,7 +397,7 @@ def test_a_named_set_is_downloaded_checked_and_prepared(server, monkeypatch, tmp
     (["bad.txt", "empty.txt"], "empty.txt: the file is empty"),
     (["short.jsonl"], "of 2 documents none is for validation; choose another --val_share than 0.01"),
     (["cut.jsonl.gz"], "cut.jsonl.gz is not a complete gzip file"),
-    (["bad.txt", "--val_share=2"], "val_share must be between 0 and 1"),
+    (["bad.txt", "--val_share=2"], "--val_share must be above 0 and below 1, got 2"),
     (["bad.txt", "--tokeniser=bpe"], "did you mean tokenizer"),
     (["bad.txt", "--from-file=x"], "--from-file is for a named set"),
 ])

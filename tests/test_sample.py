@@ -119,7 +119,7 @@ def test_the_latest_run_is_the_default_and_none_is_said(tmp_path, monkeypatch):
     out, _ = runs.run("sample.py", "--start=The", "--max_new_tokens=3")
     assert "out/world-dense" in out
     _, err = runs.run("sample.py", "--start=The", "--trace", code=2)
-    assert "no memory layers" in err
+    assert "this model has none (ffn=dense)" in err
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")

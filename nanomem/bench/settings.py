@@ -40,7 +40,7 @@ class BenchConfig:
     """The command line."""
 
     n_keys: str = setting(
-        "auto", "keys per half, one number or several: n_keys**2 slots; auto: the shapes above",
+        "auto", "keys per half, one number or several: n_keys**2 slots; auto: 1024,4096",
         section="Settings")
     tokens: int = setting(4096, "tokens per step")
     dim: int = setting(128, "width of input, output and values")
@@ -57,9 +57,9 @@ class BenchConfig:
     generation: bool = setting(False, "time whole models that write 256 tokens, instead of layers")
     prepare: str = setting("", "time data/prepare.py on this text file, instead of layers", path=True)
     tokenizer: str = setting("bytes", "the tokenizer for --prepare", path=True)
-    keep_freed: bool = setting(False, "with --only: call keep_freed_memory first, as train.py does")
+    keep_freed: bool = setting(False, "internal: with --only, call keep_freed_memory first, as train.py does")
     only: str = setting(
-        "", "measure this in this process and print JSON: how the benchmark calls itself",
+        "", "internal: measure this in this process and print JSON",
         ("", *KINDS, "kernels"))
 
     def torch_dtype(self, device):

@@ -43,7 +43,7 @@ def load(run):
     """(model, data, config, iteration) of a trained run's newest checkpoint."""
     folder, header, _ = checkpoint.newest(Path(run))
     if header is None:
-        raise UserError(f"--run={run} has no checkpoint yet")
+        raise UserError(f"--run={run} has no checkpoint; python train.py makes one")
     config = Config.from_saved(header["config"], run)
     data = open_data(config, Path(run) / "tokenizer.tiktoken")
     model = GPT(config).eval()
