@@ -6,8 +6,7 @@ What memory layers are compared with: two other ways to add parameters of which 
   2024)
 - `moe_shape` sizes a mixture to a memory layer's FLOPs and parameters
 
-A token's experts depend on that token alone, so both are causal, and no token is dropped. Parameters that
-no token used get no gradient: experts are separate modules, and PEER's two tables are MemoryTables.
+A token's experts depend on that token alone, so both are causal, and no token is dropped.
 """
 
 import functools
@@ -21,6 +20,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from nanomem import ops
 from nanomem.memory import MemoryTable, ProductKeyMemory, embedding_bag, sddmm, segment_sum
+from nanomem.model import FeedForward
 from nanomem.ops import Linear
 
 
@@ -35,21 +35,20 @@ class MixtureOfExperts(nn.Module):
 
     Args:
         dim: the model's width.
-        experts: a list of modules (n, dim) -> (n, dim), each with flops_per_token().
+        n_experts: how many experts.
+        hidden: their width; each is a SwiGLU layer.
         k: experts per token.
     Raises:
-        ValueError: k outside 1..number of experts.
+        ValueError: k outside 1..n_experts.
     """
 
-    may_skip_parameters = True  # an expert that no token chose has no gradient
-
-    def __init__(self, dim: int, experts: list[nn.Module], k: int):
+    def __init__(self, dim: int, n_experts: int, hidden: int, k: int):
         super().__init__()
-        if not 1 <= k <= len(experts):
-            raise ValueError(f"moe_k must be from 1 to the number of experts, {len(experts)}, got {k}")
-        self.k = k
-        self.router = Linear(dim, len(experts), bias=False, init=functools.partial(nn.init.normal_, std=0.02))
-        self.experts = nn.ModuleList(experts)
+        if not 1 <= k <= n_experts:
+            raise ValueError(f"moe_k must be from 1 to the number of experts, {n_experts}, got {k}")
+        self.k, self.n_experts = k, n_experts
+        self.router = Linear(dim, n_experts, bias=False, init=functools.partial(nn.init.normal_, std=0.02))
+        self.experts = Experts(dim, n_experts, hidden)
         self.routing = None  # the last forward pass's p (tokens, experts) and chosen experts (tokens, k)
         self.with_grad = True  # whether that pass recorded gradients
 
@@ -66,13 +65,10 @@ class MixtureOfExperts(nn.Module):
         p = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
         weights, chosen = p.topk(self.k)
         self.routing, self.with_grad = (p, chosen), torch.is_grad_enabled()
-        if not len(x):
-            return x.view(shape)
         order = chosen.flatten().argsort(stable=True)                     # (n * k,), by expert
-        counts = torch.bincount(chosen.flatten(), minlength=len(self.experts)).tolist()
-        parts = x[order // self.k].split(counts)                          # each expert's tokens
-        out = torch.cat([expert(part) for expert, part in zip(self.experts, parts) if len(part)])
-        out = out[order.argsort()].view(len(x), self.k, -1)               # (n, k, dim), by token again
+        counts = torch.bincount(chosen.flatten(), minlength=self.n_experts)
+        out = self.experts(x[order // self.k], counts)                    # (n * k, dim)
+        out = out[order.argsort()].view(len(x), self.k, x.shape[1])       # (n, k, dim), by token again
         return (out * weights.to(out.dtype)[..., None]).sum(1).view(shape)
 
     def balance_loss(self, counted: Tensor) -> Tensor:
@@ -86,7 +82,7 @@ class MixtureOfExperts(nn.Module):
         if torch.is_grad_enabled() and not self.with_grad:
             raise RuntimeError("balance_loss has no gradient: the last forward pass ran under no_grad, "
                                "as in reentrant checkpointing; pass use_reentrant=False to checkpoint")
-        f = torch.bincount(chosen[counted].flatten(), minlength=len(self.experts)).to(p.dtype)
+        f = torch.bincount(chosen[counted].flatten(), minlength=self.n_experts).to(p.dtype)
         if dist.is_initialized():
             dist.all_reduce(f)
         f = f / f.sum().clamp(min=1)
@@ -94,7 +90,57 @@ class MixtureOfExperts(nn.Module):
 
     def flops_per_token(self) -> int:
         """FLOPs of the forward pass for one token: the router and k experts."""
-        return 2 * self.router.weight.numel() + self.k * self.experts[0].flops_per_token()
+        return 2 * self.router.weight.numel() + self.k * self.experts.flops_per_token()
+
+
+class Experts(FeedForward):
+    """SwiGLU layers of one shape, each for some of the tokens: W_down (silu(W_gate x) * W_up x)."""
+
+    def __init__(self, dim: int, n_experts: int, hidden: int):
+        nn.Module.__init__(self)
+        self.n_experts = n_experts
+        self.gate_proj = GroupedLinear(n_experts, dim, hidden)
+        self.up_proj = GroupedLinear(n_experts, dim, hidden)
+        self.down_proj = GroupedLinear(n_experts, hidden, dim)
+
+    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
+        """x (n, dim), of which the first expert takes counts[0] tokens, and so on -> (n, dim)"""
+        return self.down_proj(F.silu(self.gate_proj(x, counts)) * self.up_proj(x, counts), counts)
+
+    def flops_per_token(self) -> int:
+        """FLOPs of the forward pass of one expert for one token."""
+        return super().flops_per_token() // self.n_experts
+
+
+class GroupedLinear(nn.Module):
+    """Linear layers of one shape, without bias, each for some of the tokens."""
+
+    def __init__(self, n_groups: int, in_features: int, out_features: int):
+        super().__init__()
+        self.init = functools.partial(nn.init.normal_, std=0.02)
+        self.weight = nn.Parameter(torch.empty(n_groups, out_features, in_features))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        """Initialises the weights, as Linear does."""
+        self.init(self.weight)
+
+    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
+        """x (n, in_features), of which the first layer takes counts[0], and so on -> (n, out_features)"""
+        weight = self.weight.transpose(1, 2)                              # (n_groups, in, out)
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, weight = x.to(dtype), weight.to(dtype)
+        if can_group(x, self.weight):
+            return F.grouped_mm(x, weight, offs=counts.cumsum(0).int())
+        parts = x.split(counts.tolist())
+        return torch.cat([part @ matrix for part, matrix in zip(parts, weight)])
+
+
+def can_group(x, weight):
+    """Whether torch has a grouped matrix product for these: it wants rows that are multiples of 16 bytes."""
+    is_supported = x.device.type in ("cpu", "cuda") and x.dtype != torch.float64
+    return is_supported and all(size * x.element_size() % 16 == 0 for size in weight.shape[1:])
 
 
 def moe_shape(dim: int, k: int, flops: float, params: float) -> tuple[int, int]:
@@ -102,7 +148,8 @@ def moe_shape(dim: int, k: int, flops: float, params: float) -> tuple[int, int]:
     parameters.
 
     The experts are SwiGLU layers. Takes the fewest experts that come within 1% of both, or else the
-    nearest: choosing among very many experts costs FLOPs itself, so both can't always be met.
+    nearest: choosing among very many experts costs FLOPs itself, so both can't always be met. A multiple of
+    8 up to 2% off is preferred, since grouped matrix products need one.
     """
     def shape(hidden):
         experts = max(k, round(params / (dim * (3 * hidden + 1))))
@@ -112,6 +159,9 @@ def moe_shape(dim: int, k: int, flops: float, params: float) -> tuple[int, int]:
 
     widest = max(1, round(flops / (6 * dim * k)))
     _, experts, hidden = min(shape(hidden) for hidden in range(1, widest + 1))
+    multiple = 8 * round(hidden / 8)
+    if abs(multiple - hidden) <= 0.02 * hidden:
+        _, experts, hidden = shape(multiple)
     return experts, hidden
 
 

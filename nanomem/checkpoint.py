@@ -314,8 +314,10 @@ def _target(folder, saved, model, optimizers):
         whole = p.detach()
         if name in tables:
             whole = DTensor.from_local(whole, tables[name].mesh, [Replicate(), Shard(1)], run_check=False)
-        found = saved.get(f"model.{name}")
-        shape = tuple(found.size) if found else None
+        if f"model.{name}" not in saved:
+            raise UserError(f"{folder} has no parameter {name}: another version of nanomem, "
+                            "or another kind of model, saved it")
+        shape = tuple(saved[f"model.{name}"].size)
         if shape != tuple(whole.shape):
             raise UserError(f"{folder}: {name} has shape {shape}, the model's is {tuple(whole.shape)}")
         target[f"model.{name}"] = whole

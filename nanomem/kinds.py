@@ -90,11 +90,9 @@ class MixtureSettings:
 def build_moe(config, make_table):
     """Mixtures of SwiGLU experts."""
     from nanomem.baselines import MixtureOfExperts
-    from nanomem.model import FeedForward
 
     for _ in config.memory_layer_numbers():
-        experts = [FeedForward(config.n_embd, config.moe_hidden) for _ in range(config.moe_experts)]
-        yield MixtureOfExperts(config.n_embd, experts, config.moe_k)
+        yield MixtureOfExperts(config.n_embd, config.moe_experts, config.moe_hidden, config.moe_k)
 
 
 def size_moe(config, flops, params):

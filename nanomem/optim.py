@@ -202,11 +202,11 @@ def build_optimizer(model: nn.Module, learning_rate: float = 1e-3, mem_lr: float
     """The optimizers for any module with memory layers: [AdamW, RowAdam for the tables].
 
     Each needs its step() and zero_grad(). A model without tables has no RowAdam, one without other trainable
-    parameters no AdamW. Weight decay applies to matrices, not to vectors, keys or values.
+    parameters no AdamW. Weight decay applies to matrices and stacks of them, not to vectors, keys or values.
     """
     core = [p for p in _outside_tables(model) if p.requires_grad]
-    matrices = dict(params=[p for p in core if p.dim() == 2], weight_decay=weight_decay)
-    others = dict(params=[p for p in core if p.dim() != 2], weight_decay=0.0)
+    matrices = dict(params=[p for p in core if p.dim() in (2, 3)], weight_decay=weight_decay)
+    others = dict(params=[p for p in core if p.dim() not in (2, 3)], weight_decay=0.0)
     optimizers = []
     if core:
         fused = all(p.device.type in ("cpu", "cuda") for p in core)

@@ -289,17 +289,12 @@ def make_mesh(device: torch.device, mem_parallel: int) -> DeviceMesh | None:
 
 
 def data_parallel(model: nn.Module) -> DistributedDataParallel:
-    """torch's DistributedDataParallel (DDP) for everything but the tables. It sums gradients.
-
-    A module whose class sets may_skip_parameters = True may leave parameters without a gradient.
-    """
+    """torch's DistributedDataParallel (DDP) for everything but the tables. It sums gradients."""
     values = {id(table.values) for table in tables(model)}
     in_tables = [name for name, p in model.named_parameters() if id(p) in values]
     constants = [name for name, _ in model.named_buffers()]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, in_tables + constants)
-    # Only if needed, since it costs DDP a pass over the graph.
-    may_skip = any(getattr(module, "may_skip_parameters", False) for module in model.modules())
-    parallel = DistributedDataParallel(model, find_unused_parameters=may_skip)
+    parallel = DistributedDataParallel(model)
     parallel.register_comm_hook(None, _add)
     return parallel
 

@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -17,9 +18,16 @@ SHAPE = dict(
 )
 
 
-def mixture(experts=6, k=2, dim=16):
+def mixture(experts=6, k=2, dim=16, hidden=12):
     torch.manual_seed(0)
-    return MixtureOfExperts(dim, [FeedForward(dim, 12) for _ in range(experts)], k).double()
+    return MixtureOfExperts(dim, experts, hidden, k).double()
+
+
+def expert(moe, e):
+    """One of the experts as a feed-forward layer of its own."""
+    layer = FeedForward(16, 12).double()
+    layer.load_state_dict({name: weights[e] for name, weights in moe.experts.state_dict().items()})
+    return layer
 
 
 @pytest.mark.parametrize("k", [1, 2, 6])
@@ -29,7 +37,25 @@ def test_a_mixture_is_the_sum_of_its_chosen_experts(k):
     for token, out in zip(x.view(-1, 16), found.view(-1, 16)):
         p = (moe.router.weight @ token).softmax(0)
         best = sorted(range(6), key=lambda e: -p[e])[:k]
-        torch.testing.assert_close(out, sum(p[e] * moe.experts[e](token) for e in best))
+        torch.testing.assert_close(out, sum(p[e] * expert(moe, e)(token) for e in best))
+
+
+@pytest.mark.parametrize("hidden", [12, 13])  # torch has no grouped product for a width of 13
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_a_mixture_and_its_gradients_equal_those_in_float64(hidden, dtype, tolerance):
+    exact = mixture(experts=20, hidden=hidden, k=2)
+    fast = copy.deepcopy(exact).to(dtype)
+    fast.router, exact.router = (nn.Linear(16, 20, bias=False) for _ in range(2))
+    results = []
+    for moe in (exact, fast):
+        moe.router.weight.data = torch.eye(20, 16)  # both choose the same experts, and some choose none
+        moe.router.to(moe.experts.up_proj.weight.dtype)
+        x = torch.linspace(-1, 1, 8 * 16).view(8, 16).sin().to(moe.router.weight.dtype).requires_grad_()
+        out = moe(x)
+        out.mul(out.detach().sign()).sum().backward()
+        results.append([out, x.grad, *(p.grad for p in moe.experts.parameters())])
+    for theirs, ours in zip(*results):
+        assert (ours.double() - theirs).norm() < tolerance * theirs.norm()
 
 
 def test_an_expert_without_tokens_gets_no_gradient():
@@ -37,8 +63,8 @@ def test_an_expert_without_tokens_gets_no_gradient():
     moe(x).square().sum().backward()
     chosen = set(moe.routing[1].flatten().tolist())
     assert 0 < len(chosen) < 20
-    for e, expert in enumerate(moe.experts):
-        assert (expert.up_proj.weight.grad is not None) == (e in chosen)
+    for e, grad in enumerate(moe.experts.up_proj.weight.grad):
+        assert grad.any() == (e in chosen)
     assert moe.router.weight.grad.abs().sum() > 0
 
 
@@ -159,7 +185,7 @@ def test_sizes_that_are_given_are_kept():
     moe = sized(GPTConfig(**SHAPE, ffn="moe", moe_experts=5, moe_hidden=9, ffn_hidden=40))
     assert (moe.moe_experts, moe.moe_hidden, moe.ffn_hidden) == (5, 9, 40)
     layer = GPT(moe).blocks[1].ffn
-    assert len(layer.experts) == 5 and layer.experts[0].up_proj.weight.shape == (9, 32)
+    assert layer.experts.up_proj.weight.shape == (5, 9, 32)
     peer = sized(GPTConfig(**SHAPE, ffn="peer", peer_n_keys=20, ffn_hidden=24))
     assert (peer.peer_n_keys, peer.ffn_hidden) == (20, 24)
 
@@ -205,6 +231,6 @@ def test_settings_that_cannot_be(wrong, message):
 
 def test_modules_that_cannot_be():
     with pytest.raises(ValueError, match="moe_k must be from 1 to the number of experts, 2"):
-        MixtureOfExperts(8, [nn.Linear(8, 8)] * 2, 3)
+        MixtureOfExperts(8, 2, 8, 3)
     with pytest.raises(ValueError, match="as wide as the model, 8, got 8 and 4"):
         PEER(8, MemoryTable(16, 8), MemoryTable(16, 4), knn=2)

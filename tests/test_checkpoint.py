@@ -87,6 +87,8 @@ def test_a_checkpoint_of_another_shape_is_named(tmp_path):
     checkpoint.save(tmp_path, model, optimizers, HEADER)
     with pytest.raises(UserError, match="embedding.weight has shape"):
         checkpoint.load(tmp_path / "checkpoint-3", GPT(CONFIG.replace(vocab_size=30)))
+    with pytest.raises(UserError, match="checkpoint-3 has no parameter blocks.*ffn.router.weight"):
+        checkpoint.load(tmp_path / "checkpoint-3", GPT(CONFIG.replace(ffn="moe")))
 
 
 def test_the_two_newest_are_kept_and_nothing_half_written(tmp_path):

@@ -221,8 +221,7 @@ def test_gradcheck():
 
 
 def test_an_empty_batch_gives_an_empty_result():
-    experts = [nn.Linear(8, 8) for _ in range(3)]
-    for layer in (make(), make(kind=PEER), MixtureOfExperts(8, experts, 1)):
+    for layer in (make(), make(kind=PEER), MixtureOfExperts(8, 3, 8, 1)):
         x = batch(0, 5).requires_grad_()
         y = layer(x)
         y.sum().backward()
