@@ -5,93 +5,68 @@ Operations of the memory layer that torch is slow at on a CPU. The results equal
     sddmm    dot products with the rows looked up, in an eighth of the time that gathering them takes
 """
 
-import functools
-import os
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import torch
 from torch import Tensor
 
 # The one sparse operation used here is tested.
 warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
 
-LABEL_BITS = 29  # the bits of a float64 that a float32 leaves empty
+PLACE_BITS = 29  # the bits of a float64 that a float32 leaves empty
 FEW_ROWS = 64  # torch.topk is faster with fewer rows: it takes 10 us for one, and this 300
-BUCKET = 8
+SORTED_WHOLE = 256  # NumPy sorts rows up to this long faster than it partitions them
 
 
-def topk(scores: Tensor, k: int, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The k largest scores along the last dimension, from high to low, and their labels, or their places.
+def topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """torch.topk(scores, k): the k largest scores of each row, from high to low, and their places. Exact.
 
-    scores (..., rows, n), labels of the same shape, int64 -> (..., rows, k), (..., rows, k) int64. Exact.
-
-    torch.topk sorts pairs of a score and a place. Here both are packed into one float64. A float32 leaves its
-    29 low bits zero, and a label put there changes the number by less than the spacing of float32, so it
-    sorts like the score.
+    scores (..., rows, n) -> (..., rows, k), (..., rows, k) int64
     """
     n = scores.shape[-1]
-    if not can_pack(scores, labels):
-        return torch_topk(scores, k, labels)
-    n_buckets = n // BUCKET
-    if labels is None and n % BUCKET == 0 and n_buckets >= 2 * k:
-        # The k buckets with the largest maxima contain the k largest scores, so only their members are
-        # sorted. Bucket b has the members b, b + n_buckets, b + 2 * n_buckets, ..., so that whole rows are
-        # compared.
-        maxima = scores.unflatten(-1, (BUCKET, n_buckets)).amax(-2)           # (..., rows, n_buckets)
-        _, buckets = topk(maxima, k)                                          # (..., rows, k)
-        labels = (buckets[..., None] + torch.arange(0, n, n_buckets)).flatten(-2)
-        scores = scores.gather(-1, labels)                                    # (..., rows, k * BUCKET)
+    if scores.device.type != "cpu" or scores.dtype != torch.float32 or scores.numel() < FEW_ROWS * n:
+        return scores.topk(k)
+    bucket = 8 if n >= 32 * k else 4
+    n_buckets = n // bucket
+    if n % bucket or n_buckets < 2 * k:
+        return packed_topk(scores, k)
+    # The k buckets with the largest maxima contain the k largest scores, so only their members are sorted.
+    # Bucket b has the members b, b + n_buckets, b + 2 * n_buckets, ..., so that whole rows are compared.
+    maxima = scores.unflatten(-1, (bucket, n_buckets)).amax(-2)              # (..., rows, n_buckets)
+    _, buckets = topk(maxima, k)                                             # (..., rows, k)
+    members = (buckets[..., None] + torch.arange(0, n, n_buckets)).flatten(-2)  # (..., rows, k * bucket)
+    best, chosen = packed_topk(scores.gather(-1, members), k)
+    return best, members.gather(-1, chosen)
+
+
+def packed_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The same, without buckets.
+
+    torch.topk sorts pairs of a score and a place. Here both are packed into one float64. A float32 leaves its
+    29 low bits zero, and a place put there changes the number by less than the spacing of float32, so it
+    sorts like the score.
+    """
     packed = scores.double()
-    packed.view(torch.int64).bitwise_or_(torch.arange(n) if labels is None else labels)
+    packed.view(torch.int64).bitwise_or_(torch.arange(scores.shape[-1]))
     best = largest(packed.flatten(0, -2), k).view(*scores.shape[:-1], k)
-    if best.isnan().any():  # an infinite score packed with a label is NaN, which sorts above all others
-        return torch_topk(scores, k, labels)
+    if best.isnan().any():  # an infinite score packed with a place is NaN, which sorts above all others
+        return scores.topk(k)
     bits = best.view(torch.int64)
-    return (bits & -(2**LABEL_BITS)).view(torch.float64).float(), bits & (2**LABEL_BITS - 1)
-
-
-def can_pack(scores, labels):
-    """Whether packing works for these scores and labels, and is faster than torch.topk."""
-    if scores.device.type != "cpu" or scores.dtype != torch.float32:
-        return False
-    if scores.numel() < FEW_ROWS * scores.shape[-1]:
-        return False
-    return labels is None or labels.max() < 2**LABEL_BITS
-
-
-def torch_topk(scores, k, labels):
-    """The same as topk, with torch.topk."""
-    best, places = scores.topk(k)
-    return best, places if labels is None else labels.gather(-1, places)
+    return (bits & -(2**PLACE_BITS)).view(torch.float64).float(), bits & (2**PLACE_BITS - 1)
 
 
 def largest(numbers: Tensor, k: int) -> Tensor:
     """The k largest of each row (rows, n), from high to low. Reorders `numbers`.
 
-    NumPy partitions with vector instructions. Each thread takes some of the rows.
+    NumPy sorts and partitions with vector instructions. One thread does it as fast as two, since torch's idle
+    threads keep the cores busy while they wait.
     """
-
-    def partition(rows):
-        if k < rows.shape[1]:
-            rows.partition(rows.shape[1] - k, axis=-1)
-        return np.sort(rows[:, -k:], axis=-1)[:, ::-1]
-
-    first, *others = [rows.numpy() for rows in numbers.chunk(torch.get_num_threads())]
-    futures = [_threads().submit(partition, rows) for rows in others]
-    parts = [partition(first)]
-    parts += [future.result() for future in futures]
-    return torch.from_numpy(np.concatenate(parts))
-
-
-@functools.cache
-def _threads():
-    return ThreadPoolExecutor(os.cpu_count())
-
-
-if hasattr(os, "register_at_fork"):  # a forked process has none of its parent's threads
-    os.register_at_fork(after_in_child=_threads.cache_clear)
+    rows = numbers.numpy()
+    if rows.shape[1] > SORTED_WHOLE:
+        rows.partition(rows.shape[1] - k, axis=-1)
+        rows = rows[:, -k:]
+    rows.sort(axis=-1)
+    return torch.from_numpy(rows[:, ::-1][:, :k].copy())
 
 
 def sddmm(table: Tensor, indices: Tensor, x: Tensor) -> Tensor:

@@ -142,9 +142,9 @@ def merge_halves(half_scores, knn):
         return kernels.merge_halves(half_scores, knn, (a, b))
     best, ids = cpu.topk(half_scores, knn)                                   # (heads, 2, n, knn) each, sorted
     sums = best[:, 0].index_select(-1, a) + best[:, 1].index_select(-1, b)   # (heads, n, n_pairs)
-    slots = ids[:, 0].index_select(-1, a) * n_keys + ids[:, 1].index_select(-1, b)
-    scores, slots = cpu.topk(sums, knn, slots)                               # (heads, n, knn) each
-    return scores.transpose(0, 1), slots.transpose(0, 1)
+    scores, pairs = cpu.topk(sums, knn)                                      # (heads, n, knn) each
+    i, j = ids[:, 0].gather(-1, a[pairs].long()), ids[:, 1].gather(-1, b[pairs].long())
+    return scores.transpose(0, 1), (i * n_keys + j).transpose(0, 1)
 
 
 @functools.lru_cache
@@ -231,7 +231,8 @@ def segment_sum(indices, weights, x, n_rows):
     rows, order = torch.sort(indices.flatten().to(ops.narrowest_integer(n_rows)), stable=True)
     rows, counts = torch.unique_consecutive(rows, return_counts=True)        # one segment per row
     starts = counts.cumsum(0) - counts
-    tokens, weights = order // indices.shape[1], weights.flatten().index_select(0, order)
+    tokens = torch.arange(len(x), device=x.device).repeat_interleave(indices.shape[1])
+    tokens, weights = tokens.index_select(0, order), weights.flatten().index_select(0, order)
     sums = F.embedding_bag(tokens, x, offsets=starts, per_sample_weights=weights, mode="sum")  # of x's rows
     return rows.long(), sums
 
