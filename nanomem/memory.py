@@ -56,7 +56,9 @@ class ProductKeyMemory(nn.Module):
         self.n_keys = math.isqrt(table.n_slots)
         ops.check_layer(self)
         normal = functools.partial(nn.init.normal_, std=dim**-0.5)  # initialised as in the paper's code
-        self.query_proj = ops.Linear(dim, heads * self.k_dim, init=nn.init.xavier_uniform_)
+        # Normalised queries have no scale; that of their projection only sets how slowly training turns them.
+        xavier = functools.partial(nn.init.xavier_uniform_, gain=4.0 if qk_norm else 1.0)
+        self.query_proj = ops.Linear(dim, heads * self.k_dim, init=xavier)
         self.keys = nn.Parameter(torch.empty(heads, 2, self.n_keys, self.k_dim // 2))
         self.qk_scale = nn.Parameter(torch.empty(heads)) if qk_norm else None
         self.reset_parameters()
@@ -83,8 +85,7 @@ class ProductKeyMemory(nn.Module):
     def lookup(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The slots to read and their weights: x (n, dim) -> (n, heads, knn) int64 and (n, heads, knn)."""
         keys = self.keys                                                       # (heads, 2, n_keys, k_dim / 2)
-        queries = self.query_proj(x).to(keys.dtype)
-        queries = queries.view(-1, self.heads, 2, self.k_dim // 2)             # (n, heads, 2, k_dim / 2)
+        queries = self.query_proj(x).to(keys.dtype).view(-1, self.heads, 2, self.k_dim // 2)
         if self.qk_scale is not None:
             queries = F.normalize(queries, dim=-1) * self.qk_scale.view(1, -1, 1, 1)
             keys = F.normalize(keys, dim=-1)
@@ -136,7 +137,6 @@ def merge_halves(half_scores, knn):
 
     half_scores (heads, 2, n, n_keys) -> scores (n, heads, knn) and slots (n, heads, knn) int64
     """
-    n_keys = half_scores.shape[-1]
     a, b = candidate_pairs(knn, half_scores.device)                          # (n_pairs,) each
     if use_kernels(half_scores):
         return kernels.merge_halves(half_scores, knn, (a, b))
@@ -144,7 +144,7 @@ def merge_halves(half_scores, knn):
     sums = best[:, 0].index_select(-1, a) + best[:, 1].index_select(-1, b)   # (heads, n, n_pairs)
     scores, pairs = cpu.topk(sums, knn)                                      # (heads, n, knn) each
     i, j = ids[:, 0].gather(-1, a[pairs].long()), ids[:, 1].gather(-1, b[pairs].long())
-    return scores.transpose(0, 1), (i * n_keys + j).transpose(0, 1)
+    return scores.transpose(0, 1), (i * half_scores.shape[-1] + j).transpose(0, 1)
 
 
 @functools.lru_cache
@@ -231,8 +231,8 @@ def segment_sum(indices, weights, x, n_rows):
     rows, order = torch.sort(indices.flatten().to(ops.narrowest_integer(n_rows)), stable=True)
     rows, counts = torch.unique_consecutive(rows, return_counts=True)        # one segment per row
     starts = counts.cumsum(0) - counts
-    tokens = torch.arange(len(x), device=x.device).repeat_interleave(indices.shape[1])
-    tokens, weights = tokens.index_select(0, order), weights.flatten().index_select(0, order)
+    tokens = torch.arange(len(x), device=x.device).repeat_interleave(indices.shape[1]).index_select(0, order)
+    weights = weights.flatten().index_select(0, order)
     sums = F.embedding_bag(tokens, x, offsets=starts, per_sample_weights=weights, mode="sum")  # of x's rows
     return rows.long(), sums
 
