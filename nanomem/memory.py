@@ -165,8 +165,7 @@ def search_gradient(
     dkeys[h, p, i] = sum over (t, l) with c(l) = i of dscores[t, h, l] q[t, h, p], in each half p.
     """
     (n, heads, _, half_dim), n_keys, knn = queries.shape, keys.shape[2], grad_scores.shape[-1]
-    i = slots // n_keys
-    chosen = torch.stack([i, slots - i * n_keys], dim=2)                     # (n, heads, 2, knn)
+    chosen = torch.stack([slots // n_keys, slots % n_keys], dim=2)           # (n, heads, 2, knn)
     # All half keys are rows of one table, in which those of (h, p) begin at (2 h + p) n_keys.
     start = torch.arange(heads * 2, device=keys.device).view(heads, 2, 1) * n_keys
     rows = (chosen + start).view(n * heads * 2, knn)
