@@ -98,7 +98,6 @@ class Experts(FeedForward):
 
     def __init__(self, dim: int, n_experts: int, hidden: int):
         nn.Module.__init__(self)
-        self.n_experts = n_experts
         self.gate_proj = GroupedLinear(n_experts, dim, hidden)
         self.up_proj = GroupedLinear(n_experts, dim, hidden)
         self.down_proj = GroupedLinear(n_experts, hidden, dim)
@@ -109,7 +108,7 @@ class Experts(FeedForward):
 
     def flops_per_token(self) -> int:
         """FLOPs of the forward pass of one expert for one token."""
-        return super().flops_per_token() // self.n_experts
+        return super().flops_per_token() // len(self.up_proj.weight)
 
 
 class GroupedLinear(nn.Module):

@@ -31,7 +31,7 @@ from nanomem.cli import UserError
 
 try:
     import fcntl
-except ModuleNotFoundError:  # Windows, where two runs in one folder are not told of each other
+except ModuleNotFoundError:  # Windows: two runs in one folder don't notice each other
     fcntl = None
 
 HEADER = "checkpoint.json"

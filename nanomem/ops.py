@@ -251,33 +251,39 @@ def reads_table(shape_of):
             return function.apply(values, indices, x, sparse_grad)
 
         def register_gradient(backward):
-            # A custom operation returns tensors only: empty ones take the place of what is not needed.
-            def padded(
-                grad: torch.Tensor,
-                values: torch.Tensor,
-                indices: torch.Tensor,
-                x: torch.Tensor,
-                sparse_grad: bool,
-                values_need_it: bool,
-                x_needs_it: bool,
-            ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-                grad = grad.contiguous()
-                rows, sums, grad_x = backward(grad, values, indices, x, values_need_it, x_needs_it)
-                grad_x = x.new_empty(0) if grad_x is None else grad_x
-                if rows is None:
-                    return indices.new_empty(0), values.new_empty(0), grad_x
-                if not sparse_grad:
-                    return rows[:0], torch.zeros_like(values).index_copy_(0, rows, sums), grad_x
-                return rows, sums, grad_x
-
             nonlocal run_backward
-            run_backward = _register(padded, f"{name}_backward")
+            run_backward = _register(_only_tensors(backward), f"{name}_backward")
             return backward
 
         checked.register_gradient = register_gradient
         return checked
 
     return decorate
+
+
+def _only_tensors(backward):
+    """The gradient of `reads_table` as a custom operation, which can't return None: empty tensors take its
+    place. Without sparse_grad, the gradient of values is dense, and the rows are empty.
+    """
+
+    def padded(
+        grad: torch.Tensor,
+        values: torch.Tensor,
+        indices: torch.Tensor,
+        x: torch.Tensor,
+        sparse_grad: bool,
+        values_need_it: bool,
+        x_needs_it: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        rows, sums, grad_x = backward(grad.contiguous(), values, indices, x, values_need_it, x_needs_it)
+        grad_x = x.new_empty(0) if grad_x is None else grad_x
+        if rows is None:
+            return indices.new_empty(0), values.new_empty(0), grad_x
+        if not sparse_grad:
+            return rows[:0], torch.zeros_like(values).index_copy_(0, rows, sums), grad_x
+        return rows, sums, grad_x
+
+    return padded
 
 
 def sparse_rows(rows, grad, shape):
