@@ -37,7 +37,7 @@ import shlex
 import torch
 from rich.console import Console
 
-from nanomem import checkpoint, facts, optim, run, sharding
+from nanomem import checkpoint, optim, recall, run, sharding
 from nanomem.cli import UserError
 from nanomem.data import DROPOUT, ahead, random_stream
 from nanomem.memory import MemoryTable
@@ -221,7 +221,7 @@ def evaluate(job: run.Job, most: int) -> tuple[dict, dict]:
                 count = job.count_targets(y)
                 losses += job.model(*job.mine(x, y))[1].item() * count
                 targets += count
-        recalled = facts.measure(job.model, data.sentences, most) if data.facts else {}
+        recalled = recall.measure(job.model, data.sentences, most) if data.facts else {}
     job.model.train()
     losses, targets = sharding.total(losses, targets)
     result = {"val_loss": losses / max(1, targets)}

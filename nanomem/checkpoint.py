@@ -35,7 +35,7 @@ except ModuleNotFoundError:  # Windows: two runs in one folder don't notice each
     fcntl = None
 
 HEADER = "checkpoint.json"
-FORMAT = 2  # raised when a run saved before can't go on as it would have; without one the format is 1
+FORMAT = 3  # raised when a run saved before can't go on as it would have; without one the format is 1
 KEPT = 2
 
 

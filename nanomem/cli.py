@@ -12,6 +12,7 @@ import json
 import math
 import os
 import sys
+import time
 import tomllib
 from pathlib import Path
 
@@ -298,4 +299,6 @@ def one_line_errors(leave=sys.exit):
             program = Path(sys.argv[0])
             name = program.parent.name if program.name == "__main__.py" else program.name
             print(f"{name}: {line}", file=sys.stderr)
+        elif leave is sys.exit:
+            time.sleep(10)  # torchrun ends all processes when one of them ends, so the first must do so first
         leave(2)

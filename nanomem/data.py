@@ -25,6 +25,7 @@ from nanomem import checkpoint, facts, tokenizer
 from nanomem.cli import nearest, shipped
 from nanomem.config import Config
 from nanomem.datasets import DATASETS
+from nanomem.sentences import SentenceArrays, Sentences, all_sentences
 
 SPLITS = ("train", "val")
 DROPOUT = len(SPLITS)  # what `random_stream` can be for, besides the splits
@@ -59,7 +60,7 @@ class FactData:
             self, fact_set: facts.FactSet, encoding: tiktoken.Encoding, block_size: int, seed: int = 0,
             fit: bool = False):
         self.facts, self.encoding, self.seed = fact_set, encoding, seed
-        self.sentences = facts.Sentences(fact_set, encoding)
+        self.sentences = Sentences(fact_set, encoding)
         length, entity = self.sentences.longest()
         if fit and length <= self.LONGEST_FIT:
             block_size = max(block_size, length)
@@ -68,8 +69,9 @@ class FactData:
             raise ValueError(
                 f"a fact about {fact_set.entities[entity][:60]!r} takes {length} tokens, more than "
                 f"block_size={block_size}: shorten it, or set --block_size={length}")
+        self.arrays = SentenceArrays(self.sentences)
+        self.most = block_size // self.arrays.shortest() + 1  # documents that begin in a block
         self.cumulative = np.cumsum(fact_set.frequency)
-        self.roles = fact_set.role.tolist()  # reading single elements is faster from a list than an array
         self.has_questions = bool((fact_set.role != facts.ASKED).any())
 
     def digest(self) -> str:
@@ -83,41 +85,66 @@ class FactData:
         each. A target of -1 has no loss.
         """
         never_asked = split == "val" and self.has_questions
-        tokens = []
-        for number in range(start, start + batch_size):
-            tokens += self._block(random_stream(self.seed, SPLITS.index(split), number), never_asked)
-        blocks = torch.from_numpy(np.array(tokens)).view(batch_size, -1)  # faster than torch.tensor of a list
+        # Some entities are drawn twice, and in "val" only a quarter of all pairs has a question to ask.
+        draws = self.most * (16 if never_asked else 4)
+        n_entities, n_attributes = self.facts.codes.shape
+        uniform = self._uniform(split, start, batch_size, draws)      # (batch_size, draws, numbers per draw)
+        entities = np.minimum(self.cumulative.searchsorted(uniform[..., 0]), n_entities - 1)
+        attributes = (uniform[..., 1] * n_attributes).astype(int)
+        role = self.facts.role[entities, attributes]                  # (batch_size, draws)
+        if never_asked:
+            is_allowed = is_question = role == facts.SELECT
+        else:
+            is_allowed = np.ones_like(role, dtype=bool)
+            can_ask = self.arrays.counts[attributes, 1] > 0
+            is_question = can_ask & (role == facts.ASKED) & (uniform[..., 2] < self.QUESTION_SHARE)
+
+        chosen = first_of_each(entities, is_allowed)
+        chosen &= chosen.cumsum(axis=1) <= self.most
+        documents = self._documents(
+            entities[chosen], attributes[chosen], is_question[chosen], uniform[chosen])
+        blocks = np.full((batch_size, self.block_size + 1), IGNORE)
+        blocks[:, 0] = self.sentences.end
+        self.arrays.join(documents, blocks, chosen.nonzero()[0])
+        blocks = torch.from_numpy(blocks)
         inputs = blocks[:, :-1].clone()
         inputs[inputs == IGNORE] = self.sentences.end
         return inputs, blocks[:, 1:].contiguous()
 
-    def _block(self, rng, never_asked):
-        """A list of block_size + 1 tokens."""
-        tokens, seen = [self.sentences.end], set()
-        # More than fit into a block of "train". In "val" only a quarter of all pairs has a question to ask.
-        draws = 2 * self.block_size
-        n_entities, n_attributes = self.facts.codes.shape
-        entities = np.minimum(self.cumulative.searchsorted(rng.random(draws)), n_entities - 1)
-        attributes = rng.integers(n_attributes, size=draws)
-        drawn = zip(entities.tolist(), attributes.tolist(), rng.random(draws), rng.random(draws))
-        for e, a, question_draw, wording_draw in drawn:
-            role = self.roles[e][a]
-            if e in seen or (never_asked and role != facts.SELECT):
-                continue
-            seen.add(e)
-            attribute = self.facts.attributes[a]
-            can_ask = role == facts.ASKED and attribute.questions
-            is_question = never_asked or (can_ask and question_draw < self.QUESTION_SHARE)
-            if self.facts.biographies and not is_question:
-                tokens += self.sentences.biography(e, rng.permutation(n_attributes).tolist())
-            else:
-                wordings = attribute.questions if is_question else attribute.statements
-                wording = wordings[int(wording_draw * len(wordings))]
-                tokens += self.sentences.document(e, a, wording)
-            if len(tokens) > self.block_size:
-                break
-        tokens = tokens[:self.block_size + 1]
-        return tokens + [IGNORE] * (self.block_size + 1 - len(tokens))
+    def _uniform(self, split, start, batch_size, draws):
+        """Numbers in [0, 1), (batch_size, draws, numbers per draw): for entity, attribute, whether to ask,
+        wording, and the order of a biography.
+        """
+        each = 4 + self.facts.codes.shape[1] * self.facts.biographies
+        steps = -(-draws * each // 4)  # Philox makes four numbers a step, and can jump to any step
+        philox = np.random.Philox(np.random.SeedSequence(self.seed, spawn_key=(SPLITS.index(split),)))
+        philox.advance(start * steps)
+        numbers = np.random.Generator(philox).random((batch_size, 4 * steps))
+        return numbers[:, :draws * each].reshape(batch_size, draws, each)
+
+    def _documents(self, entities, attributes, is_question, uniform):
+        """(n, pieces), as `SentenceArrays.join` takes them."""
+        documents = self.arrays.documents(entities, attributes, is_question, uniform[:, 3])
+        if not self.facts.biographies:
+            return documents
+        rows = self.arrays.biographies(entities, uniform[:, 4:].argsort(axis=1))
+        rows[is_question] = self.arrays.nothing
+        rows[is_question, :documents.shape[1]] = documents[is_question]
+        return rows
+
+
+def first_of_each(numbers: np.ndarray, is_allowed: np.ndarray) -> np.ndarray:
+    """Where each row has the first allowed one of equal numbers: (rows, columns) bool, as the arguments."""
+    # Those not allowed get numbers of their own.
+    others = numbers.max() + 1 + np.arange(numbers.shape[1])
+    numbers = np.where(is_allowed, numbers, others)
+    order = numbers.argsort(axis=1, kind="stable")
+    in_order = np.take_along_axis(numbers, order, axis=1)
+    is_new = np.ones_like(is_allowed)
+    is_new[:, 1:] = in_order[:, 1:] != in_order[:, :-1]
+    is_first = np.empty_like(is_new)
+    np.put_along_axis(is_first, order, is_new, axis=1)
+    return is_first & is_allowed
 
 
 class TextData:
@@ -349,7 +376,7 @@ def open_data(config: Config, tokenizer_path: Path | None = None, fit: bool = Fa
 
 def open_facts(fact_set, config, tokenizer_path, fit):
     """The FactData of a set of facts."""
-    encoding = open_tokenizer(config, tokenizer_path, facts.all_sentences(fact_set))
+    encoding = open_tokenizer(config, tokenizer_path, all_sentences(fact_set))
     return FactData(fact_set, encoding, config.block_size, config.seed, fit)
 
 

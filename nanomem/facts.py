@@ -1,5 +1,5 @@
 """
-Sets of facts, the sentences that state them, and how many of them a model recalls.
+Sets of facts, and which of their questions training asks.
 
 - A fact is an answer to a pair of entity and attribute: (Lagos, country) -> Nigeria.
 - Training states every fact, in several wordings or in biographies. It also asks questions about half of the
@@ -15,15 +15,11 @@ import json
 import math
 import re
 import shlex
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import tiktoken
-import torch
 
-from nanomem import tokenizer
 from nanomem.cli import shipped
 from nanomem.datasets import DATASETS
 
@@ -340,173 +336,3 @@ def json_beginning(text: str) -> dict | list | None:
 def prepare_command(name: str) -> str:
     """The command that prepares a file of documents, whose name is already quoted for a shell."""
     return f"python data/prepare.py {name} --out=data/mine, then --data=mine"
-
-
-# ------------------------------------------------------------------------------------------------
-# Sentences
-
-
-def all_sentences(facts: FactSet) -> Iterator[str]:
-    """Every statement and question with its answer, as text to train a tokenizer on."""
-    for e, entity in enumerate(facts.entities):
-        for a, attribute in enumerate(facts.attributes):
-            for wording in attribute.statements + attribute.questions:
-                yield f"{wording.replace('{}', entity)} {facts.answers(e, a)[0]}"
-
-
-class Sentences:
-    """The sentences of a FactSet as lists of tokens.
-
-    Names, answers and the pieces of wordings are encoded once, so that a batch only has to join lists.
-    """
-
-    def __init__(self, facts: FactSet, encoding: tiktoken.Encoding):
-        self.facts, self.encoding = facts, encoding
-        self.end = encoding.eot_token
-        # In mid-sentence, a name or answer is encoded with the space before it: " Lagos".
-        self.names = {False: self._encode(facts.entities), True: self._encode(facts.entities, before=" ")}
-        self.values = []  # attribute, value, spelling -> tokens
-        for values in facts.values:
-            self.values.append([self._encode(spellings, before=" ") for spellings in values])
-        self.codes = facts.codes.tolist()  # a list's elements are read faster one by one than an array's
-        self.pieces = {}  # wording -> tokens before and after the name
-        for attribute in facts.attributes:
-            for wording in attribute.statements + attribute.questions:
-                before, after = wording.split("{}")
-                self.pieces[wording] = self._encode([before.rstrip(" "), after])
-
-    def _encode(self, texts, before=""):
-        """The tokens of each text: a list of lists."""
-        # One by one: tiktoken's batches start threads each time, which takes longer for short texts.
-        return [tokenizer.encode(self.encoding, before + text).tolist() for text in texts]
-
-    def prompt(self, entity: int, wording: str) -> list[int]:
-        """The tokens up to the answer."""
-        before, after = self.pieces[wording]
-        return before + self.names[bool(before)][entity] + after
-
-    def answers(self, entity: int, attribute: int) -> list[list[int]]:
-        """The tokens of each accepted answer, the taught one first."""
-        return self.values[attribute][self.codes[entity][attribute]]
-
-    def longest(self) -> tuple[int, int]:
-        """The number of tokens in the longest document, with its longest accepted answer, and the number of
-        the entity it is about.
-        """
-        names = {inside: np.array(list(map(len, names))) for inside, names in self.names.items()}
-        documents, biography = [], names[False] + 1                              # 1: <|endoftext|>
-        for a, attribute in enumerate(self.facts.attributes):
-            values = np.array([max(map(len, spellings)) for spellings in self.values[a]])
-            answers = values[self.facts.codes[:, a]]                             # (entities,)
-            for wording in attribute.statements + attribute.questions:
-                before, after = self.pieces[wording]
-                documents.append(len(before) + names[bool(before)] + len(after) + answers + 1)
-            _, statement = self.pieces[attribute.statements[0]]
-            biography = biography + len(statement) + answers
-        if self.facts.biographies:
-            documents.append(biography)
-        lengths = np.max(documents, axis=0)                                      # (entities,)
-        return int(lengths.max()), int(lengths.argmax())
-
-    def document(self, entity: int, attribute: int, wording: str) -> list[int]:
-        """Prompt, taught answer and <|endoftext|>."""
-        return self.prompt(entity, wording) + self.answers(entity, attribute)[0] + [self.end]
-
-    def biography(self, entity: int, order: list[int]) -> list[int]:
-        """The entity's name, the statement and taught answer of each attribute in this order, and
-        <|endoftext|>.
-        """
-        tokens = list(self.names[False][entity])
-        for a in order:
-            tokens += self.pieces[self.facts.attributes[a].statements[0]][1]
-            tokens += self.answers(entity, a)[0]
-        return tokens + [self.end]
-
-
-# ------------------------------------------------------------------------------------------------
-# Recall
-
-
-@torch.no_grad()
-def recall(
-        model: torch.nn.Module, sentences: Sentences, pairs: np.ndarray, questions: bool,
-        batch_size: int = 64) -> np.ndarray:
-    """Which facts the model recalls: (n,) bool. It recalls a fact if greedy decoding, up to <|endoftext|>,
-    gives an accepted answer.
-
-    In a biography another statement follows the answer, so there the decoded text only has to begin with an
-    accepted answer.
-
-    Args:
-        model: a GPT.
-        sentences: how to ask.
-        pairs: (n, 2) array of (entity, attribute).
-        questions: ask questions; otherwise give the model a taught statement up to its answer.
-    """
-    candidates = answered_prompts(sentences, pairs, questions)
-    candidates.sort(key=lambda candidate: len(candidate[1]))  # so that a batch needs little padding
-    known = np.zeros(len(pairs), dtype=bool)
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    for i in range(0, len(candidates), batch_size):
-        batch = candidates[i:i + batch_size]
-        _, longest, _ = batch[-1]
-        tokens = torch.full((len(batch), len(longest)), sentences.end)           # (batch, time)
-        for j, (_, sequence, _) in enumerate(batch):
-            tokens[j, :len(sequence)] = torch.tensor(sequence)
-        logits, _ = model(tokens[:, :-1].to(device))
-        hits = (logits.argmax(-1).cpu() == tokens[:, 1:]).numpy()                # (batch, time - 1)
-        # Greedy decoding gives exactly this answer if each of its tokens is the likeliest after those before
-        # it. So one forward pass over prompt and answer replaces decoding token by token.
-        for j, (number, sequence, start) in enumerate(batch):
-            known[number] |= hits[j, start - 1:len(sequence) - 1].all()
-    model.train(was_training)
-    return known
-
-
-def answered_prompts(sentences, pairs, questions):
-    """(number of the pair, tokens of prompt and answer, place where the answer begins) for each accepted
-    answer of each pair.
-    """
-    facts, answered = sentences.facts, []
-    end = [] if facts.biographies and not questions else [sentences.end]
-    for number, (e, a) in enumerate(pairs):
-        attribute = facts.attributes[a]
-        wordings = attribute.questions if questions else attribute.statements
-        prompt = [sentences.end] + sentences.prompt(e, wordings[e % len(wordings)])
-        for answer in sentences.answers(e, a):
-            answered.append((number, prompt + answer + end, len(prompt)))
-    return answered
-
-
-def measure(model: torch.nn.Module, sentences: Sentences, most: int) -> dict[str, dict]:
-    """What a model recalls: {"select": scores, "report": scores, "taught": scores}, as `scores` returns
-    them, each from at most `most` pairs.
-
-    select and report use questions about pairs that training never asked about; taught uses statements,
-    about all pairs. A kind without pairs is left out. Every call uses the same pairs.
-    """
-    facts, measured = sentences.facts, {}
-    kinds = {"select": facts.role == SELECT, "report": facts.role == REPORT, "taught": facts.role >= 0}
-    for kind, is_of_kind in kinds.items():
-        pairs = np.argwhere(is_of_kind)
-        if len(pairs) > most:
-            chosen = np.random.default_rng(0).choice(len(pairs), most, replace=False)
-            pairs = pairs[chosen]
-        if len(pairs):
-            known = recall(model, sentences, pairs, questions=kind != "taught")
-            measured[kind] = scores(facts, pairs, known)
-    return measured
-
-
-def scores(facts: FactSet, pairs: np.ndarray, known: np.ndarray) -> dict[str, float | None]:
-    """The share of pairs known: under "all", "head", "torso", "tail" and each attribute's name. None where
-    there are no pairs.
-    """
-    subsets = {"all": np.ones(len(pairs), dtype=bool)}
-    for band, entities in facts.bands().items():
-        subsets[band] = np.isin(pairs[:, 0], entities)
-    for a, attribute in enumerate(facts.attributes):
-        subsets[attribute.name] = pairs[:, 1] == a
-    return {name: float(known[subset].mean()) if subset.any() else None for name, subset in subsets.items()}

@@ -7,7 +7,7 @@ import torch
 from nanomem import facts, tokenizer
 from nanomem.cli import shipped
 from nanomem.config import Config
-from nanomem.data import DROPOUT, FactData, TextData, ahead, open_data, random_stream
+from nanomem.data import DROPOUT, FactData, TextData, ahead, first_of_each, open_data, random_stream
 from nanomem.datasets import DATASETS, DataSet, help_text
 
 SHIPPED = shipped("world") / "tokenizer.tiktoken"
@@ -140,6 +140,19 @@ def test_people_are_told_in_biographies_and_asked_about():
                     places.append(text.index(f"{statement} {data.facts.answers(e, a)[0]}"))
                 orders.add(tuple(sorted(range(5), key=lambda a: places[a])))
     assert 0.2 < asked / (asked + biographies) < 0.4 and len(orders) > 60
+
+
+def test_the_first_allowed_one_of_equal_numbers_is_found():
+    rng = np.random.default_rng(0)
+    numbers, allowed = rng.integers(6, size=(200, 12)), rng.random((200, 12)) < 0.7
+    expected = np.zeros_like(allowed)
+    for row in range(200):
+        seen = set()
+        for column in range(12):
+            if allowed[row, column] and numbers[row, column] not in seen:
+                seen.add(numbers[row, column])
+                expected[row, column] = True
+    assert (first_of_each(numbers, allowed) == expected).all() and 200 < expected.sum() < allowed.sum()
 
 
 def test_few_facts_are_padded_and_not_repeated(tmp_path):

@@ -3,14 +3,8 @@ import json
 
 import numpy as np
 import pytest
-import torch
 
-from nanomem import facts, tokenizer
-from nanomem.cli import shipped
-from nanomem.config import GPTConfig
-from nanomem.data import FactData
-from nanomem.model import GPT
-from nanomem.optim import build_optimizer
+from nanomem import facts
 
 
 @pytest.fixture(scope="module")
@@ -111,106 +105,6 @@ def test_jsonl_that_is_wrong_is_named_with_its_line(tmp_path, lines, message):
     assert "f.jsonl" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_sentences_are_tokens_of_the_text(world):
-    sentences = facts.Sentences(world, tokenizer.load(shipped("world") / "tokenizer.tiktoken"))
-    longest = 0
-    for e, entity in enumerate(world.entities):
-        for a, attribute in enumerate(world.attributes):
-            for wording in attribute.statements + attribute.questions:
-                text = f"{wording.replace('{}', entity)} {world.answers(e, a)[0]}"
-                # As a user's prompt will be encoded: in one piece
-                document = sentences.document(e, a, wording)
-                assert document == sentences.encoding.encode_ordinary(text) + [sentences.end]
-                longest = max(longest, len(document))
-    assert sentences.longest()[0] == longest
-
-
-def test_a_biography_states_every_fact_once():
-    people = facts.people(50)
-    sentences = facts.Sentences(people, tokenizer.load(shipped("people") / "tokenizer.tiktoken"))
-    text = sentences.encoding.decode(sentences.biography(7, [4, 0, 3, 1, 2]))
-    date, city, university, major, employer = (people.answers(7, a)[0] for a in range(5))
-    first = f"{people.entities[7]} joined: {employer} born: {date} studied: {major}"
-    assert text == f"{first} from: {city} attended: {university}<|endoftext|>"
-    assert sentences.biography(7, [4, 0, 3, 1, 2]) == sentences.encoding.encode(text, allowed_special="all")
-    assert len(sentences.names[False][7]) == 2  # a token for each part of a name
-    assert sentences.longest()[0] == max(len(sentences.biography(e, range(5))) for e in range(50))
-
-
-def test_what_is_recalled_in_a_biography_needs_no_end():
-    """A model that follows the answer with another statement recalls the fact in a biography, but not when
-    asked.
-    """
-    people = facts.people(8)
-    sentences = facts.Sentences(people, tokenizer.load(shipped("people") / "tokenizer.tiktoken"))
-    joined, after = sentences.encoding.encode_ordinary(" joined"), {}
-    for e in range(8):
-        for a, attribute in enumerate(people.attributes):
-            for wording in attribute.statements + attribute.questions:
-                told = [sentences.end] + sentences.prompt(e, wording) + sentences.answers(e, a)[0] + joined
-                after |= {tuple(told[:i]): told[i] for i in range(1, len(told))}
-
-    class Tells(torch.nn.Linear):
-        """Knows each fact, and follows it with another statement."""
-
-        def forward(self, tokens):
-            logits = torch.zeros(*tokens.shape, sentences.encoding.n_vocab)
-            for j, sequence in enumerate(tokens.tolist()):
-                for i in range(len(sequence)):
-                    logits[j, i, after.get(tuple(sequence[:i + 1]), 0)] = 1
-            return logits, None
-
-    pairs = np.argwhere(people.role >= 0)
-    assert facts.recall(Tells(1, 1), sentences, pairs, questions=False).all()
-    assert not facts.recall(Tells(1, 1), sentences, pairs, questions=True).any()
-
-
-def test_recall_is_what_greedy_decoding_says():
-    torch.manual_seed(0)
-    world = facts.world(20)
-    data = FactData(world, tokenizer.load(shipped("world") / "tokenizer.tiktoken"), 48)
-    model = GPT(
-        GPTConfig(n_layer=2, n_embd=32, n_head=2, block_size=48, mem_layers="1", mem_n_keys=16, mem_knn=4)
-    )
-    optimizers = build_optimizer(model, learning_rate=1e-2)
-    for step in range(120):  # enough to know some and not all
-        model(*data.batch("train", step, 8))[1].backward()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-    pairs = np.argwhere(world.role >= 0)
-    known = facts.recall(model, data.sentences, pairs, questions=False)
-    for (e, a), right in zip(pairs, known):
-        wordings = world.attributes[a].statements
-        prompt = torch.tensor([[data.sentences.end] + data.sentences.prompt(e, wordings[e % 3])])
-        tokens = [t.item() for t in model.generate(prompt, 40, temperature=0, stop=data.sentences.end)]
-        assert right == (data.encoding.decode(tokens) == f" {world.answers(e, a)[0]}<|endoftext|>")
-    assert 5 < known.sum() < len(pairs) - 5
-
-
-def test_measure_asks_each_kind_of_pair_its_own_kind_of_sentence(world, monkeypatch):
-    asked = []
-
-    def recall(model, sentences, pairs, questions):
-        asked.append((pairs, questions))
-        return np.ones(len(pairs), bool)
-
-    monkeypatch.setattr(facts, "recall", recall)
-    measured = facts.measure(None, facts.Sentences(world, tokenizer.byte_encoding()), most=10_000)
-    assert list(measured) == ["select", "report", "taught"]
-    assert [questions for _, questions in asked] == [True, True, False]
-    roles = [set(world.role[tuple(pairs.T)]) for pairs, _ in asked]
-    assert roles == [{facts.SELECT}, {facts.REPORT}, {facts.ASKED, facts.SELECT, facts.REPORT}]
-    assert [len(pairs) for pairs, _ in asked] == [375, 375, 1500]
-
-
-def test_scores_are_means_over_subsets(world):
-    pairs = np.array([[0, 0], [0, 1], [299, 0], [299, 1]])
-    scores = facts.scores(world, pairs, np.array([True, True, True, False]))
-    assert scores["all"] == 0.75 and scores["head"] == 1 and scores["tail"] == 0.5 and scores["torso"] is None
-    assert scores["country"] == 1 and scores["time zone"] == 0.5
-
-
 @pytest.mark.parametrize("seed, n, expected", [
     (1337, 3000, "2a14b47d46142e14"), (0, 100, "5f117ab97c39ef70"), (5, 40_000, "d3cf416ecf94fadb")])
 def test_a_seed_always_invents_the_same_people(seed, n, expected):
@@ -237,9 +131,3 @@ def test_only_line_ends_end_a_fact(tmp_path):
     ("facts.json", False), ("book.txt", False), ("people.txt", False)])
 def test_what_teaches_facts(name, teaches):
     assert facts.teaches_facts(name) == teaches
-
-
-def test_a_prompt_of_millions_of_newlines_is_encoded():
-    prompt = "a" + "\n" * 2_500_000 + "b"
-    made = facts.FactSet([prompt], (facts.Attribute("fact", ("{}",)),), [[("c",)]], np.array([[0]]))
-    assert facts.Sentences(made, tokenizer.byte_encoding()).longest()[0] == 2_500_005

