@@ -12,9 +12,9 @@ from nanomem.cli import UserError
 from nanomem.config import Config
 from nanomem.model import GPT
 from nanomem.reproduce import __main__ as program
-from nanomem.reproduce import commands, slots, sweeps
+from nanomem.reproduce import commands, figures, page, slots, sweeps
 from nanomem.reproduce.presets import PRESETS, Preset
-from nanomem.reproduce.runs import Run, Trainer, data_digest
+from nanomem.reproduce.runs import ROOT, Run, Trainer, data_digest
 from nanomem.reproduce.sizing import flops
 
 TINY = Config(
@@ -65,7 +65,10 @@ def trainer_in(folder):
 
 def test_table1_from_nothing_and_again(tiny, monkeypatch, tmp_path):
     reproduce(monkeypatch, tmp_path, "table1", "--data=world", "--seeds=1")
-    rows = json.loads((tmp_path / "table1-world.json").read_text())
+    results = json.loads((tmp_path / "table1-world.json").read_text())
+    rows = results["rows"]
+    assert results["command"] == "python -m nanomem.reproduce table1 --data=world --seeds=1"
+    assert results["commit"] and "torch" in results["machine"] and results["seeds"] == [1337]
     models = ["dense", "dense, 2x", "dense, 4x", "mixture of experts", "PEER", "plain memory", "Memory+"]
     assert [row["model"] for row in rows] == models
     memory = rows[-1]
@@ -76,33 +79,72 @@ def test_table1_from_nothing_and_again(tiny, monkeypatch, tmp_path):
     for row in rows[3:]:
         assert row["params"] == pytest.approx(memory["params"], rel=0.05) and row["mem_params"] > 0
 
-    results = [json.loads(path.read_text()) for path in (tmp_path / "runs").glob("*.json")]
-    assert 7 <= len(results) <= 13  # 7 models, and most of them once more, for as long as Memory+ takes
-    for result in results:
+    trained_runs = [json.loads(path.read_text()) for path in (tmp_path / "runs").glob("*.json")]
+    assert 7 <= len(trained_runs) <= 13  # 7 models, and most once more, for as long as Memory+ takes
+    for result in trained_runs:
         trained = GPT(Config(**result["settings"])).flops_per_token()
         assert trained in [row["flops_per_token"] for row in rows]
         assert result["metrics"]["iter"] == result["settings"]["max_iters"]
         assert result["command"].startswith("python train.py --") and result["commit"] and result["machine"]
-    text = (tmp_path / "table1-world.md").read_text()
-    assert text.startswith("`python -m nanomem.reproduce table1 --data=world --seeds=1`: ")
-    assert text.count("\n| ") == 9 and (tmp_path / "table1-world.png").stat().st_size > 5000
+    assert (tmp_path / "table1-world.png").stat().st_size > 5000
 
     monkeypatch.setattr(Trainer, "start", lambda *_: pytest.fail("trained again"))
     reproduce(monkeypatch, tmp_path, "table1", "--data=world", "--seeds=1")
-    assert json.loads((tmp_path / "table1-world.json").read_text()) == rows
+    assert json.loads((tmp_path / "table1-world.json").read_text()) == results
+
+
+def test_curves_follow_each_run(tiny, monkeypatch, tmp_path):
+    monkeypatch.setattr(program, "read_recipe", lambda *_: dataclasses.asdict(TINY.replace(eval_interval=2)))
+    reproduce(monkeypatch, tmp_path, "curves", "--data=world", "--seeds=2")
+    rows = json.loads((tmp_path / "curves-world.json").read_text())["rows"]
+    assert [row["model"] for row in rows] == [
+        "Memory+", "dense", "dense, 4x", "mixture of experts", "dense, four times as long"]
+    for row, updates in zip(rows, (4, 4, 4, 4, 16)):
+        assert row["tokens"] == [step * 4 * 64 for step in range(0, updates + 1, 2)]
+        for key in ("recall", "recall_taught"):
+            assert [len(curve) for curve in row[f"{key}_curve"]] == [len(row["tokens"])] * 2
+            assert [curve[-1] for curve in row[f"{key}_curve"]] == row[key]
+    assert rows[4]["flops_per_token"] == rows[1]["flops_per_token"]
+    assert (tmp_path / "curves-world.png").stat().st_size > 5000
+
+
+def test_the_pages_have_the_tables_of_the_results_in_assets():
+    for name in page.PAGES:
+        text = (ROOT / name).read_text()
+        assert text == page.filled(text, ROOT / "assets"), (
+            f"{name} is stale: run python -m nanomem.reproduce page")
+        assert "<!-- table: " in text
+
+
+def test_a_page_s_tables_are_written_anew(tmp_path):
+    results = {"command": "python -m nanomem.reproduce scaling", "commit": None, "machine": "2 cores",
+               "seeds": [1, 2], "minutes": 3, "rows": [
+                   {"model": "no memory", "params": 1000, "mem_params": 0, "flops_per_token": 2e6,
+                    "recall": [0.123, 0.456], "recall_taught": [0.5, 0.25], "loss": [1.0, 2.0]}]}
+    (tmp_path / "scaling.json").write_text(json.dumps(results))
+    made = page.filled("a\n<!-- table: scaling -->\nold\n<!-- end -->\nb\n", tmp_path)
+    assert "| no memory | 2.000 million | 1,000 | 0 | 12.3, 45.6 | 50.0, 25.0 | 1.500 |\n" in made
+    assert ("(`python -m nanomem.reproduce scaling`; commit not recorded; 2 cores; seeds 1, 2; "
+            "3 minutes of training)\n") in made
+    assert made.startswith("a\n<!-- table: scaling -->\n\n| model") and made.endswith("<!-- end -->\nb\n")
+    assert "old" not in made and page.filled(made, tmp_path) == made
+    with pytest.raises(UserError, match="there is no table scalin; known are .*scaling"):
+        page.filled("<!-- table: scalin -->\n<!-- end -->", tmp_path)
+    with pytest.raises(UserError, match="table1.json is missing; python -m nanomem.reproduce table1 makes it"):
+        page.filled("<!-- table: table1 -->\n<!-- end -->", tmp_path)
 
 
 def test_text_has_bits_per_byte(tiny, monkeypatch, tmp_path):
     (tmp_path / "book.txt").write_text("All work and no play makes Jack a dull boy.\n" * 100)
     reproduce(monkeypatch, tmp_path, "text", "--seeds=2", f"--text={tmp_path / 'book.txt'}")
-    rows = json.loads((tmp_path / "text.json").read_text())
+    rows = json.loads((tmp_path / "text.json").read_text())["rows"]
     assert [row["model"] for row in rows] == ["dense", "mixture of experts", "Memory+"]
     for row in rows:
         assert row["flops_per_token"] == pytest.approx(rows[-1]["flops_per_token"], rel=0.02)
         # A byte is a token here, so these are nats and bits of the same thing.
         assert row["bits_per_byte"] == pytest.approx([loss / 0.6931471805599453 for loss in row["loss"]])
         assert len(row["bits_per_byte"]) == 2
-    assert "bits per byte" in (tmp_path / "text.md").read_text()
+    assert "bits per byte" in figures.markdown(rows)
     assert (tmp_path / "text.png").stat().st_size > 5000
 
 
@@ -235,7 +277,7 @@ def test_a_sweep_continues_until_the_best_rate_is_inside():
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ([], "expected what to reproduce, one of table1, scaling, ablations, text, slots; got nothing"),
+    ([], "expected what to reproduce, one of curves, table1, scaling, ablations, text, slots, page; got nothing"),
     (["tables"], r"got tables \(did you mean table1\?\)"),
     (["table1", "--preset=phone"], "--preset must be one of laptop, gpu; got 'phone'"),
     (["table1", "--seeds=0"], "seeds must be 1 or more"),
@@ -248,10 +290,13 @@ def test_wrong_command_lines(arguments, message, monkeypatch, tmp_path):
 def test_slots_of_a_trained_model(monkeypatch, tmp_path):
     runs.train(tmp_path / "run", "--data=people", "--block_size=64", "--mem_layers=0,1", "--max_iters=3")
     reproduce(monkeypatch, tmp_path, "slots", f"--run={tmp_path / 'run'}")
-    rows = json.loads((tmp_path / "slots.json").read_text())
+    rows = json.loads((tmp_path / "slots.json").read_text())["rows"]
     assert [row["layer"] for row in rows] == [0, 1]
     for row in rows:
         assert 0 < row["share used"] <= 1 and row["kl"] > 0
+        ranks, shares = zip(*row["weights"])
+        assert ranks[0] == 1 and 30 < len(ranks) <= 200 and sorted(ranks) == list(ranks)
+        assert sorted(shares, reverse=True) == list(shares) and 0 < sum(shares) <= 1
         for overlaps in row["overlaps"].values():
             assert set(overlaps) == {"a question", "another attribute", "another entity"}
             assert all(0 <= x <= 1 + 1e-5 for x in overlaps.values())

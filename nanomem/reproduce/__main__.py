@@ -1,16 +1,18 @@
 """
 The paper's claims, small: trains the models of a table or figure with train.py, and writes it.
 
+    python -m nanomem.reproduce curves       recall while training: Memory+, dense and mixture of experts
     python -m nanomem.reproduce table1       dense models, mixture, PEER, plain memory and Memory+
     python -m nanomem.reproduce scaling      recall against the number of slots, at equal FLOPs
     python -m nanomem.reproduce ablations    Memory+ with one thing changed at a time
     python -m nanomem.reproduce text         dense, mixture and Memory+ on text (--text=data/wikitext-103)
     python -m nanomem.reproduce slots        which slots facts use in a model (--run=out/people-memory)
+    python -m nanomem.reproduce page         writes docs/results.md's and README's tables from assets/*.json
 
 - equal terms: the same facts, tokens, batches and tokenizer; each model's learning rate is the best of a
   small sweep, by the loss on questions that are never reported
 - a finished run is a JSON file in assets/runs and is not trained again; one that was stopped continues
-- writes assets/NAME.json, NAME.md and NAME.png (pip install -e '.[plot]')
+- writes assets/NAME.json and NAME.png (pip install -e '.[plot]'); `page` draws all figures anew
 """
 
 import json
@@ -24,7 +26,7 @@ from nanomem.config import Config, keep_freed_memory
 from nanomem.datasets import DATASETS
 from nanomem.reproduce.presets import PRESETS
 
-NAMES = ("table1", "scaling", "ablations", "text", "slots")
+NAMES = ("curves", "table1", "scaling", "ablations", "text", "slots", "page")
 
 
 @dataclass
@@ -38,7 +40,7 @@ class Settings:
     data: str = setting("people", "what the facts are about", tuple(DATASETS))
     text: str = setting(
         "data/wikitext-103", "text to train on: shards that data/prepare.py made, or a text file", path=True)
-    seeds: int = setting(3, "runs of each model of table1, scaling and text")
+    seeds: int = setting(3, "runs of each model of curves, table1, scaling and text")
     run: str = setting("out/people-memory", "folder of the trained model that slots looks into", path=True)
     out_dir: str = setting("out/reproduce", "folder for checkpoints and logs of the runs", path=True)
     runs: str = setting("assets/runs", "folder for the results of finished runs", path=True)
@@ -62,6 +64,8 @@ def main():
     Path(settings.assets).mkdir(parents=True, exist_ok=True)
     if command == "slots":
         look_into_slots(settings)
+    elif command == "page":
+        write_pages(Path(settings.assets))
     else:
         reproduce(command, settings)
 
@@ -70,7 +74,6 @@ def reproduce(command, settings):
     """Trains a command's models and writes its table and figure."""
     from rich.console import Console
 
-    from nanomem.checkpoint import write_text
     from nanomem.data import open_data
     from nanomem.reproduce import commands, figures, runs
 
@@ -86,34 +89,63 @@ def reproduce(command, settings):
     seeds = list(range(base.seed, base.seed + settings.seeds))
     rows = commands.COMMANDS[command](base, seeds, preset, trainer)
 
-    table = f"`{command_line(command, settings)}`: {trainer.summary()}\n\n{figures.markdown(rows)}"
     name = command
     for choice in ("data", "preset"):
         if getattr(settings, choice) != getattr(Settings, choice):
             name += f"-{getattr(settings, choice)}"
+    about = {"command": command_line(command, settings)} | trainer.provenance()
+    results = about | {"seeds": seeds[:1] if command == "ablations" else seeds, "rows": rows}
     assets = Path(settings.assets)
-    write_text(assets / f"{name}.json", json.dumps(rows, indent=1) + "\n")
-    write_text(assets / f"{name}.md", table)
-    figures.draw(command, rows, assets / f"{name}.png")
-    console.print(table)
+    save(results, assets / f"{name}.json")
+    if command in figures.DRAWN:
+        figures.draw(command, rows, assets / f"{name}.png")
+    console.print(figures.markdown(rows))
+    if assets == Path(Settings.assets):
+        console.print("python -m nanomem.reproduce page puts it into docs/results.md")
+
+
+def save(results, path):
+    """Writes results as JSON, one line per row."""
+    from nanomem.checkpoint import write_text
+
+    about = json.dumps({name: value for name, value in results.items() if name != "rows"}, indent=1)
+    rows = ",\n".join(json.dumps(row) for row in results["rows"])
+    write_text(path, f'{about[:-2]},\n "rows": [\n{rows}\n ]\n}}\n')
 
 
 def look_into_slots(settings):
-    """Measures what a trained model's memory reads, and writes a table and a figure."""
-    from nanomem.checkpoint import write_text
-    from nanomem.reproduce import figures
+    """Measures what a trained model's memory reads, and writes a figure."""
+    from nanomem.reproduce import figures, runs
     from nanomem.reproduce.slots import slots
 
     rows, iteration = slots(settings.run)
+    results = {
+        "command": f"python -m nanomem.reproduce slots --run={settings.run}",
+        "commit": runs.commit(),
+        "machine": runs.machine(),
+        "seeds": [],
+        "minutes": 0,
+        "updates": iteration,
+        "rows": rows,
+    }
     assets = Path(settings.assets)
-    figures.draw_slots(rows, assets / "slots.png")
-    for row in rows:
-        del row["sorted"]  # a number for each slot, only for the figure
-    table = (f"`python -m nanomem.reproduce slots --run={settings.run}`, {iteration:,} updates\n\n"
-             f"{figures.slots_table(rows)}")
-    write_text(assets / "slots.json", json.dumps(rows, indent=1) + "\n")
-    write_text(assets / "slots.md", table)
-    print(table)
+    save(results, assets / "slots.json")
+    figures.draw("slots", rows, assets / "slots.png")
+    print(figures.slots_table(rows))
+
+
+def write_pages(assets):
+    """Writes the pages' tables, and draws the figures, from the results in `assets`."""
+    from nanomem.checkpoint import read_json
+    from nanomem.reproduce import figures, page, runs
+
+    for path in page.write_pages(runs.ROOT, assets):
+        print(path.relative_to(runs.ROOT))
+    for command in figures.DRAWN:
+        results = read_json(assets / f"{command}.json")
+        if results:
+            figures.draw(command, results["rows"], assets / f"{command}.png")
+            print(assets / f"{command}.png")
 
 
 def command_line(command, settings):

@@ -20,16 +20,17 @@ from nanomem.reproduce.sweeps import choose_rates, named
 
 
 def train_seeds(models: dict[str, Config], seeds: list[int], trainer: Trainer) -> dict[str, list[dict]]:
-    """{name: the last metrics of its runs, one for each seed}.
+    """{name: the last metrics of its runs, one for each seed}."""
+    runs = runs_of(models, seeds)
+    every_run = [run for seed in range(len(seeds)) for run in (runs[name][seed] for name in models)]
+    metrics = trainer.train(every_run)
+    return {name: [metrics[run.name] for run in runs[name]] for name in models}
 
-    Runs of one seed see the same facts in the same batches, whatever the model.
-    """
-    runs = {}
-    for seed in seeds:
-        for name, config in models.items():
-            runs[name, seed] = named(name, config.replace(seed=seed))
-    metrics = trainer.train(list(runs.values()))
-    return {name: [metrics[runs[name, seed].name] for seed in seeds] for name in models}
+
+def runs_of(models: dict[str, Config], seeds: list[int]) -> dict[str, list[Run]]:
+    """{name: its runs, one for each seed}. Runs of one seed see the same facts in the same batches."""
+    return {name: [named(name, config.replace(seed=seed)) for seed in seeds]
+            for name, config in models.items()}
 
 
 def describe(name: str, config: Config) -> dict:
@@ -78,6 +79,31 @@ def table1(base: Config, seeds: list[int], preset: Preset, trainer: Trainer) -> 
         row = describe(name, config) | measured(results[name], **RECALL)
         row["seconds"] = seconds[name] * config.max_iters
         row["recall_equal_time"] = at_equal_time[name]["recall"]
+        rows.append(row)
+    return rows
+
+
+def curves(base: Config, seeds: list[int], preset: Preset, trainer: Trainer) -> list[dict]:
+    """Recall while training: Memory+, dense, dense of four times the FLOPs, the mixture, each at its best
+    learning rate, and the dense model trained four times as long.
+    """
+    models = {
+        "Memory+": base,
+        "dense": base.replace(ffn="dense"),
+        "dense, 4x": dense_of(base, 4),
+        "mixture of experts": base.replace(ffn="moe"),
+    }
+    models = choose_rates(models, seeds, preset, trainer)
+    dense = models["dense"]
+    models["dense, four times as long"] = dense.replace(max_iters=4 * dense.max_iters)
+    results = train_seeds(models, seeds, trainer)
+    rows = []
+    for name, runs in runs_of(models, seeds).items():
+        evaluations = [trainer.evaluations(run) for run in runs]
+        row = describe(name, models[name]) | measured(results[name], **RECALL)
+        row["tokens"] = [0] + [evaluation["tokens"] for evaluation in evaluations[0]]
+        for key in ("recall", "recall_taught"):
+            row[f"{key}_curve"] = [[0.0] + [found[key] for found in seed] for seed in evaluations]
         rows.append(row)
     return rows
 
@@ -185,4 +211,4 @@ def text(base: Config, seeds: list[int], preset: Preset, trainer: Trainer) -> li
     return [describe(name, config) | measured(results[name], **columns) for name, config in models.items()]
 
 
-COMMANDS = {"table1": table1, "scaling": scaling, "ablations": ablations, "text": text}
+COMMANDS = {"curves": curves, "table1": table1, "scaling": scaling, "ablations": ablations, "text": text}

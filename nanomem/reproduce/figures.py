@@ -7,10 +7,10 @@ from nanomem.cli import UserError
 
 BASELINE, MEMORY = "#8a9ba8", "#d9822b"  # colors
 TITLES = {
-    "recall": "recall of facts never asked about",
-    "recall_taught": "recall in a taught wording",
-    "loss": "validation loss",
-    "bits_per_byte": "bits per byte of text",
+    "recall": "recall, questions never asked",
+    "recall_taught": "recall, taught wording",
+    "loss": "validation loss (lower is better)",
+    "bits_per_byte": "bits per byte of text (lower is better)",
 }
 
 
@@ -39,8 +39,8 @@ def markdown(rows: list[dict]) -> str:
         "in tables or experts": lambda row: f"{row['mem_params']:,}",
     }
     if "recall" in rows[0]:
-        columns["recall"] = lambda row: percent(row["recall"])
-        columns["in a taught wording"] = lambda row: percent(row["recall_taught"])
+        columns["recall, %"] = lambda row: percent(row["recall"])
+        columns["taught wording, %"] = lambda row: percent(row["recall_taught"])
     columns["val loss"] = lambda row: f"{statistics.mean(row['loss']):.3f}"
     if "bits_per_byte" in rows[0]:
         columns["bits per byte, each seed"] = lambda row: ", ".join(f"{x:.3f}" for x in row["bits_per_byte"])
@@ -48,7 +48,7 @@ def markdown(rows: list[dict]) -> str:
         columns["learning rate"] = lambda row: f"{row['learning_rate']:g}"
     if "recall_equal_time" in rows[0]:
         columns["seconds"] = lambda row: f"{row['seconds']:.0f}"
-        columns["recall at equal wall-clock"] = lambda row: f"{row['recall_equal_time']:.1%}"
+        columns["recall at equal wall-clock, %"] = lambda row: f"{100 * row['recall_equal_time']:.1f}"
     cells = [[text_of(row) for text_of in columns.values()] for row in rows]
     return table(list(columns), cells)
 
@@ -60,11 +60,8 @@ def table(header: list[str], cells: list[list[str]]) -> str:
 
 
 def percent(numbers: list[float]) -> str:
-    """'71.2%', or of several numbers each, from the first seed on, and their mean: '70.0, 72.4: 71.2%'."""
-    mean = f"{statistics.mean(numbers):.1%}"
-    if len(numbers) == 1:
-        return mean
-    return ", ".join(f"{100 * x:.1f}" for x in numbers) + f": {mean}"
+    """'71.2'; of several seeds each, from the first on: '70.0, 72.4'."""
+    return ", ".join(f"{100 * number:.1f}" for number in numbers)
 
 
 def slots_table(rows: list[dict]) -> str:
@@ -85,37 +82,73 @@ def slots_table(rows: list[dict]) -> str:
 
 
 def draw(command: str, rows: list[dict], path: Path):
-    """Draws the rows of a command."""
-    figure = draw_scaling(rows) if command == "scaling" else draw_models(rows)
-    figure.tight_layout()
+    """Draws the rows of a command of DRAWN."""
+    figure = DRAWN[command](rows)
     figure.savefig(path, dpi=150)
+    pyplot().close(figure)
+
+
+def draw_curves(rows):
+    """Recall against tokens: a thick line for the mean of the seeds, a thin one for each."""
+    figure, axes = pyplot().subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
+    for axis, key in zip(axes, ("recall", "recall_taught")):
+        for row in rows:
+            tokens = [point / 1e6 for point in row["tokens"]]
+            color, style = CURVES[row["model"]]
+            means = [statistics.mean(seeds) for seeds in zip(*row[f"{key}_curve"])]
+            axis.plot(tokens, means, style, color=color, linewidth=2.5, label=row["model"])
+            for seed in row[f"{key}_curve"]:
+                axis.plot(tokens, seed, style, color=color, linewidth=0.7, alpha=0.6)
+        axis.set_xlabel("million tokens of training")
+        axis.set_title(TITLES[key], fontsize=10)
+        in_percent(axis.yaxis)
+        axis.set_ylim(0, 1)
+        axis.grid(alpha=0.3)
+    axes[1].legend(fontsize=8, title="thick: mean; thin: each seed", title_fontsize=8, loc="lower right")
+    return figure
+
+
+CURVES = {
+    "Memory+": (MEMORY, "-"),
+    "dense": (BASELINE, "-"),
+    "dense, four times as long": (BASELINE, "--"),
+    "dense, 4x": ("#2f4858", "-"),
+    "mixture of experts": ("#7a5195", "-"),
+}  # model -> color, line style
 
 
 def draw_scaling(rows):
     """Recall and loss against the number of slots."""
-    figure, axes = pyplot().subplots(1, 3, figsize=(12, 3.4))
+    figure, axes = pyplot().subplots(1, 3, figsize=(12, 3.6), layout="constrained")
     points = [row for row in rows if row["slots"]]
     n_slots = [row["slots"] for row in points]
     for axis, key in zip(axes, ("recall", "recall_taught", "loss")):
         means = [statistics.mean(row[key]) for row in points]
-        axis.plot(n_slots, means, "o-", color=MEMORY)
-        axis.axhline(statistics.mean(rows[0][key]), color=BASELINE, linestyle="--", label="no memory")
-        for row, mean in zip(points, means):
-            axis.plot([row["slots"]] * len(row[key]), row[key], "k.", markersize=4)
-            axis.annotate(f"{row['flops_per_token'] / 1e6:.2f}", (row["slots"], mean),
-                          textcoords="offset points", xytext=(0, 6), fontsize=7)
+        axis.plot(n_slots, means, "o-", color=MEMORY, label="mean")
+        for row in points:
+            label = "each seed" if row is points[0] else None
+            axis.plot([row["slots"]] * len(row[key]), row[key], "k.", markersize=4, label=label)
+        axis.axhline(statistics.mean(rows[0][key]), color=BASELINE, linestyle="--", label="no memory, mean")
+        for row in points:
+            times = row["flops_per_token"] / rows[0]["flops_per_token"]
+            if times > 1.02:
+                axis.axvspan(row["slots"] / 1.5, row["slots"] * 1.5, color=BASELINE, alpha=0.2, linewidth=0,
+                             label=f"{times:.2f} times the FLOPs")
+        if key != "loss":
+            in_percent(axis.yaxis)
         axis.set_xscale("log", base=2)
-        axis.set_xlabel("slots (beside each point: million FLOPs per token)")
+        axis.set_xlabel("slots")
         axis.set_title(TITLES[key], fontsize=10)
-        axis.legend(fontsize=7)
+    axes[1].legend(fontsize=7, loc="lower right")
     return figure
 
 
 def draw_models(rows):
-    """A bar for each model, with a dot for each seed."""
+    """A bar for each model's mean, with a dot for each seed."""
     keys = ("recall", "recall_taught") if "recall" in rows[0] else ("bits_per_byte",)
-    size = (5 + 4 * len(keys), 0.32 * len(rows) + 1)
-    figure, axes = pyplot().subplots(1, len(keys), figsize=size, sharey=True, squeeze=False)
+    size = (5 + 4 * len(keys), 0.32 * len(rows) + 1.3)
+    figure, axes = pyplot().subplots(1, len(keys), figsize=size, sharey=True, squeeze=False,
+                                      layout="constrained")
     is_baseline = [row["model"].startswith(("dense", "mixture")) for row in rows]
     colors = [BASELINE if baseline else MEMORY for baseline in is_baseline]
     places = range(len(rows))
@@ -123,40 +156,68 @@ def draw_models(rows):
         means = [statistics.mean(row[key]) for row in rows]
         if key == "bits_per_byte":
             # The models are hundredths apart. Bars have to start at 0, which would hide that; marks don't.
-            axis.scatter(means, places, 400, colors, marker="|", linewidths=4)
+            axis.scatter(means, places, 400, colors, marker="|", linewidths=4, label="mean")
             axis.margins(y=0.3)
         else:
-            axis.barh(places, means, color=colors)
+            axis.barh(places, means, color=colors, label="mean")
+            in_percent(axis.xaxis)
+            axis.set_xlim(0, 1.02)
         axis.set_xlabel(TITLES[key])
         for place, row in zip(places, rows):
-            axis.plot(row[key], [place] * len(row[key]), "k.", markersize=4)
+            is_first = place == 0
+            axis.plot(row[key], [place] * len(row[key]), "k.", markersize=4,
+                      label="each seed" if is_first else None)
             if key == "recall" and "recall_equal_time" in row:
-                axis.plot(row["recall_equal_time"], place, "wD", markeredgecolor="black", markersize=5)
+                axis.plot(row["recall_equal_time"], place, "wD", markeredgecolor="black", markersize=5,
+                          label="one run, trained for as long as Memory+" if is_first else None)
     axes[0][0].set_yticks(places, [row["model"] for row in rows])
     axes[0][0].invert_yaxis()
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    legend = figure.legend(
+        handles, labels, fontsize=8, ncols=len(labels), loc="outside upper center", frameon=False)
+    for handle in legend.legend_handles:
+        if key == "bits_per_byte" and hasattr(handle, "set_sizes"):
+            handle.set_sizes([60])
     return figure
 
 
-def draw_slots(rows: list[dict], path: Path):
-    """Draws how evenly slots are used, and each layer's overlaps."""
-    size = (4 + 3.6 * len(rows), 3.2)
-    figure, axes = pyplot().subplots(1, 1 + len(rows), figsize=size)
+def draw_slots(rows):
+    """How evenly slots are used, and each layer's overlaps."""
+    size = (4.5 + 4 * len(rows), 3.2)
+    figure, axes = pyplot().subplots(1, 1 + len(rows), figsize=size, layout="constrained")
     for row in rows:
-        used = [weight for weight in row["sorted"] if weight > 0]
-        shares = [weight / sum(used) for weight in used]
-        label = f"layer {row['layer']}: {row['share used']:.0%} used"
-        axes[0].loglog(range(1, len(used) + 1), shares, label=label)
-    axes[0].set_xlabel("slots, most read first")
-    axes[0].set_title("share of all weight", fontsize=9)
+        label = f"layer {row['layer']}: {row['share used']:.0%} of all slots are read"
+        axes[0].loglog(*zip(*row["weights"]), label=label)
+    axes[0].set_xlabel("rank of the slot, most read first")
+    axes[0].set_ylabel("share of all weight")
     axes[0].legend(fontsize=7)
     for row, axis in zip(rows, axes[1:]):
         names = list(row["overlaps"]["name"])
         for i, (position, overlaps) in enumerate(row["overlaps"].items()):
             heights = [place + 0.4 * i - 0.2 for place in range(len(names))]
-            axis.barh(heights, [overlaps[name] for name in names], 0.38, label=f"at the {position}")
+            axis.barh(heights, [overlaps[name] for name in names], 0.38,
+                      label=f"where the {position} {'ends' if position == 'name' else 'begins'}")
         axis.set_yticks(range(len(names)), names, fontsize=8)
+        in_percent(axis.xaxis)
         axis.set_xlim(0, 1)
-        axis.set_title(f"layer {row['layer']}: lookups in common with", fontsize=9)
+        axis.set_xlabel("of the slots read, by weight")
+        axis.set_title(f"layer {row['layer']}: a statement reads in common with", fontsize=9)
         axis.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    return figure
+
+
+def in_percent(axis):
+    """Labels an axis of shares in percent."""
+    from matplotlib.ticker import PercentFormatter
+
+    axis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
+
+
+# Not the ablations: a single seed's bars would look firmer than they are.
+DRAWN = {
+    "curves": draw_curves,
+    "table1": draw_models,
+    "scaling": draw_scaling,
+    "text": draw_models,
+    "slots": draw_slots,
+}

@@ -130,6 +130,10 @@ class Trainer:
                 raise UserError(f"{run.name} failed: {found[run]['error']}")
         return metrics
 
+    def evaluations(self, run: Run) -> list[dict]:
+        """The metrics of each evaluation of a run that `train` has trained."""
+        return self.used[run.file_name]["evaluations"]
+
     def saved_results(self) -> list[dict]:
         """The results of all finished runs."""
         return [read_json(path) for path in sorted(self.results.glob("*.json"))]
@@ -188,9 +192,11 @@ class Trainer:
 
     def finish(self, run: Run, returncode: int) -> dict:
         """Saves the result of a run that has ended. Raises UserError if it failed."""
-        metrics, error = None, None
+        metrics, error, evaluations = None, None, []
         if returncode == 0:
-            metrics = read_metrics(self.folder(run))[-1]
+            lines = read_metrics(self.folder(run))
+            metrics = lines[-1]
+            evaluations = [line for line in lines if "val_loss" in line]
         else:
             said = self.log_path(run).read_text(encoding="utf-8", errors="replace").strip()
             error = said.splitlines()[-1] if said else f"exit code {returncode}"
@@ -199,6 +205,7 @@ class Trainer:
         result = run.identity | {
             "name": run.name,
             "metrics": metrics,
+            "evaluations": evaluations,
             "error": error,
             "command": " ".join(["python train.py", *settings_as_arguments(run.config)]),
             "commit": commit(),
@@ -223,15 +230,18 @@ class Trainer:
         """What a run printed."""
         return self.out_dir / f"{run.file_name}.log"
 
-    def summary(self) -> str:
+    def provenance(self) -> dict:
         """How many runs were used, how long they trained, where and at which commits."""
         results = list(self.used.values())
-        minutes = sum(result["metrics"]["elapsed_s"] for result in results if result["metrics"]) / 60
-        machines = sorted({result["machine"] for result in results})
+        seconds = sum(result["metrics"]["elapsed_s"] for result in results if result["metrics"])
         versions = sorted({result["torch"] for result in results})
-        commits = sorted({result["commit"] for result in results})
-        return (f"{len(results)} runs, {minutes:.0f} minutes of training; {', '.join(machines)}; "
-                f"torch {', '.join(versions)}; commit {', '.join(commits)}")
+        machines = sorted({result["machine"] for result in results})
+        return {
+            "commit": ", ".join(sorted({result["commit"] for result in results})),
+            "machine": f"{', '.join(machines)}; torch {', '.join(versions)}",
+            "runs": len(results),
+            "minutes": round(seconds / 60),
+        }
 
 
 def settings_as_arguments(config: Config) -> list[str]:

@@ -69,9 +69,19 @@ def measure_usage(model, data, batch_size, n_batches):
             "layer": number,
             "share used": usage[layer].usage(),
             "kl": usage[layer].kl(),
-            "sorted": sorted(weight.tolist(), reverse=True),
+            "weights": weights_by_rank(weight),
         })
     return rows
+
+
+def weights_by_rank(weight: torch.Tensor, n_points: int = 200) -> list[list[float]]:
+    """[rank, share of all weight] of some hundred slots, from the most read one on, evenly on a log scale.
+
+    weight: (n_slots,), how much each slot was read.
+    """
+    shares = weight[weight > 0].sort(descending=True).values / weight.sum()
+    ranks = np.unique(np.geomspace(1, len(shares), n_points).round().astype(int))
+    return [[int(rank), float(shares[rank - 1])] for rank in ranks]
 
 
 def measure_overlaps(model, data, n_facts):

@@ -1,0 +1,96 @@
+"""
+Writes the tables of README.md and docs/results.md from assets/*.json.
+
+A page says where a table goes, and what is between these two lines is replaced:
+
+    <!-- table: scaling -->
+    <!-- end -->
+"""
+
+import re
+import statistics
+from pathlib import Path
+
+from nanomem.checkpoint import read_json, write_text
+from nanomem.cli import UserError
+from nanomem.reproduce import figures
+
+PAGES = ("README.md", "docs/results.md")
+PLACE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def write_pages(root: Path, assets: Path) -> list[Path]:
+    """Writes the tables of all pages under `root` anew. Returns the pages that changed."""
+    changed = []
+    for name in PAGES:
+        path = root / name
+        before = path.read_text(encoding="utf-8")
+        after = filled(before, assets)
+        if after != before:
+            write_text(path, after)
+            changed.append(path)
+    return changed
+
+
+def filled(text: str, assets: Path) -> str:
+    """A page's text with its tables written anew. Raises UserError for a table that isn't known, or whose
+    results are missing.
+    """
+    return PLACE.sub(lambda match: f"{match[1]}{place_text(match[2], assets)}{match[3]}", text)
+
+
+def place_text(name, assets):
+    """What belongs in one place of a page."""
+    source, make = TABLES.get(name, (None, None))
+    if source is None:
+        raise UserError(f"there is no table {name}; known are {', '.join(TABLES)}")
+    path = assets / f"{source}.json"
+    results = read_json(path)
+    if results is None:
+        raise UserError(f"{path} is missing; python -m nanomem.reproduce {source} makes it")
+    return f"\n{make(results)}\n{origin(results)}\n"
+
+
+def origin(results: dict) -> str:
+    """The line below a table: command, commit, machine, seeds and time."""
+    commit = f"commit {results['commit']}" if results["commit"] else "commit not recorded"
+    parts = [f"`{results['command']}`", commit, results["machine"]]
+    if results["seeds"]:
+        noun = "seeds" if len(results["seeds"]) > 1 else "seed"
+        parts.append(f"{noun} {', '.join(map(str, results['seeds']))}")
+    if results["minutes"]:
+        parts.append(f"{results['minutes']} minutes of training")
+    return f"({'; '.join(parts)})\n"
+
+
+def model_table(results):
+    return figures.markdown(results["rows"])
+
+
+def slots_table(results):
+    return figures.slots_table(results["rows"])
+
+
+def front_table(results):
+    """README's: recall of each model."""
+    cells = []
+    for row in results["rows"]:
+        cells.append([row["model"], f"{row['flops_per_token'] / 1e6:.2f}", f"{row['params'] / 1e6:.1f}",
+                      f"{row['tokens'][-1] / 1e6:.1f}", figures.percent(row["recall"]),
+                      figures.percent(row["recall_taught"])])
+    cells.sort(key=lambda line: -statistics.mean(map(float, line[4].split(", "))))
+    header = ["model", "million FLOPs per token", "million parameters", "million tokens",
+              "recall, %, each seed", "taught wording, %"]
+    return figures.table(header, cells)
+
+
+# name in a page -> (file in assets, function of its results)
+TABLES = {
+    "front": ("curves", front_table),
+    "curves": ("curves", front_table),
+    "table1": ("table1", model_table),
+    "scaling": ("scaling", model_table),
+    "ablations": ("ablations", model_table),
+    "text": ("text", model_table),
+    "slots": ("slots", slots_table),
+}
