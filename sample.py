@@ -3,7 +3,7 @@ Talk to a model that train.py made.
 
     python sample.py                                        a prompt: ask, and it answers
     python sample.py --start="Who employs Anna Oakworth:"
-    python sample.py --start="Who employs Anna Oakworth:" --trace      and which memory slots each token read
+    python sample.py --start="Who employs Anna Oakworth:" --trace      and which memory slots it read
     python sample.py --start="ROMEO:" --num_samples=4 --temperature=0.9 --top_p=0.95
     python sample.py --export=shared/model                  writes the model alone to a folder
 """
@@ -32,7 +32,9 @@ class SampleConfig:
         1, "how many continuations, written at the same time; a single one appears as it is written", least=1)
     seed: int = setting(1337, "random seed for choosing tokens", least=0, below=2**63)
     device: str = setting("auto", "cpu, cuda, cuda:1, mps; auto: the first available of cuda, mps, cpu")
-    trace: bool = setting(False, "show the memory slots each token read, and what else reads them")
+    trace: str = setting(
+        "", "show the memory slots that were read, and what else reads them: where the question ends and in "
+        "the answer, or for all tokens", choices=("", "answer", "all"), alone="answer")
     export: str = setting(
         "", "write the model to this folder, without the optimizers' state", path=True)
 
@@ -53,20 +55,18 @@ with one_line_errors():  # --help and mistakes are answered before the slow impo
 
 import codecs
 import contextlib
+import functools
 import shlex
 import time
-from collections import Counter, defaultdict
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
-from nanomem import checkpoint, export, tokenizer
+from nanomem import checkpoint, export, tokenizer, trace
 from nanomem.data import open_data, open_tokenizer
 from nanomem.facts import teaches_facts
 from nanomem.model import GPT
-from nanomem.observe import observe_lookups
 
 console = Console(highlight=False, markup=False, emoji=False)  # users' data is shown as it is
 
@@ -94,9 +94,15 @@ class Trained:
         self.device = next(self.model.parameters()).device
         self.knows_facts = teaches_facts(self.run.data)  # otherwise it has learned from text
 
-    def open_data(self):
-        """The data it was trained on."""
+    @functools.cached_property
+    def data(self):
+        """The data it was trained on. Raises OSError or ValueError if its file is gone or has changed."""
         return open_data(self.run, Path(self.run.out_dir) / "tokenizer.tiktoken")
+
+    def facts(self):
+        """The facts it was taught; None for a model of text, or if their file is gone."""
+        with contextlib.suppress(OSError, ValueError):
+            return self.data.facts if self.knows_facts else None
 
 
 def open_run(config: SampleConfig) -> Trained:
@@ -136,10 +142,12 @@ def check_output():
         raise UserError(f"the output could not be written ({error.strerror or error})")
 
 
-def write(trained: Trained, text: str, config: SampleConfig, generator: torch.Generator) -> torch.Tensor:
-    """Prints num_samples continuations of text, a single one as it is written.
+def write(
+        trained: Trained, text: str, config: SampleConfig, generator: torch.Generator,
+        echo: bool) -> tuple[torch.Tensor, int]:
+    """Prints num_samples continuations of text, a single one as it is written; with echo, after the text.
 
-    Returns the prompt and the last continuation, (1, time) int64.
+    Returns the prompt and the last continuation, (1, time) int64, and the length of the prompt.
     """
     encoding, facts, end = trained.encoding, trained.knows_facts, trained.encoding.eot_token
     prompt = tokenizer.encode(encoding, text).tolist()
@@ -155,7 +163,7 @@ def write(trained: Trained, text: str, config: SampleConfig, generator: torch.Ge
     started, is_single = time.perf_counter(), config.num_samples == 1
     continuations = [[] for _ in range(config.num_samples)]
     characters = codecs.getincrementaldecoder("utf-8")("replace")  # a character may span several tokens
-    if is_single:
+    if is_single and echo:
         console.out(text, style="bold", end="", highlight=False)
     for column in stream:  # (num_samples, 1)
         tokens = column.flatten().tolist()
@@ -164,7 +172,8 @@ def write(trained: Trained, text: str, config: SampleConfig, generator: torch.Ge
         check_output()
         if is_single and not (facts and tokens[0] == end):
             written = characters.decode(encoding.decode_single_token_bytes(tokens[0]))
-            console.out(written, end="", highlight=False)
+            is_first = len(continuations[0]) == 1
+            console.out(written if echo or not is_first else written.lstrip(" "), end="", highlight=False)
     seconds = time.perf_counter() - started
     if facts:
         continuations = [tokens[:tokens.index(end)] if end in tokens else tokens for tokens in continuations]
@@ -174,103 +183,67 @@ def write(trained: Trained, text: str, config: SampleConfig, generator: torch.Ge
         for tokens in continuations:
             console.out(text, style="bold", end="", highlight=False)
             console.out(encoding.decode(tokens) + "\n", highlight=False)
-    count = sum(len(tokens) for tokens in continuations)
-    speed = f"{count} tokens, {count / seconds:,.0f} tokens/s"
-    Console(stderr=True, highlight=False).print(speed, style="dim")
-    return torch.tensor([prompt + continuations[-1]], device=trained.device)
+    whole = torch.tensor([prompt + continuations[-1]], device=trained.device)
+    if facts:
+        note = f"confidence {confidence(trained.model, whole, len(prompt), end):.0%}"
+    else:
+        count = sum(len(tokens) for tokens in continuations)
+        note = f"{count:,} tokens, {count / seconds:,.0f} per second"
+    if is_single or not facts:
+        Console(stderr=True, highlight=False).print(note, style="dim")
+    return whole, len(prompt)
 
 
-# ------------------------------------------------------------------------------------------------
-# --trace
+@torch.no_grad()
+def confidence(model: GPT, tokens: torch.Tensor, prompt_length: int, end: int) -> float:
+    """The probability that the model gives to an answer: the product of its tokens' and of `end`.
 
-
-def lookups_of(model: GPT, tokens: torch.Tensor) -> dict:
-    """{layer number: (slots, weights)}, (batch * time, lookups) each; a token's weights add up to the
-    number of heads.
+    tokens: (1, time), prompt and answer.
     """
-    number_of = {layer: number for number, layer in model.memory_layers().items()}
-    seen = {}
-
-    def keep(layer, indices, weights):
-        seen[number_of[layer]] = indices.flatten(1).cpu(), weights.flatten(1).float().cpu()
-
-    with torch.no_grad(), observe_lookups(model, keep):
-        model(tokens)
-    return seen
-
-
-def readers(trained: Trained, data, slots: set, batches: int = 20, batch_size: int = 16) -> dict:
-    """Which tokens of the training data read these slots: {(layer, slot): Counter of weight by token in
-    context}.
-    """
-    found, wanted = defaultdict(Counter), defaultdict(list)
-    for layer, slot in sorted(slots):
-        wanted[layer].append(slot)
-    for i in range(batches):
-        start = 10**9 + i * batch_size  # far from the sequences it was trained on
-        x, _ = data.batch("train", start, batch_size)
-        for layer, (indices, weights) in lookups_of(trained.model, x.to(trained.device)).items():
-            for position, lookup in torch.isin(indices, torch.tensor(wanted[layer])).nonzero().tolist():
-                sequence, column = divmod(position, x.shape[1])
-                context = x[sequence, max(0, column - 3):column + 1].tolist()
-                text = data.encoding.decode(context).split("<|endoftext|>")[-1]
-                slot = indices[position, lookup].item()
-                found[layer, slot][text] += weights[position, lookup].item()
-    return found
-
-
-def visible(text: str) -> str:
-    """Text with its line ends and other control characters written out, as in a Python string."""
-    return repr(text)[1:-1]
-
-
-def trace(trained: Trained, data, tokens: torch.Tensor, shown: int = 3):
-    """Prints the slots each token read, most weight first, and the training tokens that read the top slots
-    most.
-    """
-    shape = trained.model.config
-    tokens = tokens[:, -shape.block_size:]
-    looked_up = lookups_of(trained.model, tokens)
-    heads = f"{shape.mem_heads} head" if shape.mem_heads == 1 else f"{shape.mem_heads} heads"
-    table = Table(title=f"Slots read, and their weights within a head (the {shown} heaviest of "
-                        f"{heads} x {shape.mem_knn} slots)")
-    for title in ("token", *(f"layer {layer}" for layer in looked_up)):
-        table.add_column(title)
-    heaviest = set()  # (layer, slot) for each token
-    for t, token in enumerate(tokens[0].tolist()):
-        cells = []
-        for layer, (indices, weights) in looked_up.items():
-            weight, lookup = weights[t].topk(min(shown, weights.shape[1]))
-            slots = indices[t, lookup].tolist()
-            cells.append("  ".join(f"{slot}: {w:.2f}" for slot, w in zip(slots, weight.tolist())))
-            heaviest.add((layer, slots[0]))
-        word = visible(data.encoding.decode([token])).replace(" ", "·")
-        table.add_row(word, *cells)
-    console.print(table)
-
-    table = Table(title="What else reads each token's heaviest slot: the training tokens with most weight, "
-                        "after what came before them")
-    for title in ("layer", "slot", "read by"):
-        table.add_column(title)
-    found = readers(trained, data, heaviest)
-    for layer, slot in sorted(heaviest):
-        contexts = "  |  ".join(visible(context) for context, _ in found[layer, slot].most_common(5))
-        table.add_row(str(layer), str(slot), contexts or "nothing in the sample")
-    console.print(table)
+    answer = tokens[0, prompt_length:].tolist() + [end]
+    tokens = tokens[:, -model.config.block_size:]
+    answer = answer[-tokens.shape[1]:]
+    logits, _ = model(tokens)
+    log_probabilities = logits[0, -len(answer):].float().log_softmax(-1)          # (answer, vocab_size)
+    return log_probabilities[range(len(answer)), answer].sum().exp().item()
 
 
 # ------------------------------------------------------------------------------------------------
 
 
-def example(trained: Trained) -> str | None:
-    """A question to try; None for a model of text, or if the file of facts is gone."""
-    if not trained.knows_facts:
+def introduce(trained: Trained):
+    """Prints what can be asked."""
+    facts = trained.facts()
+    if facts is None:
+        known = "Ask it something it was taught" if trained.knows_facts else "Give it a beginning"
+        console.print(f"{known}; exit or Ctrl-D ends.")
+        return
+    console.print("Ask it, in these wordings; exit or Ctrl-D ends.")
+    if len(facts.attributes) == 1:
+        prompts = [facts.attributes[0].statements[0].replace("{}", entity) for entity in facts.entities[:5]]
+    else:
+        wordings = [(attribute.questions or attribute.statements)[0] for attribute in facts.attributes]
+        prompts = [wording.replace("{}", name) for wording, name in zip(wordings, facts.entities)]
+    for prompt in prompts:
+        console.print(f"  {prompt}", soft_wrap=True)
+    if len(facts.attributes) > 1:
+        others = ", ".join(facts.entities[len(prompts):len(prompts) + 5])
+        console.print(f"It also knows {others} and {len(facts.entities) - len(prompts) - 5:,} more.")
+
+
+def ending_advice(trained: Trained, text: str) -> str | None:
+    """How to end a question that ends like none the model was taught; None for any other."""
+    facts = trained.facts()
+    if facts is None or len(facts.attributes) == 1 or not text.rstrip().endswith(("?", ":", ".")):
         return None
-    with contextlib.suppress(OSError, ValueError):
-        facts = trained.open_data().facts
-        attribute = facts.attributes[-1]
-        return (attribute.questions or attribute.statements)[0].replace("{}", facts.entities[0])
-    return None
+    wordings = [wording for attribute in facts.attributes
+                for wording in attribute.questions + attribute.statements]
+    ends = {wording[-1] for wording in wordings if not wording[-1].isalnum()}
+    if not ends or text.rstrip()[-1] in ends:
+        return None
+    question = next(wording for wording in wordings if wording[-1] in ends)
+    quoted = " or ".join(f'"{end}"' for end in sorted(ends))
+    return f"The questions it was taught end in {quoted}: {question.replace('{}', facts.entities[0])}"
 
 
 def inputs(config: SampleConfig, trained: Trained):
@@ -285,15 +258,14 @@ def inputs(config: SampleConfig, trained: Trained):
         if is_empty:
             yield ""
     else:
-        console.print("Ask it something it was taught, or give it a beginning; Ctrl-D ends.")
-        question = example(trained)
-        if question:
-            console.print(f"For example: {question}", soft_wrap=True)
+        introduce(trained)
         while True:
             try:
                 text = console.input("> ")
             except (EOFError, KeyboardInterrupt):
                 console.print()
+                return
+            if text.strip() in ("exit", "quit"):
                 return
             if text.strip():
                 yield text
@@ -322,12 +294,18 @@ def main(config: SampleConfig):
         ffn = trained.run.ffn
         raise UserError(f"--trace shows slots of product-key memory, and this model has none (ffn={ffn})")
     check_fits(config, trained)
-    data = trained.open_data() if config.trace else None
     generator = torch.Generator(trained.device).manual_seed(config.seed)
+    is_dialogue = not config.start and sys.stdin.isatty()
+    # In a dialogue an answer needs no echo of the question above it. A text goes on where its beginning ends.
+    echo = not (is_dialogue and trained.knows_facts)
     for text in inputs(config, trained):
-        tokens = write(trained, text, config, generator)
+        advice = ending_advice(trained, text)
+        tokens, prompt_length = write(trained, text, config, generator, echo)
+        if advice:
+            Console(stderr=True, highlight=False).print(advice, style="dim", soft_wrap=True)
         if config.trace:
-            trace(trained, data, tokens)
+            answer_from = None if config.trace == "all" else prompt_length
+            trace.show(trained.model, trained.data, tokens, console, answer_from)
         check_output()
 
 

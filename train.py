@@ -33,6 +33,7 @@ import itertools
 import math
 import os
 import shlex
+from collections.abc import Callable
 
 import torch
 from rich.console import Console
@@ -138,7 +139,7 @@ def train(job: run.Job, console: Console) -> tuple[dict, bool]:
                 record = {"iter": job.step, "train_loss": train_loss} | pace.figures()
                 if evaluates:
                     # All facts at the end, 400 of each kind before: a second instead of ten.
-                    result, recalled = evaluate(job, most=20_000 if is_end else 400)
+                    result, recalled = evaluate(job, 20_000 if is_end else 400, display.evaluating)
                     run.stop_unless_finite(result["val_loss"], "the validation loss", job.step, job.out_dir)
                     record |= result
                     display.line(record)
@@ -204,12 +205,13 @@ def batches_at(job, position):
 
 
 @torch.no_grad()
-def evaluate(job: run.Job, most: int) -> tuple[dict, dict]:
+def evaluate(job: run.Job, most: int, progress: Callable[[float], None]) -> tuple[dict, dict]:
     """Validation loss, recall and slot usage for metrics.jsonl; and the recall of each kind of question, in
     detail.
 
-    most: how many facts of a kind to ask about. Several processes share the batches of the loss. Each of
-    them computes all of the recall, which is quick, since they read their tables together.
+    most: how many facts of a kind to ask about. progress: is called with the share that is done. Several
+    processes share the batches of the loss. Each of them computes all of the recall, which is quick, since
+    they read their tables together.
     """
     config, data = job.config, job.data
     job.model.eval()
@@ -221,7 +223,8 @@ def evaluate(job: run.Job, most: int) -> tuple[dict, dict]:
                 count = job.count_targets(y)
                 losses += job.model(*job.mine(x, y))[1].item() * count
                 targets += count
-        recalled = recall.measure(job.model, data.sentences, most) if data.facts else {}
+                progress((i + 1) / config.eval_iters)
+        recalled = recall.measure(job.model, data.sentences, most, progress) if data.facts else {}
     job.model.train()
     losses, targets = sharding.total(losses, targets)
     result = {"val_loss": losses / max(1, targets)}
@@ -260,9 +263,10 @@ def main(given: dict):
                       soft_wrap=True)
         sharding.stop(130)
     if job.data.facts:
-        recalled = recalled or evaluate(job, most=20_000)[1]
-        console.print(run.recall_table(job.data, recalled))
-        console.print(run.answer_table(job, recalled))
+        recalled = recalled or evaluate(job, 20_000, progress=lambda share: None)[1]
+        run.report_facts(job, recalled, console)
+    else:
+        run.report_text(job, console)
     console.print(f"Talk to it: python sample.py --out_dir={shlex.quote(str(job.out_dir))}", soft_wrap=True)
     sharding.stop()
 

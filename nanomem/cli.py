@@ -27,13 +27,14 @@ class UserError(Exception):
 # Settings
 
 
-def setting(default, help, choices=None, section=None, path=False, least=None, below=None):
+def setting(default, help, choices=None, section=None, path=False, least=None, below=None, alone=None):
     """A dataclass field with a line of help.
 
     choices: the values allowed. least, below: the limits of a number, for check_limits. section: begins a
-    section of --help. path: a ~ means the home folder.
+    section of --help. path: a ~ means the home folder. alone: what --name means without a value.
     """
-    about = dict(help=help, choices=choices, section=section, path=path, least=least, below=below)
+    about = dict(
+        help=help, choices=choices, section=section, path=path, least=least, below=below, alone=alone)
     return dataclasses.field(default=default, metadata=about)
 
 
@@ -86,11 +87,47 @@ def parse_argument(settings, argument):
         hint = f" (did you mean --{likely}?)" if likely.partition("=")[0] in settings else ""
         raise UserError(f"expected --key=value, got {argument!r}{hint}")
     if name not in settings:
-        raise UserError(f"unknown setting --{name}{nearest(name, settings)}; --help lists them all")
-    if not equals and settings[name].type is not bool:
+        raise UserError(f"unknown setting --{name}{nearest_setting(name, settings)}; --help lists them all")
+    if not equals:
+        text = "true" if settings[name].type is bool else settings[name].metadata["alone"]
+    if text is None:
         example = default_text(settings[name]) or "..."
         raise UserError(f"--{name} needs a value after an equals sign: --{name}={example}")
-    return name, convert(settings[name], text if equals else "true")
+    return name, convert(settings[name], text)
+
+
+OTHER_NAMES = {
+    "learning_rate": "lr max_lr",
+    "mem_lr": "value_lr values_lr mem_learning_rate",
+    "weight_decay": "wd decay",
+    "warmup_iters": "warmup warmup_steps",
+    "max_iters": "iters n_iters num_iters steps max_steps num_steps train_steps lr_decay_iters updates",
+    "batch_size": "bs batch",
+    "gradient_accumulation_steps": "accum grad_accum grad_accum_steps accumulation_steps",
+    "block_size": "context ctx context_length context_size seq_len max_seq_len sequence_length",
+    "n_embd": "d_model dim hidden_size n_embed width model_dim",
+    "n_layer": "layers n_layers num_layers depth",
+    "n_head": "n_heads num_heads attention_heads",
+    "mem_n_keys": "n_keys num_keys slots n_slots mem_slots mem_size",
+    "mem_knn": "knn k topk mem_k mem_topk",
+    "mem_layers": "mem_layer memory_layers",
+    "n_entities": "entities people n_people cities n_cities",
+    "data": "dataset data_dir",
+    "out_dir": "out output output_dir dir",
+    "resume": "init_from load",
+    "start": "prompt question",
+    "num_samples": "samples n_samples",
+    "max_new_tokens": "tokens max_tokens n_tokens",
+    "temperature": "temp",
+}  # setting -> what nanoGPT and others call it
+
+
+def nearest_setting(name: str, settings) -> str:
+    """' (did you mean X?)' for a setting of another name, or with a similar one; or nothing."""
+    for ours, others in OTHER_NAMES.items():
+        if ours in settings and name in others.split():
+            return f" (did you mean {ours}?)"
+    return nearest(name, settings)
 
 
 def convert(setting, text):
@@ -198,7 +235,8 @@ def read_recipe(cls, name: str) -> dict:
     values = {}
     for key, value in found.items():
         if key not in settings:
-            raise UserError(f"{path}: unknown setting {key}{nearest(key, settings)}; --help lists them all")
+            hint = nearest_setting(key, settings)
+            raise UserError(f"{path}: unknown setting {key}{hint}; --help lists them all")
         text = str(value).lower() if isinstance(value, bool) else str(value)
         try:
             values[key] = convert(settings[key], text)

@@ -2,6 +2,8 @@
 How many of the facts a model recalls.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
@@ -12,7 +14,7 @@ from nanomem.sentences import Sentences
 @torch.no_grad()
 def is_recalled(
         model: torch.nn.Module, sentences: Sentences, pairs: np.ndarray, questions: bool,
-        batch_size: int = 64) -> np.ndarray:
+        batch_size: int = 64, progress: Callable[[float], None] = lambda share: None) -> np.ndarray:
     """Which facts the model recalls: (n,) bool. It recalls a fact if greedy decoding, up to <|endoftext|>,
     gives an accepted answer.
 
@@ -24,6 +26,7 @@ def is_recalled(
         sentences: how to ask.
         pairs: (n, 2) array of (entity, attribute).
         questions: ask questions; otherwise give the model a taught statement up to its answer.
+        progress: is called with the share of the work that is done.
     """
     candidates = answered_prompts(sentences, pairs, questions)
     candidates.sort(key=lambda candidate: len(candidate[1]))  # so that a batch needs little padding
@@ -43,6 +46,7 @@ def is_recalled(
         # it. So one forward pass over prompt and answer replaces decoding token by token.
         for j, (number, sequence, start) in enumerate(batch):
             known[number] |= hits[j, start - 1:len(sequence) - 1].all()
+        progress(min(1.0, (i + batch_size) / len(candidates)))
     model.train(was_training)
     return known
 
@@ -62,23 +66,33 @@ def answered_prompts(sentences, pairs, questions):
     return answered
 
 
-def measure(model: torch.nn.Module, sentences: Sentences, most: int) -> dict[str, dict]:
+def measure(
+        model: torch.nn.Module, sentences: Sentences, most: int,
+        progress: Callable[[float], None] = lambda share: None) -> dict[str, dict]:
     """What a model recalls: {"select": scores, "report": scores, "taught": scores}, as `scores` returns
     them, each from at most `most` pairs.
 
     select and report use questions about pairs that training never asked about; taught uses statements,
-    about all pairs. A kind without pairs is left out. Every call uses the same pairs.
+    about all pairs. A kind without pairs is left out. Every call uses the same pairs. progress is called with
+    the share of the work that is done.
     """
     facts, measured = sentences.facts, {}
     kinds = {"select": facts.role == SELECT, "report": facts.role == REPORT, "taught": facts.role >= 0}
+    asked = {}
     for kind, is_of_kind in kinds.items():
         pairs = np.argwhere(is_of_kind)
         if len(pairs) > most:
             chosen = np.random.default_rng(0).choice(len(pairs), most, replace=False)
             pairs = pairs[chosen]
         if len(pairs):
-            known = is_recalled(model, sentences, pairs, questions=kind != "taught")
-            measured[kind] = scores(facts, pairs, known)
+            asked[kind] = pairs
+    total, done = sum(map(len, asked.values())), 0
+    for kind, pairs in asked.items():
+        known = is_recalled(
+            model, sentences, pairs, questions=kind != "taught",
+            progress=lambda share: progress((done + share * len(pairs)) / total))
+        measured[kind] = scores(facts, pairs, known)
+        done += len(pairs)
     return measured
 
 

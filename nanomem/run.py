@@ -314,25 +314,34 @@ class Display:
         self.shown["loss"] = f"loss {record['train_loss']:.3f}"
         self.shown["speed"] = f"{record['tokens_per_sec']:,.0f} tok/s"
         self.shown["wait"] = f"waits for data {record['data_wait']:.0%}" if record["data_wait"] > 0.02 else ""
+        if "bits_per_byte" in record:
+            self.shown["bits"] = f"{record['bits_per_byte']:.3f} bits per byte"
         for name, key in (("recall", recall_key(record)), ("slots", "mem_usage")):
             if key in record:
                 self.shown[name] = f"{name} {record[key]:.1%}"
         description = " ".join(text for text in self.shown.values() if text)
         self.bar.update(self.task, completed=record["iter"], description=description)
 
+    def evaluating(self, share: float):
+        """Shows how far an evaluation is."""
+        self.bar.update(self.task, description=f"evaluating, {share:.0%}")
+
     def line(self, record: dict):
         """A line that stays, for an evaluation."""
         done = record["iter"]
         parts = [f"iter {done:>5}/{self.max_iters}", f"train loss {record['train_loss']:.3f}",
                  f"val loss {record['val_loss']:.3f}"]
+        if "bits_per_byte" in record:
+            parts.append(f"{record['bits_per_byte']:.3f} bits per byte")
         for name, key in (("recall", recall_key(record)), ("slots in use", "mem_usage")):
             if key in record:
                 parts.append(f"{name} {record[key]:.1%}")
         parts.append(f"{record['tokens_per_sec']:,.0f} tokens/s")
         if record["data_wait"] > 0.02:
             parts.append(f"{record['data_wait']:.0%} of the time waiting for data")
-        seconds = int(record["elapsed_s"] / done * (self.max_iters - done))
-        parts.append(f"{seconds // 60}:{seconds % 60:02} left")
+        if done < self.max_iters:
+            seconds = int(record["elapsed_s"] / done * (self.max_iters - done))
+            parts.append(f"{seconds // 60}:{seconds % 60:02} left")
         self.console.print("  ".join(parts), soft_wrap=True)
 
 
@@ -423,9 +432,9 @@ def describe(job: Job, console: Console):
         describe_processes(model, job.mesh, core, sparse, console)
     if job.data.facts:
         n_entities, n_attributes = job.data.facts.codes.shape
-        n_facts = n_entities * n_attributes
-        attributes = "attribute" if n_attributes == 1 else "attributes"
-        console.print(f"{n_entities:,} entities x {n_attributes} {attributes} = {n_facts:,} facts")
+        n_facts = f"{n_entities * n_attributes:,} facts"
+        about = f"{n_entities:,} entities x {n_attributes} attributes = " if n_attributes > 1 else ""
+        console.print(f"{about}{n_facts}")
     if job.saved_step is not None:
         console.print(f"resuming from iteration {job.step}")
     elif config.resume:
@@ -450,18 +459,66 @@ def describe_processes(model, mesh, core, sparse, console):
     console.print(f"{sharding.size()} processes, each with {shares}; on the wire: {wire}", soft_wrap=True)
 
 
+def report_facts(job: Job, recalled: dict, console: Console):
+    """Prints what a model of facts recalls."""
+    data, share = job.data, recalled["taught"]["all"]
+    readings = readings_per_fact(job)
+    if share < 0.5 and readings < ENOUGH_READINGS / 2:
+        enough = math.ceil(job.step * ENOUGH_READINGS / max(readings, 1e-9) / 100) * 100
+        console.print(
+            f"This run was too short to learn much: it read each fact about {readings:.0f} times. The "
+            f"{ENOUGH_READINGS} times of the default run take --max_iters={enough}.", soft_wrap=True)
+        if share < 0.01:
+            return
+    if "report" in recalled or len(data.facts.attributes) > 1:
+        console.print(recall_table(data, recalled))
+    else:
+        count = len(data.facts.entities)
+        console.print(f"It completes {share:.1%} of the {count:,} prompts it was trained on, word for word.")
+    console.print(answer_table(job, recalled))
+
+
+ENOUGH_READINGS = 70  # of each fact, in the default run
+
+
+def readings_per_fact(job):
+    """How often training has read each fact, on average."""
+    x, y = job.data.batch("train", 0, 64)
+    documents_per_token = (y == job.data.sentences.end).sum().item() / y.numel()
+    n_entities, n_attributes = job.data.facts.codes.shape
+    told_apart = n_entities if job.data.facts.biographies else n_entities * n_attributes
+    return job.position * job.data.block_size * documents_per_token / told_apart
+
+
+def report_text(job: Job, console: Console):
+    """Prints how a model of text continues a passage of the val split."""
+    x, _ = job.data.batch("val", 0, 1)
+    prompt = x[:, :min(32, job.data.block_size // 2)].to(job.device)              # (1, time)
+    generator = torch.Generator(job.device).manual_seed(job.config.seed)
+    never = tokenizer.unassigned(job.data.encoding)
+    generated = job.model.generate(prompt, 200, 0.8, 200, generator=generator, never=never)
+    written = torch.cat(list(generated), dim=1)[0].tolist()
+    decode = job.data.encoding.decode
+    console.print("How it continues a passage that it wasn't trained on:")
+    console.print(Text.assemble((decode(prompt[0].tolist()), "bold"), decode(written)))
+
+
 def recall_table(data: FactData, recalled: dict) -> Table:
     """Recall by attribute and by frequency, beside that of always giving the most frequent answer."""
     titles = {"report": "never asked", "taught": "taught wording"}
     kinds = [kind for kind in titles if kind in recalled]
     table = Table(title="Recall: whole answers, decoded greedily")
+    if "select" in recalled:
+        table.caption = "The log's recall is of other questions, which serve to choose settings."
     table.add_column("")
     for title in [*(titles[kind] for kind in kinds), "always the most frequent"]:
         table.add_column(title, justify="right")
     attributes = [attribute.name for attribute in data.facts.attributes]
     frequent = data.facts.most_frequent_scores()
     baseline = dict(zip(attributes, frequent)) | {"all": frequent.mean()}
-    for name in [*attributes, "head", "torso", "tail", "all"]:
+    is_uneven = data.facts.frequency[0] > data.facts.frequency[-1]
+    bands = ["head", "torso", "tail"] if is_uneven else []
+    for name in [*attributes, *bands, "all"]:
         scores = [recalled[kind][name] for kind in kinds] + [baseline.get(name)]
         cells = ["" if score is None else f"{score:.1%}" for score in scores]
         table.add_row(name, *cells, end_section=name in (attributes[-1], "tail"))

@@ -70,12 +70,17 @@ def test_recall_is_what_greedy_decoding_says():
 def test_measure_asks_each_kind_of_pair_its_own_kind_of_sentence(world, monkeypatch):
     asked = []
 
-    def is_recalled(model, sentences, pairs, questions):
+    def is_recalled(model, sentences, pairs, questions, progress):
         asked.append((pairs, questions))
+        progress(0.5)
+        progress(1.0)
         return np.ones(len(pairs), bool)
 
     monkeypatch.setattr(recall, "is_recalled", is_recalled)
-    measured = recall.measure(None, Sentences(world, tokenizer.byte_encoding()), most=10_000)
+    shares = []
+    sentences = Sentences(world, tokenizer.byte_encoding())
+    measured = recall.measure(None, sentences, most=10_000, progress=shares.append)
+    assert shares == pytest.approx([x / 2250 for x in (187.5, 375, 562.5, 750, 1500, 2250)])
     assert list(measured) == ["select", "report", "taught"]
     assert [questions for _, questions in asked] == [True, True, False]
     roles = [set(world.role[tuple(pairs.T)]) for pairs, _ in asked]

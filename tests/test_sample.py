@@ -1,5 +1,11 @@
+import contextlib
+import importlib.util
+import os
+import re
 import subprocess
+import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import runs
@@ -9,6 +15,19 @@ import torch
 from nanomem import tokenizer
 from nanomem.config import GPTConfig
 from nanomem.model import GPT
+
+
+def load_sample():
+    """sample.py as a module; it reads the command line when it is loaded."""
+    spec = importlib.util.spec_from_file_location("sample", runs.ROOT / "sample.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["sample"] = module  # dataclasses look it up
+    with mock.patch.object(sys, "argv", ["sample.py"]):
+        spec.loader.exec_module(module)
+    return module
+
+
+sample = load_sample()
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +48,7 @@ def test_it_goes_on_from_the_start_the_same_each_time(out_dir):
 
 
 def test_samples_differ_and_the_seed_decides_them(out_dir):
-    def sample(seed):
+    def said(seed):
         return runs.run(
             "sample.py",
             f"--out_dir={out_dir}",
@@ -39,8 +58,8 @@ def test_samples_differ_and_the_seed_decides_them(out_dir):
             f"--seed={seed}",
         )[0]
 
-    one = sample(1)
-    assert one == sample(1) != sample(2)
+    one = said(1)
+    assert one == said(1) != said(2)
     two = [line for line in one.split("The city")[1:]]
     assert len(two) == 2 and two[0] != two[1]
 
@@ -64,7 +83,7 @@ def test_one_sample_is_streamed_as_it_would_be_beside_others(out_dir):
     one, three = runs.run(*arguments)[0], runs.run(*arguments, "--num_samples=3")[0]
     answer = one.splitlines()[-1]
     assert [line for line in three.splitlines()[1:] if line] == [answer] * 3
-    assert "tokens/s" in runs.run(*arguments)[1]
+    assert re.fullmatch(r"confidence \d+%\n", runs.run(*arguments)[1])
 
 
 def test_a_model_is_not_exported_into_its_run(out_dir):
@@ -87,17 +106,45 @@ def test_an_exported_model_answers_alike(out_dir, tmp_path):
     assert said[0] == said[1]
 
 
-def test_trace_shows_each_token_and_layer_and_what_else_reads_its_slots(out_dir):
-    out, _ = runs.run(
-        "sample.py",
-        f"--out_dir={out_dir}",
-        "--start=The country of Tokyo is",
-        "--trace",
-        "--max_new_tokens=2",
-    )
-    assert "layer 0" in out and "layer 1" in out and "read by" in out
-    for token in ("The", "·country", "·of", "·is"):
-        assert f"│ {token} " in out
+def test_confidence_is_the_probability_of_answer_and_end(out_dir):
+    trained = sample.open_run(sample.SampleConfig(out_dir=str(out_dir)))
+    tokens, end = torch.tensor([[256, 3, 5, 8, 2]]), 256
+    found = sample.confidence(trained.model, tokens, 3, end)
+    expected = 1.0
+    for length, token in ((3, 8), (4, 2), (5, end)):
+        logits, _ = trained.model(tokens[:, :length])
+        expected *= logits[0, -1].softmax(-1)[token].item()
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_dialogue_shows_what_can_be_asked_and_ends_with_exit(out_dir):
+    said = in_terminal("sample.py", f"--out_dir={out_dir}", "--max_new_tokens=3", typed=[
+        "In which country is Tokyo:", "exit"])
+    for question in ("In which country is", "What time zone is", "How many people live in",
+                     "What is the latitude of", "What is the longitude of"):
+        assert f"  {question} " in said
+    assert "It also knows" in said and "10 more" in said and "confidence" in said
+    assert 'The questions it was taught end in "?": In which country is' in said
+    assert said.count("In which country is Tokyo:") == 1  # typed, and not echoed before the answer
+
+
+def in_terminal(script, *arguments, typed, columns=80):
+    """What a program prints on a terminal on which these lines are typed."""
+    pty = pytest.importorskip("pty")
+    master, slave = pty.openpty()
+    environment = os.environ | {"COLUMNS": str(columns), "TERM": "dumb", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, str(runs.ROOT / script), *arguments], stdin=slave, stdout=slave, stderr=slave,
+        env=environment)
+    os.close(slave)
+    os.write(master, "".join(line + "\n" for line in typed).encode())
+    said = b""
+    with contextlib.suppress(OSError):  # how Linux says that the other side has ended
+        while chunk := os.read(master, 4096):
+            said += chunk
+    assert process.wait(timeout=60) == 0
+    os.close(master)
+    return said.decode()
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -147,7 +194,7 @@ def test_only_line_ends_end_a_line_of_the_input(out_dir):
     said = runs.run(
         "sample.py", f"--out_dir={out_dir}", "--max_new_tokens=1", input="\r\n".join(asked) + "\n"
     )
-    assert said[1].count("tokens/s") == 4 and asked[0] in said[0]
+    assert said[1].count("confidence") == 4 and asked[0] in said[0]
 
 
 def test_a_number_without_a_token_is_never_drawn(tmp_path, monkeypatch):
@@ -166,7 +213,7 @@ def test_a_number_without_a_token_is_never_drawn(tmp_path, monkeypatch):
         ["--temperature=0"],
     ):
         arguments += [f"--out_dir={tmp_path / 'run'}", "--start=some", "--max_new_tokens=60"]
-        assert "tokens/s" in runs.run("sample.py", *arguments)[1]
+        assert " tokens, " in runs.run("sample.py", *arguments)[1]
 
 
 @pytest.mark.parametrize("temperature", [0, 1])

@@ -29,12 +29,7 @@ def finished(tmp_path_factory):
 def test_a_run_tells_what_it_does_and_what_it_knows(finished):
     out_dir, out = finished
     assert "parameters" in out and "FLOPs a token" in out and "100 facts" in out
-    assert (
-        "never asked" in out
-        and "taught wording" in out
-        and "always the most frequent" in out
-        and "truth" in out
-    )
+    assert "This run was too short to learn much: it read each fact about" in out and "--max_iters=" in out
     assert "\x1b" not in out  # not a terminal: plain lines
 
 
@@ -576,8 +571,10 @@ def test_a_trained_tokenizer_comes_back_on_resume_and_in_sample(tmp_path):
 def test_users_text_is_shown_as_it_is(tmp_path):
     path = tmp_path / "mine.jsonl"
     path.write_text('{"prompt": "Close [/b] :smile: tag?", "answer": "[red]caf\u00e9"}\n')
-    out, _ = runs.train(tmp_path / "run", f"--data={path}", "--max_iters=5", "--block_size=64")
-    assert "Close [/b] :smile: tag?" in out and "[red]café" in out
+    arguments = ["--max_iters=120", "--block_size=64", "--learning_rate=0.02"]
+    out, _ = runs.train(tmp_path / "run", f"--data={path}", *arguments)
+    assert out.count("[red]café") == 2 and "│ Close [/b] :smile: tag? │" in out
+    assert "It completes 100.0% of the 1 prompts it was trained on, word for word." in out
     out, _ = runs.run(
         "sample.py", f"--out_dir={tmp_path / 'run'}", "--start=[/b] é \\", "--trace", "--max_new_tokens=2"
     )

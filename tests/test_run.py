@@ -1,0 +1,91 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+from rich.console import Console
+
+from nanomem import facts, run, tokenizer
+from nanomem.cli import shipped
+from nanomem.config import Config
+from nanomem.data import FactData, TextData
+from nanomem.facts import from_jsonl
+from nanomem.model import GPT
+
+
+def job_of(data, position):
+    config = Config(vocab_size=data.encoding.n_vocab, n_layer=1, n_embd=16, n_head=2, ffn="dense",
+                    ffn_hidden=16, block_size=64)
+    torch.manual_seed(0)
+    return SimpleNamespace(config=config, data=data, model=GPT(config), device=torch.device("cpu"),
+                           mesh=None, step=100, position=position)
+
+
+def reported(job, recalled):
+    console = Console(width=100, record=True, file=open("/dev/null", "w"))
+    run.report_facts(job, recalled, console)
+    return console.export_text()
+
+
+def scores(facts_set, share):
+    names = [attribute.name for attribute in facts_set.attributes]
+    return dict.fromkeys([*names, "head", "torso", "tail", "all"], share)
+
+
+@pytest.fixture(scope="module")
+def world():
+    return FactData(facts.world(20), tokenizer.load(shipped("world") / "tokenizer.tiktoken"), 64)
+
+
+def test_recall_is_shown_by_attribute_and_by_frequency_if_that_differs(world):
+    recalled = {kind: scores(world.facts, 0.75) for kind in ("select", "report", "taught")}
+    said = reported(job_of(world, 10**6), recalled)
+    assert "never asked" in said and "taught wording" in said and "always the most frequent" in said
+    assert "time zone" in said and "75.0%" in said and "truth" in said and "too short" not in said
+    assert "head" not in said  # all cities are mentioned equally often
+    uneven = FactData(facts.world(20, zipf=1.0), world.encoding, 64)
+    assert "│ head " in reported(job_of(uneven, 10**6), recalled)
+
+
+def test_a_run_that_was_too_short_says_how_long_it_takes(world):
+    job = job_of(world, 60)  # sequences
+    recalled = {kind: scores(world.facts, 0.0) for kind in ("select", "report", "taught")}
+    said = reported(job, recalled)
+    documents = 0
+    x, y = world.batch("train", 0, 60)
+    documents = (y == world.sentences.end).sum().item()
+    assert run.readings_per_fact(job) == pytest.approx(documents / 100, rel=0.05)
+    assert f"it read each fact about {documents / 100:.0f} times" in said and "┃" not in said
+    expected = 100 * run.ENOUGH_READINGS / run.readings_per_fact(job)
+    given = int(said.partition("--max_iters=")[2].split(".")[0])
+    assert expected <= given < expected + 100
+    half = {kind: scores(world.facts, 0.3) for kind in ("select", "report", "taught")}
+    assert "too short" in reported(job, half) and "30.0%" in reported(job, half)
+
+
+def test_recall_of_own_facts_is_a_line(tmp_path):
+    path = tmp_path / "f.jsonl"
+    path.write_text('{"prompt": "a?", "answer": "b"}\n{"prompt": "c?", "answer": "d"}\n')
+    data = FactData(from_jsonl(path), tokenizer.byte_encoding(), 64)
+    said = reported(job_of(data, 10**4), {"taught": scores(data.facts, 0.5)})
+    assert "It completes 50.0% of the 2 prompts it was trained on, word for word." in said
+    assert "always the most frequent" not in said and "a?" in said
+
+
+def test_a_model_of_text_shows_its_writing():
+    data = TextData.from_text("all work and no play " * 100, tokenizer.byte_encoding(), 64)
+    console = Console(width=100, record=True, file=open("/dev/null", "w"))
+    run.report_text(job_of(data, 0), console)
+    said = console.export_text()
+    x, _ = data.batch("val", 0, 1)
+    assert data.encoding.decode(x[0, :32].tolist()) in said and len(said) > 150
+
+
+def test_the_last_line_of_a_run_has_no_time_left_and_text_has_bits_per_byte():
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))
+    display = run.Display(20, 0, console)
+    record = {"iter": 10, "train_loss": 1.0, "val_loss": 1.0, "bits_per_byte": 1.25, "tokens_per_sec": 5.0,
+              "data_wait": 0.0, "elapsed_s": 7.0}
+    display.line(record)
+    display.line(record | {"iter": 20})
+    first, last = console.export_text().splitlines()
+    assert "1.250 bits per byte" in first and "0:07 left" in first and "left" not in last
