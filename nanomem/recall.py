@@ -88,9 +88,10 @@ def measure(
             asked[kind] = pairs
     total, done = sum(map(len, asked.values())), 0
     for kind, pairs in asked.items():
-        known = is_recalled(
-            model, sentences, pairs, questions=kind != "taught",
-            progress=lambda share: progress((done + share * len(pairs)) / total))
+        def report(share, before=done, count=len(pairs)):
+            progress((before + share * count) / total)
+
+        known = is_recalled(model, sentences, pairs, questions=kind != "taught", progress=report)
         measured[kind] = scores(facts, pairs, known)
         done += len(pairs)
     return measured
