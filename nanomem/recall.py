@@ -88,8 +88,8 @@ def measure(
             asked[kind] = pairs
     total, done = sum(map(len, asked.values())), 0
     for kind, pairs in asked.items():
-        def report(share, before=done, count=len(pairs)):
-            progress((before + share * count) / total)
+        def report(share, before=done, pairs=pairs):
+            progress((before + share * len(pairs)) / total)
 
         known = is_recalled(model, sentences, pairs, questions=kind != "taught", progress=report)
         measured[kind] = scores(facts, pairs, known)

@@ -422,7 +422,7 @@ def describe(job: Job, console: Console):
     place = job.device.type if job.mesh else job.device
     name, flops = KINDS[config.ffn].sparse_name, model.flops_per_token() / 1e6
     console.print(f"{config.data}, {config.ffn}: {core:,} parameters + {sparse:,} in {name}, "
-                  f"{flops:.3f} million FLOPs a token, on {place} -> {config.out_dir}", soft_wrap=True)
+                  f"{flops:.3f} million FLOPs per token, on {place} -> {config.out_dir}", soft_wrap=True)
     if config.ffn != "memory" and not (config.ffn == "dense" and config.ffn_hidden):
         flops, parameters = model.beside_memory()
         note = "" if abs(flops - 1) <= 0.02 else "; this is no comparison at equal FLOPs"

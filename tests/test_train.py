@@ -28,7 +28,7 @@ def finished(tmp_path_factory):
 
 def test_a_run_tells_what_it_does_and_what_it_knows(finished):
     out_dir, out = finished
-    assert "parameters" in out and "FLOPs a token" in out and "100 facts" in out
+    assert "parameters" in out and "FLOPs per token" in out and "100 facts" in out
     assert "This run was too short to learn much: it read each fact about" in out and "--max_iters=" in out
     assert "\x1b" not in out  # not a terminal: plain lines
 
