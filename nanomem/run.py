@@ -299,6 +299,9 @@ class Metrics:
             self.console.print(f"could not write {self.file.name} ({error})", soft_wrap=True)
 
 
+WORTH_SAYING = 0.1  # share of the time waiting for data
+
+
 class Display:
     """A live progress bar on a terminal, and a line for each evaluation."""
 
@@ -313,7 +316,8 @@ class Display:
         """Moves the bar and shows the newest figures."""
         self.shown["loss"] = f"loss {record['train_loss']:.3f}"
         self.shown["speed"] = f"{record['tokens_per_sec']:,.0f} tok/s"
-        self.shown["wait"] = f"waits for data {record['data_wait']:.0%}" if record["data_wait"] > 0.02 else ""
+        is_slow = record["data_wait"] > WORTH_SAYING
+        self.shown["wait"] = f"waits for data {record['data_wait']:.0%}" if is_slow else ""
         if "bits_per_byte" in record:
             self.shown["bits"] = f"{record['bits_per_byte']:.3f} bits per byte"
         for name, key in (("recall", recall_key(record)), ("slots", "mem_usage")):
@@ -322,9 +326,9 @@ class Display:
         description = " ".join(text for text in self.shown.values() if text)
         self.bar.update(self.task, completed=record["iter"], description=description)
 
-    def evaluating(self, share: float):
-        """Shows how far an evaluation is."""
-        self.bar.update(self.task, description=f"evaluating, {share:.0%}")
+    def evaluating(self, step: int, share: float):
+        """Shows how far the evaluation after a step is."""
+        self.bar.update(self.task, completed=step, description=f"evaluating, {share:.0%}")
 
     def line(self, record: dict):
         """A line that stays, for an evaluation."""
@@ -337,7 +341,7 @@ class Display:
             if key in record:
                 parts.append(f"{name} {record[key]:.1%}")
         parts.append(f"{record['tokens_per_sec']:,.0f} tokens/s")
-        if record["data_wait"] > 0.02:
+        if record["data_wait"] > WORTH_SAYING:
             parts.append(f"{record['data_wait']:.0%} of the time waiting for data")
         if done < self.max_iters:
             seconds = int(record["elapsed_s"] / done * (self.max_iters - done))
