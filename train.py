@@ -139,8 +139,8 @@ def train(job: run.Job, console: Console) -> tuple[dict, bool]:
                 record = {"iter": job.step, "train_loss": train_loss} | pace.figures()
                 if evaluates:
                     # All facts at the end, 400 of each kind before: a second instead of ten.
-                    most, progress = 20_000 if is_end else 400, functools.partial(display.evaluating, job.step)
-                    result, recalled = evaluate(job, most, progress)
+                    progress = functools.partial(display.evaluating, job.step)
+                    result, recalled = evaluate(job, 20_000 if is_end else 400, progress)
                     run.stop_unless_finite(result["val_loss"], "the validation loss", job.step, job.out_dir)
                     record |= result
                     display.line(record)
