@@ -127,9 +127,11 @@ class FactData:
         documents = self.arrays.documents(entities, attributes, is_question, uniform[:, 3])
         if not self.facts.biographies:
             return documents
-        rows = self.arrays.biographies(entities, uniform[:, 4:].argsort(axis=1))
-        rows[is_question] = self.arrays.nothing
+        biographies = self.arrays.biographies(entities, uniform[:, 4:].argsort(axis=1))
+        width = max(documents.shape[1], biographies.shape[1])
+        rows = np.full((len(documents), width), self.arrays.nothing)
         rows[is_question, :documents.shape[1]] = documents[is_question]
+        rows[~is_question, :biographies.shape[1]] = biographies[~is_question]
         return rows
 
 

@@ -155,6 +155,19 @@ def test_the_first_allowed_one_of_equal_numbers_is_found():
     assert (first_of_each(numbers, allowed) == expected).all() and 200 < expected.sum() < allowed.sum()
 
 
+def test_biographies_may_have_one_attribute():
+    attribute = facts.Attribute("home", ("{} lives in:",), ("Home of {}:",))
+    made = facts.FactSet(["Ann", "Bob", "Cat", "Dan"], (attribute,), [[("Rome",), ("Oslo",)]],
+                         np.array([[0], [1], [1], [0]]), biographies=True)
+    data = FactData(made, tokenizer.byte_encoding(), 64)
+    told = set()
+    for sequence in data.batch("train", 0, 60)[0]:
+        told.update(documents(data, sequence))
+    allowed = {f"{name} lives in: {home}" for name, home in zip(made.entities, ("Rome", "Oslo", "Oslo", "Rome"))}
+    asked = {text for text in told if text.startswith("Home of ")}
+    assert told - asked == allowed and len(asked) == 2 and all(": " in text for text in asked)
+
+
 def test_few_facts_are_padded_and_not_repeated(tmp_path):
     path = tmp_path / "f.jsonl"
     path.write_text('{"prompt": "a", "answer": "b"}\n{"prompt": "c", "answer": "d"}\n')
