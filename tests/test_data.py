@@ -163,7 +163,9 @@ def test_biographies_may_have_one_attribute():
     told = set()
     for sequence in data.batch("train", 0, 60)[0]:
         told.update(documents(data, sequence))
-    allowed = {f"{name} lives in: {home}" for name, home in zip(made.entities, ("Rome", "Oslo", "Oslo", "Rome"))}
+    told.discard("")  # between the ends that fill up a block
+    homes = ("Rome", "Oslo", "Oslo", "Rome")
+    allowed = {f"{name} lives in: {home}" for name, home in zip(made.entities, homes)}
     asked = {text for text in told if text.startswith("Home of ")}
     assert told - asked == allowed and len(asked) == 2 and all(": " in text for text in asked)
 
