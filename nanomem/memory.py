@@ -56,9 +56,7 @@ class ProductKeyMemory(nn.Module):
         self.n_keys = math.isqrt(table.n_slots)
         ops.check_layer(self)
         normal = functools.partial(nn.init.normal_, std=dim**-0.5)  # initialised as in the paper's code
-        # Normalised queries have no scale; that of their projection only sets how slowly training turns them.
-        xavier = functools.partial(nn.init.xavier_uniform_, gain=4.0 if qk_norm else 1.0)
-        self.query_proj = ops.Linear(dim, heads * self.k_dim, init=xavier)
+        self.query_proj = ops.Linear(dim, heads * self.k_dim, init=nn.init.xavier_uniform_)
         self.keys = nn.Parameter(torch.empty(heads, 2, self.n_keys, self.k_dim // 2))
         self.qk_scale = nn.Parameter(torch.empty(heads)) if qk_norm else None
         self.reset_parameters()
