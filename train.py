@@ -1,7 +1,7 @@
 """
 Trains a small language model with memory layers, and prints what it has learned.
 
-    python train.py                        five facts each about 3,000 invented people, on a laptop
+    python train.py                        five facts each about 1,500 invented people, on a laptop
     python train.py --ffn=dense            the same without memory, at equal FLOPs
     python train.py --data=world           facts about cities; facts.jsonl: your own; book.txt: your text
     python train.py configs/world.toml     a recipe; --key=value after it changes a setting

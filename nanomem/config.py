@@ -98,7 +98,7 @@ class Config(GPTConfig):
     data: str = setting(
         "people", f"{datasets.help_text()}, a .jsonl file of facts, a text file, or what data/prepare.py "
         "made", section="Data", path=True)
-    n_entities: int = setting(3000, "how many entities, such as people or cities, to learn about")
+    n_entities: int = setting(1500, "how many entities, such as people or cities, to learn about")
     zipf: float = setting(0.6, "the entity of rank r is mentioned in proportion to r ** -zipf", least=0)
     tokenizer: str = setting(
         "auto", "bytes, bpe (trained on the data), a .tiktoken file, or one of tiktoken's such as gpt2; "

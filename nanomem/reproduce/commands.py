@@ -86,6 +86,8 @@ def table1(base: Config, seeds: list[int], preset: Preset, trainer: Trainer) -> 
 def curves(base: Config, seeds: list[int], preset: Preset, trainer: Trainer) -> list[dict]:
     """Recall while training: Memory+, dense, dense of four times the FLOPs, the mixture, each at its best
     learning rate, and the dense model trained four times as long.
+
+    To save time, rates are chosen in runs of half the length.
     """
     models = {
         "Memory+": base,
@@ -93,7 +95,10 @@ def curves(base: Config, seeds: list[int], preset: Preset, trainer: Trainer) -> 
         "dense, 4x": dense_of(base, 4),
         "mixture of experts": base.replace(ffn="moe"),
     }
-    models = choose_rates(models, seeds, preset, trainer)
+    length = base.max_iters
+    half = {name: config.replace(max_iters=length // 2) for name, config in models.items()}
+    half = choose_rates(half, seeds[:1], preset, trainer)
+    models = {name: config.replace(max_iters=length) for name, config in half.items()}
     dense = models["dense"]
     models["dense, four times as long"] = dense.replace(max_iters=4 * dense.max_iters)
     results = train_seeds(models, seeds, trainer)
