@@ -2,8 +2,8 @@
 Talk to a model that train.py made.
 
     python sample.py                                        a prompt: ask, and it answers
-    python sample.py --start="Who employs Anna Oakworth:"
-    python sample.py --start="Who employs Anna Oakworth:" --trace      and which memory slots it read
+    python sample.py --start="Who employs Eva Brookbury:"
+    python sample.py --start="Who employs Eva Brookbury:" --trace      and which memory slots it read
     python sample.py --start="ROMEO:" --num_samples=4 --temperature=0.9 --top_p=0.95
     python sample.py --export=shared/model                  writes the model alone to a folder
 """

@@ -115,6 +115,8 @@ def save(results, path):
 
 def look_into_slots(settings):
     """Measures what a trained model's memory reads, and writes a figure."""
+    import torch
+
     from nanomem.reproduce import figures, runs
     from nanomem.reproduce.slots import slots
 
@@ -122,7 +124,7 @@ def look_into_slots(settings):
     results = {
         "command": f"python -m nanomem.reproduce slots --run={settings.run}",
         "commit": runs.commit(),
-        "machine": runs.machine(),
+        "machine": f"{runs.machine()}; torch {torch.__version__.partition('+')[0]}",
         "seeds": [],
         "minutes": 0,
         "updates": iteration,
