@@ -56,6 +56,7 @@ with one_line_errors():  # --help and mistakes are answered before the slow impo
 import codecs
 import contextlib
 import functools
+import itertools
 import shlex
 import time
 from pathlib import Path
@@ -65,6 +66,7 @@ from rich.console import Console
 
 from nanomem import checkpoint, export, tokenizer, trace
 from nanomem.data import open_data, open_tokenizer
+from nanomem.datasets import DATASETS
 from nanomem.facts import teaches_facts
 from nanomem.model import GPT
 
@@ -96,7 +98,7 @@ class Trained:
 
     @functools.cached_property
     def data(self):
-        """The data it was trained on. Raises OSError or ValueError if its file is gone or has changed."""
+        """The data it was trained on. Raises OSError or ValueError if its file is gone or can't be read."""
         return open_data(self.run, Path(self.run.out_dir) / "tokenizer.tiktoken")
 
     def facts(self):
@@ -175,21 +177,26 @@ def write(
             is_first = len(continuations[0]) == 1
             console.out(written if echo or not is_first else written.lstrip(" "), end="", highlight=False)
     seconds = time.perf_counter() - started
+    is_ended = end in continuations[0]
     if facts:
         continuations = [tokens[:tokens.index(end)] if end in tokens else tokens for tokens in continuations]
     if is_single:
         console.print()
     else:
         for tokens in continuations:
-            console.out(text, style="bold", end="", highlight=False)
+            if echo:
+                console.out(text, style="bold", end="", highlight=False)
             console.out(encoding.decode(tokens) + "\n", highlight=False)
     whole = torch.tensor([prompt + continuations[-1]], device=trained.device)
-    if facts:
-        note = f"confidence {confidence(trained.model, whole, len(prompt), end):.0%}"
-    else:
+    note = ""
+    if not facts:
         count = sum(len(tokens) for tokens in continuations)
         note = f"{count:,} tokens, {count / seconds:,.0f} per second"
-    if is_single or not facts:
+    elif is_single and is_ended:
+        note = f"confidence {confidence(trained.model, whole, len(prompt), end):.0%}"
+    elif is_single:
+        note = f"cut off after max_new_tokens={config.max_new_tokens}"
+    if note:
         Console(stderr=True, highlight=False).print(note, style="dim")
     return whole, len(prompt)
 
@@ -223,18 +230,24 @@ def introduce(trained: Trained):
         prompts = [facts.attributes[0].statements[0].replace("{}", entity) for entity in facts.entities[:5]]
     else:
         wordings = [(attribute.questions or attribute.statements)[0] for attribute in facts.attributes]
-        prompts = [wording.replace("{}", name) for wording, name in zip(wordings, facts.entities)]
+        names = itertools.cycle(facts.entities)
+        prompts = [wording.replace("{}", name) for wording, name in zip(wordings, names)]
     for prompt in prompts:
         console.print(f"  {prompt}", soft_wrap=True)
     if len(facts.attributes) > 1:
-        others = ", ".join(facts.entities[len(prompts):len(prompts) + 5])
-        console.print(f"It also knows {others} and {len(facts.entities) - len(prompts) - 5:,} more.")
+        others = facts.entities[len(prompts):]
+        if others:
+            more = f" and {len(others) - 5:,} more" if len(others) > 5 else ""
+            console.print(f"It also knows {', '.join(others[:5])}{more}.")
 
 
 def ending_advice(trained: Trained, text: str) -> str | None:
     """How to end a question that ends like none the model was taught; None for any other."""
+    # Only of the sets that come with nanomem: prompts of one's own need not end alike.
+    if trained.run.data not in DATASETS or not text.rstrip().endswith(("?", ":", ".")):
+        return None
     facts = trained.facts()
-    if facts is None or len(facts.attributes) == 1 or not text.rstrip().endswith(("?", ":", ".")):
+    if facts is None:
         return None
     wordings = [wording for attribute in facts.attributes
                 for wording in attribute.questions + attribute.statements]
@@ -294,8 +307,10 @@ def main(config: SampleConfig):
         ffn = trained.run.ffn
         raise UserError(f"--trace shows slots of product-key memory, and this model has none (ffn={ffn})")
     check_fits(config, trained)
+    if config.trace:
+        trained.data  # noqa: B018  # if its file is gone, that is said before the first answer
     generator = torch.Generator(trained.device).manual_seed(config.seed)
-    is_dialogue = not config.start and sys.stdin.isatty()
+    is_dialogue = not config.start and sys.stdin.isatty() and sys.stdout.isatty()
     # In a dialogue an answer needs no echo of the question above it. A text goes on where its beginning ends.
     echo = not (is_dialogue and trained.knows_facts)
     for text in inputs(config, trained):

@@ -463,41 +463,46 @@ def describe_processes(model, mesh, core, sparse, console):
     console.print(f"{sharding.size()} processes, each with {shares}; on the wire: {wire}", soft_wrap=True)
 
 
+MOST_ASKED = 20_000  # facts of a kind that the last evaluation asks about
+
+
 def report_facts(job: Job, recalled: dict, console: Console):
     """Prints what a model of facts recalls."""
     data, share = job.data, recalled["taught"]["all"]
-    readings = readings_per_fact(job)
-    if share < 0.5 and readings < ENOUGH_READINGS / 2:
-        enough = math.ceil(job.step * ENOUGH_READINGS / max(readings, 1e-9) / 100) * 100
+    readings = readings_per_update(job)
+    if share < 0.5 and job.step * readings < ENOUGH_READINGS / 2:
+        enough = math.ceil(ENOUGH_READINGS / readings / 100) * 100
         console.print(
-            f"This run was too short to learn much: it read each fact about {readings:.0f} times. The "
-            f"{ENOUGH_READINGS} times of the default run take --max_iters={enough}.", soft_wrap=True)
+            f"This run was too short to learn much: it read each fact about {job.step * readings:.0f} times. "
+            f"The {ENOUGH_READINGS} times of the default run take --max_iters={enough}.", soft_wrap=True)
         if share < 0.01:
             return
     if "report" in recalled or len(data.facts.attributes) > 1:
         console.print(recall_table(data, recalled))
     else:
         count = len(data.facts.entities)
-        console.print(f"It completes {share:.1%} of the {count:,} prompts it was trained on, word for word.")
+        console.print(f"It completes {share:.1%} of the {count:,} prompts it was trained on, word for word"
+                      + (f" (of {MOST_ASKED:,} that were tried)." if count > MOST_ASKED else "."))
     console.print(answer_table(job, recalled))
 
 
-ENOUGH_READINGS = 70  # of each fact, in the default run
+ENOUGH_READINGS = 140  # of each fact, in the default run; a question about a person counts as a biography
 
 
-def readings_per_fact(job):
-    """How often training has read each fact, on average."""
-    x, y = job.data.batch("train", 0, 64)
-    documents_per_token = (y == job.data.sentences.end).sum().item() / y.numel()
+def readings_per_update(job):
+    """How often an update reads each fact, on average."""
+    _, y = job.data.batch("train", 0, 64)
+    documents_per_sequence = (y == job.data.sentences.end).sum().item() / 64
     n_entities, n_attributes = job.data.facts.codes.shape
-    told_apart = n_entities if job.data.facts.biographies else n_entities * n_attributes
-    return job.position * job.data.block_size * documents_per_token / told_apart
+    documents = n_entities if job.data.facts.biographies else n_entities * n_attributes
+    per_update = job.config.batch_size * job.config.gradient_accumulation_steps
+    return per_update * documents_per_sequence / documents
 
 
 def report_text(job: Job, console: Console):
     """Prints how a model of text continues a passage of the val split."""
     x, _ = job.data.batch("val", 0, 1)
-    prompt = x[:, :min(32, job.data.block_size // 2)].to(job.device)              # (1, time)
+    prompt = x[:, :max(1, min(32, job.data.block_size // 2))].to(job.device)      # (1, time)
     generator = torch.Generator(job.device).manual_seed(job.config.seed)
     never = tokenizer.unassigned(job.data.encoding)
     generated = job.model.generate(prompt, 200, 0.8, 200, generator=generator, never=never)

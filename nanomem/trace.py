@@ -30,7 +30,7 @@ def show(
     if prompt_length is not None:
         words = [(start, stop) for start, stop in words if stop >= prompt_length]
     shape, first = model.config, max(0, tokens.shape[1] - model.config.block_size)
-    words = [(start - first, stop - first) for start, stop in words if start >= first]
+    words = [(max(0, start - first), stop - first) for start, stop in words if stop > first]
     tokens = tokens[:, first:]
     looked_up = lookups_of(model, tokens)
 

@@ -7,17 +7,18 @@ from rich.console import Console
 from nanomem import facts, run, tokenizer
 from nanomem.cli import shipped
 from nanomem.config import Config
-from nanomem.data import FactData, TextData
+from nanomem.data import FactData, TextData, open_data
 from nanomem.facts import from_jsonl
 from nanomem.model import GPT
 
 
-def job_of(data, position):
+def job_of(data, step):
     config = Config(vocab_size=data.encoding.n_vocab, n_layer=1, n_embd=16, n_head=2, ffn="dense",
                     ffn_hidden=16, block_size=64)
     torch.manual_seed(0)
-    return SimpleNamespace(config=config, data=data, model=GPT(config), device=torch.device("cpu"),
-                           mesh=None, step=100, position=position)
+    run_config = config.replace(batch_size=32, gradient_accumulation_steps=1)
+    return SimpleNamespace(config=run_config, data=data, model=GPT(config), device=torch.device("cpu"),
+                           mesh=None, step=step)
 
 
 def reported(job, recalled):
@@ -38,28 +39,36 @@ def world():
 
 def test_recall_is_shown_by_attribute_and_by_frequency_if_that_differs(world):
     recalled = {kind: scores(world.facts, 0.75) for kind in ("select", "report", "taught")}
-    said = reported(job_of(world, 10**6), recalled)
+    said = reported(job_of(world, 10**5), recalled)
     assert "never asked" in said and "taught wording" in said and "always the most frequent" in said
     assert "time zone" in said and "75.0%" in said and "truth" in said and "too short" not in said
     assert "head" not in said  # all cities are mentioned equally often
     uneven = FactData(facts.world(20, zipf=1.0), world.encoding, 64)
-    assert "│ head " in reported(job_of(uneven, 10**6), recalled)
+    assert "│ head " in reported(job_of(uneven, 10**5), recalled)
 
 
 def test_a_run_that_was_too_short_says_how_long_it_takes(world):
-    job = job_of(world, 60)  # sequences
+    job = job_of(world, 2)
     recalled = {kind: scores(world.facts, 0.0) for kind in ("select", "report", "taught")}
     said = reported(job, recalled)
     documents = 0
-    x, y = world.batch("train", 0, 60)
-    documents = (y == world.sentences.end).sum().item()
-    assert run.readings_per_fact(job) == pytest.approx(documents / 100, rel=0.05)
+    for update in range(2):
+        x, y = world.batch("train", update * 32, 32)
+        documents += (y == world.sentences.end).sum().item()
+    assert run.readings_per_update(job) == pytest.approx(documents / 2 / 100, rel=0.1)
     assert f"it read each fact about {documents / 100:.0f} times" in said and "┃" not in said
-    expected = 100 * run.ENOUGH_READINGS / run.readings_per_fact(job)
+    expected = run.ENOUGH_READINGS / (documents / 2 / 100)
     given = int(said.partition("--max_iters=")[2].split(".")[0])
-    assert expected <= given < expected + 100
+    assert 0.9 * expected <= given < 1.1 * expected + 100
+    assert "about 0 times" in reported(job_of(world, 0), recalled)
     half = {kind: scores(world.facts, 0.3) for kind in ("select", "report", "taught")}
     assert "too short" in reported(job, half) and "30.0%" in reported(job, half)
+
+
+def test_the_default_run_reads_enough():
+    config = Config()
+    job = SimpleNamespace(config=config, data=open_data(config))
+    assert config.max_iters * run.readings_per_update(job) == pytest.approx(run.ENOUGH_READINGS, rel=0.05)
 
 
 def test_recall_of_own_facts_is_a_line(tmp_path):

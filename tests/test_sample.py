@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from unittest import mock
 
@@ -83,7 +84,8 @@ def test_one_sample_is_streamed_as_it_would_be_beside_others(out_dir):
     one, three = runs.run(*arguments)[0], runs.run(*arguments, "--num_samples=3")[0]
     answer = one.splitlines()[-1]
     assert [line for line in three.splitlines()[1:] if line] == [answer] * 3
-    assert re.fullmatch(r"confidence \d+%\n", runs.run(*arguments)[1])
+    note = runs.run(*arguments)[1]
+    assert re.fullmatch(r"confidence \d+%\n|cut off after max_new_tokens=9\n", note)
 
 
 def test_a_model_is_not_exported_into_its_run(out_dir):
@@ -123,7 +125,8 @@ def test_a_dialogue_shows_what_can_be_asked_and_ends_with_exit(out_dir):
     for question in ("In which country is", "What time zone is", "How many people live in",
                      "What is the latitude of", "What is the longitude of"):
         assert f"  {question} " in said
-    assert "It also knows" in said and "10 more" in said and "confidence" in said
+    assert "It also knows" in said and "10 more" in said
+    assert "confidence" in said or "cut off after max_new_tokens=3" in said
     assert 'The questions it was taught end in "?": In which country is' in said
     assert said.count("In which country is Tokyo:") == 1  # typed, and not echoed before the answer
 
@@ -139,10 +142,13 @@ def in_terminal(script, *arguments, typed, columns=80):
     os.close(slave)
     os.write(master, "".join(line + "\n" for line in typed).encode())
     said = b""
+    alarm = threading.Timer(60, process.kill)
+    alarm.start()
     with contextlib.suppress(OSError):  # how Linux says that the other side has ended
         while chunk := os.read(master, 4096):
             said += chunk
-    assert process.wait(timeout=60) == 0
+    assert process.wait() == 0
+    alarm.cancel()
     os.close(master)
     return said.decode()
 
@@ -194,7 +200,7 @@ def test_only_line_ends_end_a_line_of_the_input(out_dir):
     said = runs.run(
         "sample.py", f"--out_dir={out_dir}", "--max_new_tokens=1", input="\r\n".join(asked) + "\n"
     )
-    assert said[1].count("confidence") == 4 and asked[0] in said[0]
+    assert len(said[1].splitlines()) == 4 and asked[0] in said[0]
 
 
 def test_a_number_without_a_token_is_never_drawn(tmp_path, monkeypatch):

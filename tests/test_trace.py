@@ -1,6 +1,7 @@
 import re
 from collections import Counter
 
+import numpy as np
 import pytest
 import runs
 import torch
@@ -80,6 +81,14 @@ def test_no_entry_is_split_over_two_lines(model, data, width):
     first_table = said.partition("What else")[0]
     for line in first_table.splitlines():
         assert line.count(":") - line.count("│ : ") >= line.count("%")
+
+
+def test_a_word_longer_than_a_block_is_shown(model):
+    made = facts.FactSet(["?"], (facts.Attribute("fact", ("{}",)),), [[("x" * 60,)]], np.array([[0]]))
+    data = FactData(made, tokenizer.byte_encoding(), 64)
+    for prompt_length in (2, None):
+        said = shown(model, data, "??" + "x" * 100, prompt_length)
+        assert "xxxxxxxx" in said and "slot:weight" in said
 
 
 def test_bytes_are_shown_as_words():

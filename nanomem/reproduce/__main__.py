@@ -100,7 +100,7 @@ def reproduce(command, settings):
     if command in figures.DRAWN:
         figures.draw(command, rows, assets / f"{name}.png")
     console.print(figures.markdown(rows))
-    if assets == Path(Settings.assets):
+    if name == command and assets == Path(Settings.assets):
         console.print("python -m nanomem.reproduce page puts it into docs/results.md")
 
 

@@ -145,7 +145,8 @@ def draw_scaling(rows):
 
 def draw_models(rows):
     """A bar for each model's mean, with a dot for each seed."""
-    keys = ("recall", "recall_taught") if "recall" in rows[0] else ("bits_per_byte",)
+    is_text = "bits_per_byte" in rows[0]
+    keys = ("bits_per_byte",) if is_text else ("recall", "recall_taught")
     size = (5 + 4 * len(keys), 0.32 * len(rows) + 1.3)
     figure, axes = pyplot().subplots(1, len(keys), figsize=size, sharey=True, squeeze=False,
                                       layout="constrained")
@@ -154,7 +155,7 @@ def draw_models(rows):
     places = range(len(rows))
     for axis, key in zip(axes[0], keys):
         means = [statistics.mean(row[key]) for row in rows]
-        if key == "bits_per_byte":
+        if is_text:
             # The models are hundredths apart. Bars have to start at 0, which would hide that; marks don't.
             axis.scatter(means, places, 400, colors, marker="|", linewidths=4, label="mean")
             axis.margins(y=0.3)
@@ -176,7 +177,7 @@ def draw_models(rows):
     legend = figure.legend(
         handles, labels, fontsize=8, ncols=len(labels), loc="outside upper center", frameon=False)
     for handle in legend.legend_handles:
-        if key == "bits_per_byte" and hasattr(handle, "set_sizes"):
+        if is_text and hasattr(handle, "set_sizes"):
             handle.set_sizes([60])
     return figure
 

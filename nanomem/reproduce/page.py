@@ -48,6 +48,8 @@ def place_text(name, assets):
     results = read_json(path)
     if results is None:
         raise UserError(f"{path} is missing; python -m nanomem.reproduce {source} makes it")
+    if not isinstance(results, dict):
+        raise UserError(f"{path} has another form; python -m nanomem.reproduce {source} makes it anew")
     return f"\n{make(results)}\n{origin(results)}\n"
 
 
@@ -60,6 +62,8 @@ def origin(results: dict) -> str:
         parts.append(f"{noun} {', '.join(map(str, results['seeds']))}")
     if results["minutes"]:
         parts.append(f"{results['minutes']} minutes of training")
+    if "updates" in results:
+        parts.append(f"a model trained for {results['updates']:,} updates")
     return f"({'; '.join(parts)})\n"
 
 
@@ -71,14 +75,13 @@ def slots_table(results):
     return figures.slots_table(results["rows"])
 
 
-def front_table(results):
-    """README's: recall of each model."""
+def curves_table(results):
+    """Recall of each model, the best first."""
     cells = []
-    for row in results["rows"]:
+    for row in sorted(results["rows"], key=lambda row: -statistics.mean(row["recall"])):
         cells.append([row["model"], f"{row['flops_per_token'] / 1e6:.2f}", f"{row['params'] / 1e6:.1f}",
                       f"{row['tokens'][-1] / 1e6:.1f}", figures.percent(row["recall"]),
                       figures.percent(row["recall_taught"])])
-    cells.sort(key=lambda line: -statistics.mean(map(float, line[4].split(", "))))
     header = ["model", "million FLOPs per token", "million parameters", "million tokens",
               "recall, %, each seed", "taught wording, %"]
     return figures.table(header, cells)
@@ -86,8 +89,7 @@ def front_table(results):
 
 # name in a page -> (file in assets, function of its results)
 TABLES = {
-    "front": ("curves", front_table),
-    "curves": ("curves", front_table),
+    "curves": ("curves", curves_table),
     "table1": ("table1", model_table),
     "scaling": ("scaling", model_table),
     "ablations": ("ablations", model_table),

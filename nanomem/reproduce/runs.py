@@ -239,7 +239,6 @@ class Trainer:
         return {
             "commit": ", ".join(sorted({result["commit"] for result in results})),
             "machine": f"{', '.join(machines)}; torch {', '.join(versions)}",
-            "runs": len(results),
             "minutes": round(seconds / 60),
         }
 

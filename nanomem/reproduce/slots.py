@@ -23,7 +23,7 @@ def slots(run: str, n_facts: int = 100, n_batches: int = 20) -> tuple[list[dict]
     A row has:
         "layer": its number
         "share used" and "kl": of the slots, over n_batches training batches (Lample et al. 2019, section 4.4)
-        "sorted": the weight with which each slot was read, from high to low
+        "weights": [rank, share of all weight] of slots, from the most read one on, evenly on a log scale
         "overlaps": {"name" or "answer": {what it is compared with: overlap}}, the mean over n_facts
 
     The overlaps compare the lookups of a fact, in a taught wording, with those in another taught wording, in
