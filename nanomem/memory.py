@@ -10,13 +10,16 @@ token reads only a few dozen of its rows, so the layer adds many parameters to a
     y   = sum over heads and chosen slots of s_i V_i
     out = W_out (y * silu(W_gate x))         Memory+'s input-dependent gate
 
-Each projection W also adds a bias. naive.py does the same in 15 lines, with every slot scored. Here follow:
+Each projection W also adds a bias. Memory+ also normalises both halves of queries and keys (qk-norm) and
+multiplies the scores by a learned number. naive.py has the core of it in 15 lines, with every slot scored.
+Here follow:
     ProductKeyMemory    the layer
     product_key_topk    finds the k best of N slots with 2 sqrt(N) scores
     memory_read         the weighted sum of the chosen values, and its gradients
     MemoryTable         the values; several layers may share one table
 lookups = heads * knn is the number of rows read per token, counting a row again if several heads choose it.
-The decorators of ops.py make the gradients known to autograd. On a GPU, kernels.py computes the same.
+Gradients are written out: autograd's would gather all (n, lookups, v_dim) values read, and make a gradient as
+large as the table. The decorators of ops.py make ours known to it. On a GPU, kernels.py computes the same.
 """
 
 import functools
@@ -91,7 +94,10 @@ class ProductKeyMemory(nn.Module):
         return indices, F.softmax(scores, dim=-1)
 
     def reset_parameters(self):
-        """Initialises the keys and their scale. The projections and the table initialise themselves."""
+        """Initialises the keys and their scale. The projections and the table initialise themselves.
+
+        Normalised halves alone give scores from -2 to 2, for which a softmax over the slots is nearly flat.
+        """
         nn.init.uniform_(self.keys, -(self.k_dim**-0.5), self.k_dim**-0.5)
         if self.qk_scale is not None:
             nn.init.constant_(self.qk_scale, self.k_dim**0.5)
