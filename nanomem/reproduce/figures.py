@@ -96,7 +96,8 @@ def draw_curves(rows):
             tokens = [point / 1e6 for point in row["tokens"]]
             color, style = CURVES[row["model"]]
             means = [statistics.mean(seeds) for seeds in zip(*row[f"{key}_curve"])]
-            axis.plot(tokens, means, style, color=color, linewidth=2.5, label=row["model"].replace("4x", "four times the FLOPs"))
+            label = row["model"].replace("4x", "four times the FLOPs")
+            axis.plot(tokens, means, style, color=color, linewidth=2.5, label=label)
             for seed in row[f"{key}_curve"]:
                 axis.plot(tokens, seed, style, color=color, linewidth=0.7, alpha=0.6)
         axis.set_xlabel("million tokens of training")
