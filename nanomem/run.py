@@ -470,7 +470,7 @@ def report_facts(job: Job, recalled: dict, console: Console):
     """Prints what a model of facts recalls."""
     data, share = job.data, recalled["taught"]["all"]
     readings = readings_per_update(job)
-    if share < 0.5 and job.step * readings < ENOUGH_READINGS / 2:
+    if share < 0.5 and 0 < readings and job.step * readings < ENOUGH_READINGS / 2:
         enough = math.ceil(ENOUGH_READINGS / readings / 100) * 100
         console.print(
             f"This run was too short to learn much: it read each fact about {job.step * readings:.0f} times. "

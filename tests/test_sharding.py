@@ -34,8 +34,8 @@ OPTIONS = {
 }
 # How far losses may be apart, relative; for all other options 1e-9, and then the tensors must agree too. In
 # PEER some rows have gradients close to zero: RowAdam steps as far along their rounding errors as along any
-# gradient.
-LOSSES_WITHIN = {"float32": 1e-3, "bfloat16 table": 2e-2, "PEER": 1e-9, "PEER, 2 passes": 1e-9}
+# gradient. In float32 rounding decides which slots are chosen: losses differ as much as from float64's.
+LOSSES_WITHIN = {"float32": 5e-3, "bfloat16 table": 2e-2, "PEER": 1e-9, "PEER, 2 passes": 1e-9}
 
 
 def torchrun(*scenarios):
