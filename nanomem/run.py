@@ -481,8 +481,9 @@ def report_facts(job: Job, recalled: dict, console: Console):
         console.print(recall_table(data, recalled))
     else:
         count = len(data.facts.entities)
-        console.print(f"It completes {share:.1%} of the {count:,} prompts it was trained on, word for word"
-                      + (f" (of {MOST_ASKED:,} that were tried)." if count > MOST_ASKED else "."))
+        prompts = "the prompt" if count == 1 else f"the {count:,} prompts"
+        tried = f" (of {MOST_ASKED:,} that were tried)" if count > MOST_ASKED else ""
+        console.print(f"It completes {share:.1%} of {prompts} it was trained on, word for word{tried}.")
     console.print(answer_table(job, recalled))
 
 

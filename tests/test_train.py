@@ -574,7 +574,7 @@ def test_users_text_is_shown_as_it_is(tmp_path):
     arguments = ["--max_iters=120", "--block_size=64", "--learning_rate=0.02"]
     out, _ = runs.train(tmp_path / "run", f"--data={path}", *arguments)
     assert out.count("[red]café") == 2 and "│ Close [/b] :smile: tag? │" in out
-    assert "It completes 100.0% of the 1 prompts it was trained on, word for word." in out
+    assert "It completes 100.0% of the prompt it was trained on, word for word." in out
     out, _ = runs.run(
         "sample.py", f"--out_dir={tmp_path / 'run'}", "--start=[/b] é \\", "--trace", "--max_new_tokens=2"
     )
