@@ -65,7 +65,7 @@ import torch
 from rich.console import Console
 
 from nanomem import checkpoint, export, tokenizer, trace
-from nanomem.data import open_data, open_tokenizer
+from nanomem.data import named_facts, open_data, open_tokenizer
 from nanomem.datasets import DATASETS
 from nanomem.facts import teaches_facts
 from nanomem.model import GPT
@@ -96,15 +96,15 @@ class Trained:
         self.device = next(self.model.parameters()).device
         self.knows_facts = teaches_facts(self.run.data)  # otherwise it has learned from text
 
-    @functools.cached_property
-    def data(self):
+    def open_data(self):
         """The data it was trained on. Raises OSError or ValueError if its file is gone or can't be read."""
         return open_data(self.run, Path(self.run.out_dir) / "tokenizer.tiktoken")
 
+    @functools.cached_property
     def facts(self):
-        """The facts it was taught; None for a model of text, or if their file is gone."""
+        """The facts it was taught; None for a model of text, or if their file is gone or can't be read."""
         with contextlib.suppress(OSError, ValueError):
-            return self.data.facts if self.knows_facts else None
+            return named_facts(self.run) if self.knows_facts else None
 
 
 def open_run(config: SampleConfig) -> Trained:
@@ -174,8 +174,9 @@ def write(
         check_output()
         if is_single and not (facts and tokens[0] == end):
             written = characters.decode(encoding.decode_single_token_bytes(tokens[0]))
-            is_first = len(continuations[0]) == 1
-            console.out(written if echo or not is_first else written.lstrip(" "), end="", highlight=False)
+            if not echo and len(continuations[0]) == 1:
+                written = written.lstrip(" ")
+            console.out(written, end="", highlight=False)
     seconds = time.perf_counter() - started
     is_ended = end in continuations[0]
     if facts:
@@ -220,7 +221,7 @@ def confidence(model: GPT, tokens: torch.Tensor, prompt_length: int, end: int) -
 
 def introduce(trained: Trained):
     """Prints what can be asked."""
-    facts = trained.facts()
+    facts = trained.facts
     if facts is None:
         known = "Ask it something it was taught" if trained.knows_facts else "Give it a beginning"
         console.print(f"{known}; exit or Ctrl-D ends.")
@@ -243,16 +244,15 @@ def introduce(trained: Trained):
 
 def ending_advice(trained: Trained, text: str) -> str | None:
     """How to end a question that ends like none the model was taught; None for any other."""
+    end = text.rstrip()[-1:]
     # Only of the sets that come with nanomem: prompts of one's own need not end alike.
-    if trained.run.data not in DATASETS or not text.rstrip().endswith(("?", ":", ".")):
+    if trained.run.data not in DATASETS or end not in ("?", ":", "."):
         return None
-    facts = trained.facts()
-    if facts is None:
-        return None
-    wordings = [wording for attribute in facts.attributes
-                for wording in attribute.questions + attribute.statements]
+    facts, wordings = trained.facts, []
+    for attribute in facts.attributes:
+        wordings += attribute.questions + attribute.statements
     ends = {wording[-1] for wording in wordings if not wording[-1].isalnum()}
-    if not ends or text.rstrip()[-1] in ends:
+    if not ends or end in ends:
         return None
     question = next(wording for wording in wordings if wording[-1] in ends)
     quoted = " or ".join(f'"{end}"' for end in sorted(ends))
@@ -307,8 +307,7 @@ def main(config: SampleConfig):
         ffn = trained.run.ffn
         raise UserError(f"--trace shows slots of product-key memory, and this model has none (ffn={ffn})")
     check_fits(config, trained)
-    if config.trace:
-        trained.data  # noqa: B018  # if its file is gone, that is said before the first answer
+    data = trained.open_data() if config.trace else None
     generator = torch.Generator(trained.device).manual_seed(config.seed)
     is_dialogue = not config.start and sys.stdin.isatty() and sys.stdout.isatty()
     # In a dialogue an answer needs no echo of the question above it. A text goes on where its beginning ends.
@@ -320,7 +319,7 @@ def main(config: SampleConfig):
             Console(stderr=True, highlight=False).print(advice, style="dim", soft_wrap=True)
         if config.trace:
             answer_from = None if config.trace == "all" else prompt_length
-            trace.show(trained.model, trained.data, tokens, console, answer_from)
+            trace.show(trained.model, data, tokens, console, answer_from)
         check_output()
 
 

@@ -32,13 +32,19 @@ DROPOUT = len(SPLITS)  # what `random_stream` can be for, besides the splits
 IGNORE = -1  # a target without loss
 
 
-def random_stream(seed: int, purpose: int, *numbers: int) -> np.random.Generator:
-    """A random generator for one purpose (a split's place in SPLITS, or DROPOUT) and numbers such as a step.
+def stream_seed(seed: int, purpose: int, *numbers: int) -> np.random.SeedSequence:
+    """The seed of a random stream for one purpose (a split's place in SPLITS, or DROPOUT) and numbers such as
+    a step.
 
     Purpose and numbers are a spawn key, which keeps all streams apart. A list would not, because NumPy
     ignores trailing zeros: default_rng([seed, 0, 0]) is default_rng(seed), the stream of `facts.people`.
     """
-    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(purpose, *numbers)))
+    return np.random.SeedSequence(seed, spawn_key=(purpose, *numbers))
+
+
+def random_stream(seed: int, purpose: int, *numbers: int) -> np.random.Generator:
+    """The random generator of a `stream_seed`."""
+    return np.random.default_rng(stream_seed(seed, purpose, *numbers))
 
 
 class FactData:
@@ -117,7 +123,7 @@ class FactData:
         """
         each = 4 + self.facts.codes.shape[1] * self.facts.biographies
         steps = -(-draws * each // 4)  # Philox makes four numbers a step, and can jump to any step
-        philox = np.random.Philox(np.random.SeedSequence(self.seed, spawn_key=(SPLITS.index(split),)))
+        philox = np.random.Philox(stream_seed(self.seed, SPLITS.index(split)))
         philox.advance(start * steps)
         numbers = np.random.Generator(philox).random((batch_size, 4 * steps))
         return numbers[:, :draws * each].reshape(batch_size, draws, each)
@@ -360,14 +366,14 @@ def open_data(config: Config, tokenizer_path: Path | None = None, fit: bool = Fa
     or its line.
     """
     if config.data in DATASETS:
-        return open_facts(DATASETS[config.data].make(config), config, tokenizer_path, fit)
+        return open_facts(config, tokenizer_path, fit)
     path = Path(config.data)
     for folder in (path, shipped(config.data)):  # the second: data/prepare.py's own names
         if (folder / INDEX).is_file():
             return open_shards(folder, config, tokenizer_path)
     check_readable(path, config.data)
     if facts.teaches_facts(config.data):
-        return open_facts(facts.from_jsonl(path), config, tokenizer_path, fit)
+        return open_facts(config, tokenizer_path, fit)
     text = facts.read_text(path)
     facts.refuse_json(path, text)
     if not text.strip():
@@ -376,8 +382,18 @@ def open_data(config: Config, tokenizer_path: Path | None = None, fit: bool = Fa
     return TextData.from_text(text, encoding, config.block_size, config.seed)
 
 
-def open_facts(fact_set, config, tokenizer_path, fit):
-    """The FactData of a set of facts."""
+def named_facts(config: Config) -> facts.FactSet:
+    """The set of facts that config.data names: one of DATASETS, or a .jsonl file. Raises OSError or
+    ValueError for a file that can't be read.
+    """
+    if config.data in DATASETS:
+        return DATASETS[config.data].make(config)
+    return facts.from_jsonl(Path(config.data))
+
+
+def open_facts(config, tokenizer_path, fit):
+    """The FactData of the facts that config.data names."""
+    fact_set = named_facts(config)
     encoding = open_tokenizer(config, tokenizer_path, all_sentences(fact_set))
     return FactData(fact_set, encoding, config.block_size, config.seed, fit)
 

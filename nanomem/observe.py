@@ -27,6 +27,24 @@ def observe_lookups(model: torch.nn.Module, observer):
             layer.observer = None
 
 
+@torch.no_grad()
+def lookups_of(model: torch.nn.Module, tokens: torch.Tensor) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+    """What a GPT's memory layers read for tokens (batch, time) int64: {layer number: (indices, weights)}.
+
+    indices (n, heads, knn) int64 and weights (n, heads, knn) float32, for the n = batch * time tokens, on the
+    CPU; a head's weights add up to 1.
+    """
+    number_of = {layer: number for number, layer in model.memory_layers().items()}
+    seen = {}
+
+    def keep(layer, indices, weights):
+        seen[number_of[layer]] = indices.cpu(), weights.float().cpu()
+
+    with observe_lookups(model, keep):
+        model(tokens)
+    return seen
+
+
 class SlotUsage:
     """An observer that measures how evenly slots are used (Lample et al. 2019, section 4.4)."""
 

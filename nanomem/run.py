@@ -318,11 +318,7 @@ class Display:
         self.shown["speed"] = f"{record['tokens_per_sec']:,.0f} tok/s"
         is_slow = record["data_wait"] > WORTH_SAYING
         self.shown["wait"] = f"waits for data {record['data_wait']:.0%}" if is_slow else ""
-        if "bits_per_byte" in record:
-            self.shown["bits"] = f"{record['bits_per_byte']:.3f} bits per byte"
-        for name, key in (("recall", recall_key(record)), ("slots", "mem_usage")):
-            if key in record:
-                self.shown[name] = f"{name} {record[key]:.1%}"
+        self.shown |= evaluated(record, slots="slots")
         description = " ".join(text for text in self.shown.values() if text)
         self.bar.update(self.task, completed=record["iter"], description=description)
 
@@ -335,11 +331,7 @@ class Display:
         done = record["iter"]
         parts = [f"iter {done:>5}/{self.max_iters}", f"train loss {record['train_loss']:.3f}",
                  f"val loss {record['val_loss']:.3f}"]
-        if "bits_per_byte" in record:
-            parts.append(f"{record['bits_per_byte']:.3f} bits per byte")
-        for name, key in (("recall", recall_key(record)), ("slots in use", "mem_usage")):
-            if key in record:
-                parts.append(f"{name} {record[key]:.1%}")
+        parts += evaluated(record, slots="slots in use").values()
         parts.append(f"{record['tokens_per_sec']:,.0f} tokens/s")
         if record["data_wait"] > WORTH_SAYING:
             parts.append(f"{record['data_wait']:.0%} of the time waiting for data")
@@ -347,6 +339,19 @@ class Display:
             seconds = int(record["elapsed_s"] / done * (self.max_iters - done))
             parts.append(f"{seconds // 60}:{seconds % 60:02} left")
         self.console.print("  ".join(parts), soft_wrap=True)
+
+
+def evaluated(record: dict, slots: str) -> dict[str, str]:
+    """What an evaluation measured besides the loss, {name: text}. slots: what to call the share of slots in
+    use.
+    """
+    texts = {}
+    if "bits_per_byte" in record:
+        texts["bits"] = f"{record['bits_per_byte']:.3f} bits per byte"
+    for name, key in (("recall", recall_key(record)), (slots, "mem_usage")):
+        if key in record:
+            texts[name] = f"{name} {record[key]:.1%}"
+    return texts
 
 
 def recall_key(record: dict) -> str:
@@ -464,6 +469,7 @@ def describe_processes(model, mesh, core, sparse, console):
 
 
 MOST_ASKED = 20_000  # facts of a kind that the last evaluation asks about
+ENOUGH_READINGS = 140  # of each fact, in the default run; a question about a person counts as a biography
 
 
 def report_facts(job: Job, recalled: dict, console: Console):
@@ -487,9 +493,6 @@ def report_facts(job: Job, recalled: dict, console: Console):
     console.print(answer_table(job, recalled))
 
 
-ENOUGH_READINGS = 140  # of each fact, in the default run; a question about a person counts as a biography
-
-
 def readings_per_update(job):
     """How often an update reads each fact, on average."""
     _, y = job.data.batch("train", 0, 64)
@@ -506,7 +509,8 @@ def report_text(job: Job, console: Console):
     prompt = x[:, :max(1, min(32, job.data.block_size // 2))].to(job.device)      # (1, time)
     generator = torch.Generator(job.device).manual_seed(job.config.seed)
     never = tokenizer.unassigned(job.data.encoding)
-    generated = job.model.generate(prompt, 200, 0.8, 200, generator=generator, never=never)
+    generated = job.model.generate(
+        prompt, max_new_tokens=200, temperature=0.8, top_k=200, generator=generator, never=never)
     written = torch.cat(list(generated), dim=1)[0].tolist()
     decode = job.data.encoding.decode
     console.print("How it continues a passage that it wasn't trained on:")

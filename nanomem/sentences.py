@@ -84,14 +84,19 @@ class SentenceArrays:
     """
 
     def __init__(self, sentences: Sentences):
-        facts = sentences.facts
-        self.pieces = []
-        self.nothing, self.end = self._add([[], [sentences.end]])
+        facts, pieces = sentences.facts, []
+
+        def add(more):
+            """The numbers that these pieces get."""
+            pieces.extend(more)
+            return np.arange(len(pieces) - len(more), len(pieces))
+
+        self.nothing, self.end = add([[], [sentences.end]])
         at_start, inside = sentences.names[False], sentences.names[True]
-        self.names = np.stack([self._add(at_start), self._add(inside)])          # (2, entities)
+        self.names = np.stack([add(at_start), add(inside)])                      # (2, entities)
         answers = []
         for values, codes in zip(sentences.values, facts.codes.T):
-            taught = self._add([spellings[0] for spellings in values])
+            taught = add([spellings[0] for spellings in values])
             answers.append(taught[codes])
         self.answers = np.stack(answers, axis=1)                                 # (entities, attributes)
 
@@ -100,20 +105,14 @@ class SentenceArrays:
             wordings += attribute.statements + attribute.questions
             counts.append((len(attribute.statements), len(attribute.questions)))
         before, after = zip(*[sentences.pieces[wording] for wording in wordings])
-        self.before, self.after = self._add(before), self._add(after)            # (wordings,)
-        self.is_inside = np.array([len(piece) > 0 for piece in before])          # (wordings,)
+        self.before, self.after = add(before), add(after)                        # (wordings,)
+        self.row_of_names = np.array([1 if piece else 0 for piece in before])    # (wordings,)
         self.counts = np.array(counts)                        # (attributes, 2): of statements, of questions
         self.first = (self.counts.cumsum() - self.counts.ravel()).reshape(-1, 2)  # the first wording of each
 
-        self.lengths = np.array([len(piece) for piece in self.pieces])
+        self.lengths = np.array([len(piece) for piece in pieces])
         self.starts = self.lengths.cumsum() - self.lengths
-        self.tokens = np.array([token for piece in self.pieces for token in piece])
-
-    def _add(self, pieces):
-        """The numbers that these pieces get."""
-        first = len(self.pieces)
-        self.pieces += pieces
-        return np.arange(first, len(self.pieces))
+        self.tokens = np.array([token for piece in pieces for token in piece])
 
     def shortest(self) -> int:
         """A number of tokens that every document has at least."""
@@ -130,7 +129,7 @@ class SentenceArrays:
         """
         kind = is_question.astype(int)
         wording = self.first[attributes, kind] + (draws * self.counts[attributes, kind]).astype(int)
-        names = self.names[self.is_inside[wording].astype(int), entities]
+        names = self.names[self.row_of_names[wording], entities]
         answers = self.answers[entities, attributes]
         ends = np.full_like(answers, self.end)
         return np.stack((self.before[wording], names, self.after[wording], answers, ends), axis=1)

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from nanomem.data import FactData, TextData
 from nanomem.model import GPT
-from nanomem.observe import observe_lookups
+from nanomem.observe import lookups_of
 
 N_BATCHES, BATCH_SIZE = 20, 16  # of training data in which to look for readers of a slot
 N_SLOTS, N_READERS = 3, 5  # to show
@@ -88,21 +88,6 @@ def is_of_bytes(encoding) -> bool:
     return encoding.n_vocab <= 257
 
 
-def lookups_of(model: GPT, tokens: torch.Tensor) -> dict:
-    """{layer number: (slots, weights)}, (batch * time, lookups) each; a token's weights add up to the
-    number of heads.
-    """
-    number_of = {layer: number for number, layer in model.memory_layers().items()}
-    seen = {}
-
-    def keep(layer, indices, weights):
-        seen[number_of[layer]] = indices.flatten(1).cpu(), weights.flatten(1).float().cpu()
-
-    with torch.no_grad(), observe_lookups(model, keep):
-        model(tokens)
-    return seen
-
-
 def readers(model: GPT, data, slots: set, console: Console) -> dict:
     """Which tokens of the training data read these slots most: {(layer, slot): texts, the heaviest first}.
 
@@ -116,7 +101,7 @@ def readers(model: GPT, data, slots: set, console: Console) -> dict:
         start = 10**9 + i * BATCH_SIZE  # far from the sequences it was trained on
         x, _ = data.batch("train", start, BATCH_SIZE)
         for layer, (indices, weights) in lookups_of(model, x.to(device)).items():
-            hits = torch.isin(indices, wanted[layer])
+            hits = torch.isin(indices, wanted[layer])                            # (n, heads, knn)
             positions = hits.nonzero()[:, 0] + i * x.numel()  # in all batches' tokens
             found[layer].append((indices[hits], weights[hits], positions))
         sequences.append(x)

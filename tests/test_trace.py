@@ -12,6 +12,7 @@ from nanomem.cli import shipped
 from nanomem.config import GPTConfig
 from nanomem.data import FactData
 from nanomem.model import GPT
+from nanomem.observe import lookups_of
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def test_each_word_has_the_slots_that_the_layers_read(model, data):
     said = shown(model, data, "When was Anna Oakworth born: 6 August", None)
     first_table = said.partition("What else reads")[0]
     tokens = torch.tensor([data.encoding.encode_ordinary("When was Anna Oakworth born: 6 August")])
-    slots, weights = trace.lookups_of(model, tokens)[1]
+    slots, weights = [found.flatten(1) for found in lookups_of(model, tokens)[1]]
     for place, word in enumerate(("When", "was", "Anna")):
         heaviest = weights[place].argmax()
         (row,) = [line for line in first_table.splitlines() if line.startswith(f"│ {word} ")]
@@ -57,7 +58,7 @@ def test_readers_are_the_tokens_with_most_weight(model, data, monkeypatch):
     total = Counter()  # (slot, text) -> weight
     for i in range(trace.N_BATCHES):
         x, _ = data.batch("train", 10**9 + i * trace.BATCH_SIZE, trace.BATCH_SIZE)
-        slots, weights = trace.lookups_of(model, x)[0]
+        slots, weights = [found.flatten(1) for found in lookups_of(model, x)[0]]
         for position in range(x.numel()):
             sequence, column = divmod(position, 64)
             text = data.encoding.decode(x[sequence, max(0, column - 3):column + 1].tolist())

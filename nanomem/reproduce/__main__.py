@@ -35,7 +35,7 @@ class Settings:
 
     arguments = f"({' | '.join(NAMES)}) "
     preset: str = setting(
-        "laptop", "laptop: 2 cores, about an hour a command; gpu: one H100", tuple(PRESETS),
+        "laptop", "laptop: 2 cores, an hour or two a command; gpu: one H100", tuple(PRESETS),
         section="Reproduction")
     data: str = setting("people", "what the facts are about", tuple(DATASETS))
     text: str = setting(
@@ -115,8 +115,6 @@ def save(results, path):
 
 def look_into_slots(settings):
     """Measures what a trained model's memory reads, and writes a figure."""
-    import torch
-
     from nanomem.reproduce import figures, runs
     from nanomem.reproduce.slots import slots
 
@@ -124,7 +122,7 @@ def look_into_slots(settings):
     results = {
         "command": f"python -m nanomem.reproduce slots --run={settings.run}",
         "commit": runs.commit(),
-        "machine": f"{runs.machine()}; torch {torch.__version__.partition('+')[0]}",
+        "machine": f"{runs.machine()}; torch {runs.torch_version()}",
         "seeds": [],
         "minutes": 0,
         "updates": iteration,

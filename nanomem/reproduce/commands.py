@@ -22,8 +22,7 @@ from nanomem.reproduce.sweeps import choose_rates, named
 def train_seeds(models: dict[str, Config], seeds: list[int], trainer: Trainer) -> dict[str, list[dict]]:
     """{name: the last metrics of its runs, one for each seed}."""
     runs = runs_of(models, seeds)
-    every_run = [run for seed in range(len(seeds)) for run in (runs[name][seed] for name in models)]
-    metrics = trainer.train(every_run)
+    metrics = trainer.train([runs[name][i] for i in range(len(seeds)) for name in models])
     return {name: [metrics[run.name] for run in runs[name]] for name in models}
 
 

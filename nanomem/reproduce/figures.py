@@ -177,8 +177,8 @@ def draw_models(rows):
     handles, labels = axes[0][0].get_legend_handles_labels()
     legend = figure.legend(
         handles, labels, fontsize=8, ncols=len(labels), loc="outside upper center", frameon=False)
-    for handle in legend.legend_handles:
-        if is_text and hasattr(handle, "set_sizes"):
+    for handle in legend.legend_handles if is_text else ():
+        if hasattr(handle, "set_sizes"):  # the marks of the mean, which are too large for a legend
             handle.set_sizes([60])
     return figure
 

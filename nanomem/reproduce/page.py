@@ -41,16 +41,16 @@ def filled(text: str, assets: Path) -> str:
 
 def place_text(name, assets):
     """What belongs in one place of a page."""
-    source, make = TABLES.get(name, (None, None))
-    if source is None:
+    if name not in TABLES:
         raise UserError(f"there is no table {name}; known are {', '.join(TABLES)}")
-    path = assets / f"{source}.json"
+    path = assets / f"{name}.json"
     results = read_json(path)
     if results is None:
-        raise UserError(f"{path} is missing; python -m nanomem.reproduce {source} makes it")
+        raise UserError(f"{path} is missing; python -m nanomem.reproduce {name} makes it")
     if not isinstance(results, dict):
-        raise UserError(f"{path} has another form; python -m nanomem.reproduce {source} makes it anew")
-    return f"\n{make(results)}\n{origin(results)}\n"
+        raise UserError(f"{path} has another form; python -m nanomem.reproduce {name} makes it anew")
+    table = TABLES[name](results["rows"])
+    return f"\n{table}\n{origin(results)}\n"
 
 
 def origin(results: dict) -> str:
@@ -67,18 +67,10 @@ def origin(results: dict) -> str:
     return f"({'; '.join(parts)})\n"
 
 
-def model_table(results):
-    return figures.markdown(results["rows"])
-
-
-def slots_table(results):
-    return figures.slots_table(results["rows"])
-
-
-def curves_table(results):
-    """Recall of each model, the best first."""
+def curves_table(rows: list[dict]) -> str:
+    """Recall of each model of `curves`, the best first, as a Markdown table."""
     cells = []
-    for row in sorted(results["rows"], key=lambda row: -statistics.mean(row["recall"])):
+    for row in sorted(rows, key=lambda row: -statistics.mean(row["recall"])):
         cells.append([row["model"], f"{row['flops_per_token'] / 1e6:.2f}", f"{row['params'] / 1e6:.1f}",
                       f"{row['tokens'][-1] / 1e6:.1f}", figures.percent(row["recall"]),
                       figures.percent(row["recall_taught"])])
@@ -87,12 +79,11 @@ def curves_table(results):
     return figures.table(header, cells)
 
 
-# name in a page -> (file in assets, function of its results)
 TABLES = {
-    "curves": ("curves", curves_table),
-    "table1": ("table1", model_table),
-    "scaling": ("scaling", model_table),
-    "ablations": ("ablations", model_table),
-    "text": ("text", model_table),
-    "slots": ("slots", slots_table),
-}
+    "curves": curves_table,
+    "table1": figures.markdown,
+    "scaling": figures.markdown,
+    "ablations": figures.markdown,
+    "text": figures.markdown,
+    "slots": figures.slots_table,
+}  # name in a page and of a file in assets -> function of its rows

@@ -50,7 +50,7 @@ class Run:
         return {
             "settings": deciding(dataclasses.asdict(self.config)),
             "data": data_digest(self.config),
-            "torch": torch.__version__.partition("+")[0],
+            "torch": torch_version(),
             "computation": COMPUTATION,
         }
 
@@ -231,7 +231,7 @@ class Trainer:
         return self.out_dir / f"{run.file_name}.log"
 
     def provenance(self) -> dict:
-        """How many runs were used, how long they trained, where and at which commits."""
+        """At which commits, where and how long the runs that were used trained."""
         results = list(self.used.values())
         seconds = sum(result["metrics"]["elapsed_s"] for result in results if result["metrics"])
         versions = sorted({result["torch"] for result in results})
@@ -274,6 +274,11 @@ def git(*arguments):
     """What a git command prints about this clone."""
     command = ["git", "-C", str(ROOT), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def torch_version() -> str:
+    """torch's version, without what it was built for."""
+    return torch.__version__.partition("+")[0]
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from nanomem.cli import UserError
 from nanomem.config import Config
 from nanomem.data import open_data
 from nanomem.model import GPT
-from nanomem.observe import SlotUsage, observe_lookups
+from nanomem.observe import SlotUsage, lookups_of, observe_lookups
 
 
 def slots(run: str, n_facts: int = 100, n_batches: int = 20) -> tuple[list[dict], int]:
@@ -90,9 +90,9 @@ def measure_overlaps(model, data, n_facts):
     sums = {layer: {"name": Counter(), "answer": Counter()} for layer in model.memory_layers()}
     for _ in range(n_facts):
         fact, compared = draw_prompts(data.facts, rng)
-        expected = lookups_of(model, data.sentences, *fact)
+        expected = prompt_lookups(model, data.sentences, *fact)
         for name, prompt in compared.items():
-            found = lookups_of(model, data.sentences, *prompt)
+            found = prompt_lookups(model, data.sentences, *prompt)
             for layer, position in found:
                 sums[layer][position][name] += overlap(expected[layer, position], found[layer, position])
     means = {}
@@ -117,22 +117,16 @@ def draw_prompts(facts, rng):
     return (entity, attribute.statements[0]), compared
 
 
-@torch.no_grad()
-def lookups_of(model, sentences, entity, wording):
+def prompt_lookups(model, sentences, entity, wording):
     """What a prompt reads: {(layer, "name" or "answer"): (indices (heads, knn), weights (heads, knn))}."""
     before, _ = sentences.pieces[wording]
     name = sentences.names[bool(before)][entity]
     tokens = [sentences.end] + sentences.prompt(entity, wording)
     places = {"name": len(before) + len(name), "answer": len(tokens) - 1}
-    numbers = {layer: number for number, layer in model.memory_layers().items()}
     found = {}
-
-    def observer(layer, indices, weights):
+    for layer, (indices, weights) in lookups_of(model, torch.tensor([tokens])).items():
         for position, place in places.items():
-            found[numbers[layer], position] = indices[place], weights[place]
-
-    with observe_lookups(model, observer):
-        model(torch.tensor([tokens]))
+            found[layer, position] = indices[place], weights[place]
     return found
 
 
