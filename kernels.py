@@ -472,12 +472,13 @@ def _mix(x):
 
 @triton.jit(do_not_specialize=["seed", "first_column"])
 def _row_adam_kernel(
-        values, rows, grads, second_moment, reads, mean_square, lr, beta2, log2_beta2, eps, seed,
+        values, rows, grads, second_moment, reads, mean_square, row_scale, lr, beta2, log2_beta2, eps, seed,
         first_column, dim, STOCHASTIC: tl.constexpr, BLOCK_DIM: tl.constexpr):
     """RowAdam's update (nanomem/optim.py) of the row rows[i] by grads[i], where i is the program.
 
     values (n_slots, d), rows (u,) int64, grads (u, d), second_moment (n_slots,) float32, reads (n_slots,)
-    int32; mean_square (u,) float32 of the gradients' whole rows, or None to compute it from grads.
+    int32; mean_square (u,) float32 of the gradients' whole rows, or None to compute it from grads; row_scale
+    (n_slots,) float32, what to multiply lr by, or None.
 
     STOCHASTIC: values are bfloat16 and are rounded up or down at random, with the right expectation; the
     noise is a hash of seed, slot, count of reads and column. Bytes, in one pass: u * (d * (2 * values' e +
@@ -500,6 +501,8 @@ def _row_adam_kernel(
     count = tl.load(reads + row) + has_gradient
     bias = 1.0 - tl.exp2(tl.maximum(count, 1).to(tl.float32) * log2_beta2)  # 1 - beta2 ** n_r
     factor = lr / (tl.sqrt(moment / bias) + eps)
+    if row_scale is not None:
+        factor *= tl.load(row_scale + row)
     tl.store(second_moment + row, moment)
     tl.store(reads + row, count)
     row_seed = _mix(_mix(_mix(count.to(tl.uint32) ^ seed) ^ row.to(tl.uint32)) ^ (row >> 32).to(tl.uint32))
@@ -519,12 +522,14 @@ def _row_adam_kernel(
 
 @_on_its_device
 def row_adam(
-        values, rows, grads, second_moment, reads, lr, beta2, eps, seed, mean_square=None, first_column=0):
+        values, rows, grads, second_moment, reads, lr, beta2, eps, seed, mean_square=None, first_column=0,
+        row_scale=None):
     """Updates values (n_slots, d), second_moment (n_slots,) float32 and reads (n_slots,) int32 in place.
 
     rows (u,) int64, each once; grads (u, d). bfloat16 values are rounded stochastically. If values are the
     columns of a wider table from first_column on, mean_square (u,) float32 is that of the gradient's whole
-    rows. Raises ValueError unless values are contiguous.
+    rows. row_scale (n_slots,) float32: what to multiply each row's lr by. Raises ValueError unless values
+    are contiguous.
     """
     if not values.is_contiguous():
         raise ValueError(f"values must be contiguous, got strides {values.stride()}")
@@ -532,8 +537,8 @@ def row_adam(
     log2_beta2 = math.log2(beta2) if beta2 else -math.inf
     if len(rows):
         _row_adam_kernel[len(rows),](
-            values, rows, grads.contiguous(), second_moment, reads, mean_square, float(lr), beta2, log2_beta2,
-            eps, seed, first_column, values.shape[1], STOCHASTIC=values.dtype == torch.bfloat16,
-            BLOCK_DIM=block_dim, num_warps=warps)
+            values, rows, grads.contiguous(), second_moment, reads, mean_square, row_scale, float(lr), beta2,
+            log2_beta2, eps, seed, first_column, values.shape[1], BLOCK_DIM=block_dim, num_warps=warps,
+            STOCHASTIC=values.dtype == torch.bfloat16)
         # A backward pass that needs the old values raises.
         torch.autograd.graph.increment_version(values)

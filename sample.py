@@ -64,7 +64,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from nanomem import checkpoint, export, tokenizer, trace
+from nanomem import checkpoint, export, teaching, tokenizer, trace
 from nanomem.data import named_facts, open_data, open_tokenizer
 from nanomem.datasets import DATASETS
 from nanomem.facts import teaches_facts
@@ -91,6 +91,7 @@ class Trained:
     model: GPT
     encoding: object
     run: Config
+    counts: dict  # how often training read each slot: see teaching.count
 
     def __post_init__(self):
         self.device = next(self.model.parameters()).device
@@ -111,22 +112,16 @@ def open_run(config: SampleConfig) -> Trained:
     """The model of the run or export in config.out_dir. Raises UserError if there is none."""
     out_dir = latest_run() if config.out_dir == "auto" else Path(config.out_dir)
     device = pick_device(config.device)
-    if (out_dir / export.FILE).exists():
-        model, run = export.load(out_dir)
-        about = f"{out_dir}: {run.data}, {run.ffn}"
-    else:
-        folder, header, refused = checkpoint.newest(out_dir)
-        if header is None:
-            raise UserError(f"{checkpoint.none_in(out_dir)}; --out_dir must name the folder of a run")
-        for problem in refused.values():
-            console.print(f"{problem}: using {folder}", soft_wrap=True)
-        run = Config.from_saved(header["config"], out_dir)
-        model = GPT(run)
-        checkpoint.load(folder, model)
-        about = f"{out_dir}: {run.data}, {run.ffn}, {header['iteration']} iterations"
-    encoding = open_tokenizer(run, out_dir / "tokenizer.tiktoken", None)
-    console.print(about, style="dim", soft_wrap=True)
-    return Trained(model.to(device).eval(), encoding, run.replace(out_dir=str(out_dir)))
+    found = teaching.find(out_dir, "out_dir")
+    for problem in found.refused.values():
+        console.print(f"{problem}: using {found.files}", soft_wrap=True)
+    run = found.config
+    model = GPT(run)
+    found.load(model)
+    encoding = open_tokenizer(run, found.tokenizer(), None)
+    iterations = "" if found.iteration is None else f", {found.iteration} iterations"
+    console.print(f"{out_dir}: {run.data}, {run.ffn}{iterations}", style="dim", soft_wrap=True)
+    return Trained(model.to(device).eval(), encoding, run.replace(out_dir=str(out_dir)), found.counts())
 
 
 # ------------------------------------------------------------------------------------------------
@@ -299,7 +294,7 @@ def main(config: SampleConfig):
     """Continues texts, or exports the model."""
     trained = open_run(config)
     if config.export:
-        export.save(config.export, trained.model, trained.encoding, trained.run)
+        export.save(config.export, trained.model, trained.encoding, trained.run, trained.counts)
         hint = f"python sample.py --out_dir={shlex.quote(config.export)}"
         console.print(f"exported to {config.export}; {hint} reads it", soft_wrap=True)
         return

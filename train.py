@@ -5,6 +5,7 @@ Trains a small language model with memory layers, and prints what it has learned
     python train.py --ffn=dense            the same without memory, at equal FLOPs
     python train.py --data=world           facts about cities; facts.jsonl: your own; book.txt: your text
     python train.py configs/world.toml     a recipe; --key=value after it changes a setting
+    python train.py --init_from=out/people-memory --data=facts.jsonl      teach a trained model new facts
     python train.py --help                 every setting
     torchrun --standalone --nproc_per_node=8 train.py       on eight GPUs, or in eight processes on a CPU
 
@@ -38,7 +39,7 @@ from collections.abc import Callable
 import torch
 from rich.console import Console
 
-from nanomem import checkpoint, optim, recall, run, sharding
+from nanomem import checkpoint, optim, recall, run, sharding, teaching
 from nanomem.cli import UserError
 from nanomem.data import DROPOUT, ahead, random_stream
 from nanomem.memory import MemoryTable
@@ -58,7 +59,8 @@ def set_up(given: dict, console: Console) -> run.Job:
         folder, header = run.find_checkpoint(given, out_dir, console)
         config = run.settings(given, out_dir, header)
         device = pick_device(config.device)
-        data = run.open_data_of(config, given, out_dir, header)
+        trained = run.model_to_teach(config, header, console)
+        data = run.open_data_of(config, given, out_dir, header, trained)
         batches, sequences = sharding.share_of_batch(config.batch_size, config.gradient_accumulation_steps)
         run.check_it_fits(config, device)
     same = {"device": device.type, "data": data.digest(), "the checkpoint": folder}
@@ -76,6 +78,9 @@ def set_up(given: dict, console: Console) -> run.Job:
         if config.dtype == "float64":
             model.double()
         use_kernels(model.embedding.weight)  # finds a wrong NANOMEM_KERNELS
+        if trained:
+            trained.load(model)
+        teaching.freeze(model, config.train)
         optimizers = optim.build_optimizer(
             model, config.learning_rate, config.mem_lr, config.weight_decay, mem_beta2=config.mem_beta2)
         if header:
@@ -84,7 +89,10 @@ def set_up(given: dict, console: Console) -> run.Job:
     if header:
         job.step, job.position, job.elapsed = header["iteration"], header["position"], header["elapsed_s"]
         job.saved_step = job.step
+        job.counts = teaching.count_before(checkpoint.read_counts(folder), model, optimizers, job.step)
     with sharding.together():
+        if config.init_from:
+            run.prepare_teaching(job, header, trained, console)
         run.prepare_folder(job, console)
     return job
 
@@ -113,16 +121,16 @@ def wrap(job: run.Job):
 
 
 def train(job: run.Job, console: Console) -> tuple[dict, bool]:
-    """Trains until max_iters or an interrupt. Returns what the last evaluation recalled, and whether it was
-    interrupted.
+    """Trains until max_iters, stop_at or an interrupt. Returns what the last evaluation recalled, and whether
+    it was interrupted.
     """
     config, per_update = job.config, job.config.batch_size * job.config.gradient_accumulation_steps
     forward, parallel = wrap(job)
-    interrupt, interrupted, recalled = run.Interrupt(), False, {}
+    interrupt, interrupted, is_end, recalled = run.Interrupt(), False, False, {}
     display, pace = run.Display(config.max_iters, job.step, console), run.Pace(job)
     updates = ahead(functools.partial(batches_at, job), itertools.count(job.position, per_update))
     with display.bar:
-        while job.step < config.max_iters and not interrupted:
+        while job.step < config.max_iters and not (is_end or interrupted):
             set_learning_rates(job)
             with pace.waiting():
                 passes = next(updates)
@@ -138,9 +146,8 @@ def train(job: run.Job, console: Console) -> tuple[dict, bool]:
             if evaluates or job.step % config.log_interval == 0:
                 record = {"iter": job.step, "train_loss": train_loss} | pace.figures()
                 if evaluates:
-                    # All facts at the end, 400 of each kind before: a second instead of ten.
                     progress = functools.partial(display.evaluating, job.step)
-                    result, recalled = evaluate(job, run.MOST_ASKED if is_end else 400, progress)
+                    result, recalled, is_end = evaluate_or_end(job, is_end, progress)
                     run.stop_unless_finite(result["val_loss"], "the validation loss", job.step, job.out_dir)
                     record |= result
                     display.line(record)
@@ -152,7 +159,7 @@ def train(job: run.Job, console: Console) -> tuple[dict, bool]:
                     job.save()
                 except UserError as error:  # a full disk: there may be room the next time
                     console.print(f"{error}; training continues", soft_wrap=True)
-    return recalled, job.step < config.max_iters
+    return recalled, interrupted and not is_end
 
 
 def backward(job, forward, parallel, passes):
@@ -165,19 +172,23 @@ def backward(job, forward, parallel, passes):
     counts = [job.count_targets(y) for _, y in passes]
     (all_targets,) = sharding.total(sum(counts))  # of all passes, in all processes
     train_loss = 0.0
-    for (x, y), count in zip(passes, counts):
-        is_last = y is passes[-1][1]
-        with parallel.no_sync() if parallel and not is_last else contextlib.nullcontext():
-            with job.autocast:
-                loss = forward(*job.mine(x, y))[1] * (count / max(1, all_targets))
-            loss.backward()
-        train_loss += loss.item()
+    observing = observe_lookups(job.model, job.top_slots) if job.top_slots else contextlib.nullcontext()
+    with observing:
+        for (x, y), count in zip(passes, counts):
+            is_last = y is passes[-1][1]
+            with parallel.no_sync() if parallel and not is_last else contextlib.nullcontext():
+                with job.autocast:
+                    loss = forward(*job.mine(x, y))[1] * (count / max(1, all_targets))
+                loss.backward()
+            train_loss += loss.item()
     return train_loss
 
 
 def update(job):
     """Adds up the tables' gradients over the processes, clips, and steps the optimizers."""
     sharding.add_replicas(job.model)
+    if job.top_slots:
+        job.top_slots.restrict()
     for norm in optim.clip_gradients(job.model, job.config.grad_clip or math.inf):
         run.stop_unless_finite(norm.item(), "the gradient's norm", job.step + 1, job.out_dir)
     for optimizer in job.optimizers:
@@ -214,22 +225,19 @@ def evaluate(job: run.Job, most: int, progress: Callable[[float], None]) -> tupl
     processes share the batches of the loss. Each of them computes all of the recall, which is quick, since
     they read their tables together.
     """
-    config, data = job.config, job.data
+    data = job.data
     job.model.eval()
-    usage, losses, targets = SlotUsage(), 0.0, 0
+    usage, recalled = SlotUsage(), {}
     with job.autocast:
         with observe_lookups(job.model, usage):
-            for i in range(config.eval_iters):
-                x, y = data.batch("val", i * config.batch_size, config.batch_size)
-                count = job.count_targets(y)
-                losses += job.model(*job.mine(x, y))[1].item() * count
-                targets += count
-                if not data.facts:  # otherwise the recall takes nearly all of the time
-                    progress((i + 1) / config.eval_iters)
-        recalled = recall.measure(job.model, data.sentences, most, progress) if data.facts else {}
+            # The recall of facts takes nearly all of the time.
+            result = {"val_loss": loss_on(job, data, progress=None if data.facts else progress)}
+        if data.facts:
+            recalled = recall.measure(job.model, data.sentences, most, progress)
+        old = ask_earlier(job, most)
+    result |= teaching.figures(job.earlier, old)
+    job.still_known = [earlier.describe(now) for earlier, now in zip(job.earlier, old)]
     job.model.train()
-    losses, targets = sharding.total(losses, targets)
-    result = {"val_loss": losses / max(1, targets)}
     if data.facts:
         main = recalled.get("report", recalled["taught"])  # facts without questions have only taught prompts
         result["recall"] = main["all"]
@@ -247,6 +255,53 @@ def evaluate(job: run.Job, most: int, progress: Callable[[float], None]) -> tupl
     return result, recalled
 
 
+def loss_on(job: run.Job, data, progress: Callable[[float], None] | None = None) -> float:
+    """The mean loss of eval_iters batches of the val split, which the processes share."""
+    losses, targets, size = 0.0, 0, job.config.batch_size
+    for i in range(job.config.eval_iters):
+        x, y = data.batch("val", i * size, size)
+        count = job.count_targets(y)
+        losses += job.model(*job.mine(x, y))[1].item() * count
+        targets += count
+        if progress:
+            progress((i + 1) / job.config.eval_iters)
+    losses, targets = sharding.total(losses, targets)
+    return losses / max(1, targets)
+
+
+def evaluate_or_end(
+        job: run.Job, is_end: bool, progress: Callable[[float], None]) -> tuple[dict, dict, bool]:
+    """What `evaluate` returns, and whether the run ends here, because of max_iters or of stop_at.
+
+    Before the end, it asks about 400 facts of each kind: a second instead of ten.
+    """
+    result, recalled = evaluate(job, run.MOST_ASKED if is_end else 400, progress)
+    share = job.config.stop_share()
+    if not is_end and recalled and recalled["taught"]["all"] >= share:
+        result, recalled = evaluate(job, run.MOST_ASKED, progress)
+        is_end = recalled["taught"]["all"] >= share
+    return result, recalled, is_end
+
+
+@torch.no_grad()
+def measure_before(job: run.Job, console: Console):
+    """Measures what a model that is taught knows of earlier data."""
+    if not job.earlier or job.saved_step is not None:
+        return
+    job.model.eval()
+    with console.status("asking what it knows already"), job.autocast:
+        known = ask_earlier(job, run.MOST_ASKED)
+    for earlier, before in zip(job.earlier, known):
+        earlier.before = before
+    job.model.train()
+    job.write_metrics({"iter": 0, "tokens": 0, "elapsed_s": 0.0} | teaching.figures(job.earlier, known))
+
+
+def ask_earlier(job: run.Job, most: int) -> list:
+    """What the model knows of each set of earlier data: see teaching.Earlier.measure."""
+    return [old.measure(job.model, most, functools.partial(loss_on, job)) for old in job.earlier]
+
+
 def main(given: dict):
     """One run."""
     keep_freed_memory()
@@ -256,6 +311,7 @@ def main(given: dict):
     with one_line_errors(sharding.stop):
         job = set_up(given, console)
     run.describe(job, console)
+    measure_before(job, console)
     recalled, interrupted = train(job, console)
     if job.saved_step != job.step:
         with one_line_errors(sharding.stop):
@@ -269,6 +325,8 @@ def main(given: dict):
         run.report_facts(job, recalled, console)
     else:
         run.report_text(job, console)
+    for line in job.still_known:
+        console.print(f"Taught before: {line}", soft_wrap=True)
     console.print(f"Talk to it: python sample.py --out_dir={shlex.quote(str(job.out_dir))}", soft_wrap=True)
     sharding.stop()
 

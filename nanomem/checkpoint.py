@@ -217,7 +217,7 @@ def _tables(model):
     }
 
 
-def _part(model, optimizers):
+def _part(model, optimizers, counts):
     """What this process writes: (its number, of how many, {name: tensor}, {name: its first row and column}).
 
     The processes of the first group write their columns of the tables. The first of them also writes
@@ -225,7 +225,7 @@ def _part(model, optimizers):
     """
     tables = {f"model.{name}": table for name, table in _tables(model).items()}
     tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
-    tensors |= _optimizer_tensors(model, optimizers)
+    tensors |= _optimizer_tensors(model, optimizers) | counts
     mesh = next((table.mesh for table in tables.values()), None)
     group, number = mesh.get_coordinate() if mesh else (sharding.rank(), 0)
     if number:
@@ -236,15 +236,16 @@ def _part(model, optimizers):
     return number, count, tensors if group == 0 else {}, begins
 
 
-def save(out_dir: str | Path, model: torch.nn.Module, optimizers: list, header: dict):
+def save(out_dir: str | Path, model: torch.nn.Module, optimizers: list, header: dict,
+         counts: dict | None = None):
     """Writes out_dir/checkpoint-ITERATION, then deletes all but the newest two. All processes call it.
 
-    header: for JSON, with `config` and `iteration`. Raises UserError in all processes if the checkpoint
-    can't be written; those before it are kept.
+    header: for JSON, with `config` and `iteration`. counts: further tensors by name, for `read_counts`.
+    Raises UserError in all processes if the checkpoint can't be written; those before it are kept.
     """
     folder = Path(out_dir) / f"checkpoint-{header['iteration']}"
     temporary = folder.with_name(folder.name + ".tmp")
-    number, count, tensors, begins = _part(model, optimizers)
+    number, count, tensors, begins = _part(model, optimizers, counts or {})
     files = [temporary / f"part-{i + 1}-of-{count}.safetensors" for i in range(count)]
     is_main = sharding.rank() == 0
     try:
@@ -282,10 +283,26 @@ def _move_into_place(temporary, folder):
         shutil.rmtree(old, ignore_errors=True)
 
 
-def load(folder: Path, model: torch.nn.Module, optimizers: list = ()):
+COUNTS = ("reads.", "updates")  # how the names of counts begin; see teaching.py
+
+
+def read_counts(folder: Path) -> dict[str, torch.Tensor]:
+    """The counts in a checkpoint or an export; {} if it has none. Raises UserError for a damaged file."""
+    counts = {}
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                counts |= {name: file.get_tensor(name) for name in file.keys() if name.startswith(COUNTS)}
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} can't be loaded ({error})") from None
+    return counts
+
+
+def load(folder: Path, model: torch.nn.Module, optimizers: list = (), prefix: str = "model."):
     """Fills model and optimizers from a checkpoint, each process with the columns it holds.
 
-    Raises UserError if a file is damaged, or of a model of another shape.
+    prefix: what names of parameters begin with; "" in an export. Raises UserError if a file is damaged, or of
+    a model of another shape.
     """
     import torch.distributed.checkpoint as dcp  # takes a second: only when it is needed
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
@@ -295,7 +312,7 @@ def load(folder: Path, model: torch.nn.Module, optimizers: list = ()):
     try:
         reader = HuggingFaceStorageReader(str(folder))
         saved = reader.read_metadata().state_dict_metadata
-        target = _target(folder, saved, model, optimizers)
+        target = _target(folder, saved, model, optimizers, prefix)
         with warnings.catch_warnings():
             warnings.filterwarnings(
                 "ignore", "torch.distributed is disabled"
@@ -305,7 +322,7 @@ def load(folder: Path, model: torch.nn.Module, optimizers: list = ()):
         raise UserError(f"{folder} can't be loaded ({error})") from None
 
 
-def _target(folder, saved, model, optimizers):
+def _target(folder, saved, model, optimizers, prefix):
     """{name: the tensor to fill} for what a checkpoint has saved. Makes the optimizers' state."""
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
@@ -314,21 +331,21 @@ def _target(folder, saved, model, optimizers):
         whole = p.detach()
         if name in tables:
             whole = DTensor.from_local(whole, tables[name].mesh, [Replicate(), Shard(1)], run_check=False)
-        if f"model.{name}" not in saved:
+        if prefix + name not in saved:
             raise UserError(f"{folder} has no parameter {name}: another version of nanomem, "
                             "or another kind of model, saved it")
-        shape = tuple(saved[f"model.{name}"].size)
+        shape = tuple(saved[prefix + name].size)
         if shape != tuple(whole.shape):
             raise UserError(f"{folder}: {name} has shape {shape}, the model's is {tuple(whole.shape)}")
-        target[f"model.{name}"] = whole
-        prefix = f"optimizer.{name}."
+        target[prefix + name] = whole
+        begin = f"optimizer.{name}."
         for optimizer in optimizers:
             if not any(p is q for param_group in optimizer.param_groups for q in param_group["params"]):
                 continue
             optimizer.state[p] = {}
             for key, about in saved.items():
-                if key.startswith(prefix):
+                if key.startswith(begin):
                     tensor = torch.empty(about.size, dtype=about.properties.dtype, device=p.device)
-                    optimizer.state[p][key.removeprefix(prefix)] = tensor
+                    optimizer.state[p][key.removeprefix(begin)] = tensor
                     target[key] = tensor
     return target

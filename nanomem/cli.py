@@ -27,20 +27,37 @@ class UserError(Exception):
 # Settings
 
 
-def setting(default, help, choices=None, section=None, path=False, least=None, below=None, alone=None):
+def setting(default, help, choices=None, section=None, path=False, least=None, below=None, alone=None,
+            instead=None):
     """A dataclass field with a line of help.
 
     choices: the values allowed. least, below: the limits of a number, for check_limits. section: begins a
-    section of --help. path: a ~ means the home folder. alone: what --name means without a value.
+    section of --help. path: a ~ means the home folder. alone: what --name means without a value. instead:
+    {setting: the default when that setting is given}.
     """
-    about = dict(
-        help=help, choices=choices, section=section, path=path, least=least, below=below, alone=alone)
+    about = dict(help=help, choices=choices, section=section, path=path, least=least, below=below,
+                 alone=alone, instead=instead or {})
     return dataclasses.field(default=default, metadata=about)
+
+
+def settings_of(cls) -> dict:
+    """{name: field} of a dataclass's settings. Fields without help are saved with them but can't be given."""
+    return {f.name: f for f in dataclasses.fields(cls) if "help" in f.metadata}
+
+
+def defaults_beside(cls, given: dict) -> dict:
+    """{name: default} of the settings whose default is another one beside those that are given."""
+    defaults = {}
+    for name, f in settings_of(cls).items():
+        for other, default in f.metadata["instead"].items():
+            if given.get(other):
+                defaults[name] = default
+    return defaults
 
 
 def check_limits(config):
     """Raises ValueError naming the first setting of a dataclass that is outside its limits."""
-    for f in dataclasses.fields(config):
+    for f in settings_of(config).values():
         value, least, below = getattr(config, f.name), f.metadata["least"], f.metadata["below"]
         if least is None:
             continue
@@ -60,7 +77,7 @@ def parse(cls, argv: list[str]) -> dict:
     An argument without -- names a recipe, a file of settings; what follows on the command line takes
     precedence. Raises UserError for an unknown name or an invalid value; prints help and exits for --help.
     """
-    settings = {f.name: f for f in dataclasses.fields(cls)}
+    settings = settings_of(cls)
     recipe, given = {}, {}
     for argument in argv:
         if argument in ("-h", "--help"):
@@ -114,7 +131,10 @@ OTHER_NAMES = {
     "n_entities": "entities people n_people cities n_cities",
     "data": "dataset data_dir",
     "out_dir": "out output output_dir dir",
-    "resume": "init_from load",
+    "init_from": "init init_model pretrained finetune teach load",
+    "train": "trainable train_only finetune_only",
+    "mem_top_slots": "top_slots top_t",
+    "stop_at": "early_stopping target_recall",
     "start": "prompt question",
     "num_samples": "samples n_samples",
     "max_new_tokens": "tokens max_tokens n_tokens",
@@ -185,13 +205,15 @@ def print_help(cls):
         for f in fields:
             named = [choice for choice in f.metadata["choices"] or () if choice]
             choices = f" ({'|'.join(named)})" if named else ""
-            print(f"  --{f.name + '=' + default_text(f):<34} {f.metadata['help']}{choices}")
+            others = [f"; {value} with --{name}" for name, value in f.metadata["instead"].items()]
+            about = f.metadata["help"] + "".join(others) + choices
+            print(f"  --{f.name + '=' + default_text(f):<34} {about}")
 
 
 def sections(cls) -> dict:
     """{title: its fields}, in the order of --help."""
     found, title = {}, None
-    for f in dataclasses.fields(cls):
+    for f in settings_of(cls).values():
         title = f.metadata["section"] or title
         found.setdefault(title, []).append(f)
     return found
@@ -231,7 +253,9 @@ def read_recipe(cls, name: str) -> dict:
         raise UserError(f"{path} is not a recipe: {error}") from None
     if not isinstance(found, dict):
         raise UserError(f"{path} is not a recipe: expected settings by name, got {type(found).__name__}")
-    settings = {f.name: f for f in dataclasses.fields(cls)}
+    if path.suffix == ".json":  # that of a run: its folder and what its model knew are not part of a recipe
+        found = {key: value for key, value in found.items() if key not in ("out_dir", "resume", "earlier")}
+    settings = settings_of(cls)
     values = {}
     for key, value in found.items():
         if key not in settings:
@@ -242,9 +266,6 @@ def read_recipe(cls, name: str) -> dict:
             values[key] = convert(settings[key], text)
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
-    if path.suffix == ".json":  # that of a run: its own folder is not part of the recipe
-        for key in ("out_dir", "resume"):
-            values.pop(key, None)
     return values
 
 

@@ -98,29 +98,57 @@ class Config(GPTConfig):
     data: str = setting(
         "people", f"{datasets.help_text()}, a .jsonl file of facts, a text file, or what data/prepare.py "
         "made", section="Data", path=True)
-    n_entities: int = setting(1500, "how many entities, such as people or cities, to learn about")
-    zipf: float = setting(0.6, "the entity of rank r is mentioned in proportion to r ** -zipf", least=0)
+    n_entities: int = setting(
+        1500, "how many entities, such as people or cities, to learn about", instead={"init_from": 200})
+    people_seed: int = setting(
+        0, "random seed of data=people: other people for each; 0: --seed", least=0, below=2**63)
+    zipf: float = setting(
+        0.6, "the entity of rank r is mentioned in proportion to r ** -zipf", least=0,
+        instead={"init_from": 0.0})
     tokenizer: str = setting(
         "auto", "bytes, bpe (trained on the data), a .tiktoken file, or one of tiktoken's such as gpt2; "
         "auto: that of the set of facts, bytes for your own files", path=True)
     seed: int = setting(1337, "random seed for weights, batches and invented people", least=0, below=2**63)
+    earlier: list = dataclasses.field(default_factory=list)  # taught before, by runs that init_from names:
+    # for each run a dict of its settings in DESCRIBES_DATA
 
     batch_size: int = setting(32, "sequences per forward and backward pass", section="Training", least=1)
     gradient_accumulation_steps: int = setting(1, "passes per update", least=1)
-    max_iters: int = setting(2560, "updates", least=0)
-    learning_rate: float = setting(8e-3, "peak learning rate of everything but the tables", least=0)
-    mem_lr: float = setting(3e-2, "peak learning rate of the tables' values", least=0)
+    max_iters: int = setting(2560, "updates", least=0, instead={"init_from": 150})
+    learning_rate: float = setting(
+        8e-3, "peak learning rate of everything but the tables", least=0, instead={"init_from": 1e-3})
+    mem_lr: float = setting(
+        3e-2, "peak learning rate of the tables' values", least=0, instead={"init_from": 0.16})
     mem_beta2: float = setting(
         0.99, "decay of the values' second moment, one number per slot; "
         "0: scale each step by its own gradient", least=0, below=1)
-    min_lr: float = setting(8e-4, "learning rate at the end; that of the values falls in proportion", least=0)
-    warmup_iters: int = setting(100, "updates over which the learning rates rise from 0", least=0)
+    min_lr: float = setting(
+        8e-4, "learning rate at the end; that of the values falls in proportion", least=0,
+        instead={"init_from": 1e-4})
+    warmup_iters: int = setting(
+        100, "updates over which the learning rates rise from 0", least=0, instead={"init_from": 0})
     weight_decay: float = setting(0.1, "AdamW's weight decay of matrices", least=0)
     mem_parallel: int = setting(
         0, "processes to split the tables' columns over, under torchrun; "
         "0: all of them (PEER's tables are never split)", least=0)
     grad_clip: float = setting(
         1.0, "largest norm of the gradient, for the tables and for the rest separately; 0: no limit", least=0)
+
+    init_from: str = setting(
+        "", "teach the model in this folder, of a run or an export; its shape and tokenizer stay",
+        section="Teaching", path=True)
+    train: str = setting(
+        "auto", "what to train: values of memory tables, core (all else); auto: values of a model with memory "
+        "that is taught, otherwise all", choices=("auto", "all", "values", "core"))
+    mem_idf: float = setting(
+        0.0, "multiply each slot's steps by idf ** mem_idf; idf is 1 for a slot that earlier training never "
+        "read, and falls to 0 for those that each update read", least=0, instead={"init_from": 1.0})
+    mem_top_slots: int = setting(
+        0, "change only this many slots per update: those that its batch reads most and earlier training read "
+        "least; 0: all that are read", least=0)
+    stop_at: float = setting(
+        -1.0, "stop when this share of the taught prompts is answered; 0: never; "
+        "-1: 1 for your own facts, otherwise never")
 
     out_dir: str = setting(
         "auto", "folder for checkpoints, settings and metrics; auto: out/DATA-FFN", section="Run", path=True)
@@ -131,7 +159,9 @@ class Config(GPTConfig):
         "float64: everything, for checking", choices=("auto", "float32", "bfloat16", "float64"))
     compile: bool = setting(False, "torch.compile the model")
     deterministic: bool = setting(False, "on cuda too, make the same seed give the same run bit for bit")
-    eval_interval: int = setting(320, "updates between evaluations, each followed by a checkpoint", least=1)
+    eval_interval: int = setting(
+        320, "updates between evaluations, each followed by a checkpoint; at most 100 where stop_at applies",
+        least=1, instead={"init_from": 50})
     eval_iters: int = setting(10, "batches per evaluation", least=1)
     log_interval: int = setting(10, "updates between lines of metrics", least=1)
 
@@ -156,8 +186,26 @@ class Config(GPTConfig):
     def fixed_on_resume(cls) -> set[str]:
         """The settings that decide what a run computes, which can't change when it is resumed."""
         fixed = {f.name for f in dataclasses.fields(GPTConfig) + tuple(sections(cls)["Data"])}
+        fixed |= {"init_from", "train", "mem_idf", "mem_top_slots"}
         # The tokenizer may have fewer tokens than vocab_size asked for.
         return fixed - {"vocab_size", "moe_balance"}
+
+    @classmethod
+    def fixed_by_model(cls) -> set[str]:
+        """The settings that a model brings along when it is taught more (init_from)."""
+        shape = {f.name for f in dataclasses.fields(GPTConfig)}
+        # Positions are rotary, so blocks may be longer than those the model has seen.
+        return shape | {"tokenizer"} - {"block_size", "dropout", "moe_balance"}
+
+    def has_tables(self) -> bool:
+        """Whether the model has memory tables."""
+        return kinds.KINDS[self.ffn].has_tables
+
+    def stop_share(self) -> float:
+        """The share of the taught prompts at which training stops; infinity: it doesn't."""
+        if self.stop_at == -1:
+            return 1.0 if self.data.lower().endswith(".jsonl") else math.inf
+        return self.stop_at or math.inf
 
     def shards(self) -> int:
         """How many processes split a table's columns; 0 for all of them."""
@@ -166,8 +214,28 @@ class Config(GPTConfig):
     def check(self):
         """Raises ValueError naming the first invalid setting."""
         super().check()
+        if not (0 <= self.stop_at <= 1 or self.stop_at == -1):
+            raise ValueError(f"stop_at must be from 0 to 1, or -1 for the default; got {self.stop_at}")
+        if self.train == "values" and not self.has_tables():
+            raise ValueError(f"train=values needs memory tables, and ffn={self.ffn} has none")
+        for name in ("mem_idf", "mem_top_slots"):
+            if getattr(self, name):
+                self.check_uses_counts(name)
         if self.dtype == "float64" and self.mem_dtype != "float32":
             raise ValueError(f"dtype=float64 includes the tables; leave out mem_dtype={self.mem_dtype}")
+
+
+    def check_uses_counts(self, name: str):
+        """Raises ValueError where a setting that goes by earlier reads of slots would do nothing."""
+        if not self.init_from:
+            raise ValueError(f"{name} goes by what earlier training has read: it needs init_from")
+        if self.ffn != "memory" or self.train == "core":
+            trained = f"ffn={self.ffn}" if self.ffn != "memory" else "train=core"
+            raise ValueError(f"{name} is for memory tables that are trained, and this run has {trained}")
+
+
+# What says which data a run has.
+DESCRIBES_DATA = ("data", "n_entities", "people_seed", "zipf", "seed")
 
 
 # ------------------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ def random_stream(seed: int, purpose: int, *numbers: int) -> np.random.Generator
 
 
 class FactData:
-    """Blocks of sentences, with at most one sentence or biography about each entity, so that no answer can
+    """Blocks of sentences, with at most one sentence or biography about each subject, so that no answer can
     be copied from earlier in the block.
 
     The split "train" has statements or biographies about all pairs, and questions about the ASKED ones. "val"
@@ -67,13 +67,13 @@ class FactData:
             fit: bool = False):
         self.facts, self.encoding, self.seed = fact_set, encoding, seed
         self.sentences = Sentences(fact_set, encoding)
-        length, entity = self.sentences.longest()
+        length, name = self.sentences.longest()
         if fit and length <= self.LONGEST_FIT:
             block_size = max(block_size, length)
         self.block_size = block_size
         if length > block_size:
             raise ValueError(
-                f"a fact about {fact_set.entities[entity][:60]!r} takes {length} tokens, more than "
+                f"a fact about {name[:60]!r} takes {length} tokens, more than "
                 f"block_size={block_size}: shorten it, or set --block_size={length}")
         self.arrays = SentenceArrays(self.sentences)
         self.most = block_size // self.arrays.shortest() + 1  # documents that begin in a block
@@ -84,7 +84,8 @@ class FactData:
         """A hash of the facts and their tokens, to tell whether two processes have the same."""
         sentences = self.sentences
         tokens = repr((self.facts.entities, sentences.pieces, sentences.names, sentences.values))
-        return digest(tokens.encode(), self.facts.codes)
+        held_out = self.facts.held_out.entities if self.facts.held_out else []
+        return digest(tokens.encode(), self.facts.codes, *[prompt.encode() for prompt in held_out])
 
     def batch(self, split: str, start: int, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Sequences start, start + 1, ... of a split: inputs and targets, (batch_size, block_size) int64
@@ -105,7 +106,7 @@ class FactData:
             can_ask = self.arrays.counts[attributes, 1] > 0
             is_question = can_ask & (role == facts.ASKED) & (uniform[..., 2] < self.QUESTION_SHARE)
 
-        chosen = first_of_each(entities, is_allowed)
+        chosen = first_of_each(self.facts.subjects[entities], is_allowed)
         chosen &= chosen.cumsum(axis=1) <= self.most
         documents = self._documents(
             entities[chosen], attributes[chosen], is_question[chosen], uniform[chosen])

@@ -17,8 +17,8 @@ class DataSet:
 
     Args:
         help: what it is about, for --help.
-        make: (config) -> its FactSet, with config's n_entities, zipf and seed. Raises ValueError for a
-            number of entities that it can't have.
+        make: (config) -> its FactSet, with config's n_entities, zipf and seed, and about no entity of
+            config.earlier. Raises ValueError for a number of entities that it can't have.
     """
 
     help: str
@@ -26,17 +26,23 @@ class DataSet:
 
 
 def make_people(config):
-    """Invented people, different ones for each seed."""
+    """Invented people, different ones for each seed, with no name that an earlier set has."""
     from nanomem import facts
 
-    return facts.people(config.n_entities, config.zipf, config.seed)
+    taken = frozenset()
+    for earlier in config.earlier:
+        if earlier["data"] == "people":
+            seed = earlier["people_seed"] or earlier["seed"]
+            taken |= set(facts.people(earlier["n_entities"], seed=seed, taken=taken).entities)
+    return facts.people(config.n_entities, config.zipf, config.people_seed or config.seed, taken)
 
 
 def make_world(config):
-    """The largest cities of the world."""
+    """The largest cities of the world after those of earlier sets."""
     from nanomem import facts
 
-    return facts.world(config.n_entities, config.zipf)
+    earlier = sum(earlier["n_entities"] for earlier in config.earlier if earlier["data"] == "world")
+    return facts.world(config.n_entities, config.zipf, skip=earlier)
 
 
 DATASETS = {

@@ -84,13 +84,18 @@ class FactSet:
         zipf: entity number r (from 0) is mentioned in proportion to (r + 1) ** -zipf; 0: all equally often.
         biographies: state all facts about an entity together: its name, followed by a statement for each
             attribute. Every attribute then has one statement, of the form "{} ...".
+        subjects: (entities,) integers: entities with the same number are names of the same thing, so their
+            sentences are kept out of each other's context. None: no two are.
+        held_out: facts that are never stated in training, to ask about.
     """
 
     def __init__(
             self, entities: list[str], attributes: tuple[Attribute, ...], values: list, codes: np.ndarray,
-            zipf: float = 0.0, biographies: bool = False):
+            zipf: float = 0.0, biographies: bool = False, subjects: np.ndarray | None = None,
+            held_out: "FactSet | None" = None):
         self.entities, self.attributes, self.values, self.codes = entities, attributes, values, codes
-        self.biographies = biographies
+        self.biographies, self.held_out = biographies, held_out
+        self.subjects = np.arange(len(entities)) if subjects is None else subjects
         frequency = np.arange(1, len(entities) + 1, dtype=np.float64) ** -zipf
         self.frequency = frequency / frequency.sum()
         self.role = self._split()
@@ -140,16 +145,19 @@ class FactSet:
 # Sets of facts
 
 
-def world(n_entities: int = 1000, zipf: float = 0.0) -> FactSet:
-    """The n_entities largest cities of the world and five facts about each (GeoNames, CC BY 4.0).
+def world(n_entities: int = 1000, zipf: float = 0.0, skip: int = 0) -> FactSet:
+    """The n_entities largest cities of the world after the first `skip`, and five facts about each (GeoNames,
+    CC BY 4.0).
 
     Raises ValueError unless n_entities is from 4 to the number of cities in data/world/cities.tsv.gz.
     """
     with gzip.open(shipped("world") / "cities.tsv.gz", "rt", encoding="utf-8") as file:
         rows = [line.rstrip("\n").split("\t") for line in file][1:]  # without the header
-    if not 4 <= n_entities <= len(rows):
-        raise ValueError(f"n_entities for data=world must be from 4 to {len(rows)}, got {n_entities}")
-    names, *columns = zip(*rows[:n_entities])
+    if not 4 <= n_entities <= len(rows) - skip:
+        taught = f" ({skip:,} were taught before)" if skip else ""
+        limit = len(rows) - skip
+        raise ValueError(f"n_entities for data=world must be from 4 to {limit}{taught}, got {n_entities}")
+    names, *columns = zip(*rows[skip:skip + n_entities])
     values, codes = [], []
     for column in columns:
         distinct, numbers = np.unique(column, return_inverse=True)
@@ -158,17 +166,20 @@ def world(n_entities: int = 1000, zipf: float = 0.0) -> FactSet:
     return FactSet(list(names), WORLD_ATTRIBUTES, values, np.stack(codes, axis=1), zipf)
 
 
-def people(n_entities: int = 8000, zipf: float = 0.0, seed: int = 0) -> FactSet:
+def people(
+        n_entities: int = 8000, zipf: float = 0.0, seed: int = 0, taken: frozenset[str] = frozenset()
+) -> FactSet:
     """Invented people with five facts each, like bioS in "Physics of Language Models: Part 3.3" (Allen-Zhu &
     Li 2024).
 
     Every value is drawn uniformly and independently, so the facts about a person are worth exactly
     `bits_per_entity()` = 46.6 bits. Up to 32,768 people have a first name and a surname; with more, all have
-    a middle name too. Raises ValueError unless n_entities is from 4 to the number of names.
+    a middle name too. taken: names that nobody gets. Raises ValueError unless n_entities is from 4 to the
+    number of names.
     """
     lists = json.loads((shipped("people") / "lists.json").read_text(encoding="utf-8"))
     rng = np.random.default_rng(seed)
-    names = draw_names(lists, n_entities, rng)
+    names = draw_names(lists, n_entities, rng, taken)
     dates = [
         f"{day} {month} {year}"
         for month in lists["months"] for day in range(1, 29) for year in range(1900, 2100)]
@@ -182,20 +193,23 @@ def people(n_entities: int = 8000, zipf: float = 0.0, seed: int = 0) -> FactSet:
     return FactSet(names, PEOPLE_ATTRIBUTES, values, np.stack(codes, axis=1), zipf, biographies=True)
 
 
-def draw_names(lists, n_entities, rng):
-    """n_entities different full names."""
+def draw_names(lists, n_entities, rng, taken):
+    """n_entities different full names, none of them taken."""
     given_names = lists["first names"]
     surnames = [a + b for a in lists["surname beginnings"] for b in lists["surname endings"]]
     parts = [given_names, surnames]
-    if n_entities > len(given_names) * len(surnames):
+    enough = n_entities + len(taken)
+    if enough > len(given_names) * len(surnames):
         parts = [given_names, given_names, surnames]
     sizes = [len(part) for part in parts]
     limit = math.prod(sizes)
-    if not 4 <= n_entities <= limit:
+    if not (4 <= n_entities and enough <= limit):
+        limit -= len(taken)
         raise ValueError(f"n_entities for data=people must be from 4 to {limit}, got {n_entities}")
-    numbers = rng.choice(limit, n_entities, replace=False)  # a full name's number says which parts it has
+    numbers = rng.choice(limit, enough, replace=False)  # a full name's number says which parts it has
     columns = [np.array(part)[i] for part, i in zip(parts, np.unravel_index(numbers, sizes))]
-    return [" ".join(full_name) for full_name in zip(*columns)]
+    names = [" ".join(full_name) for full_name in zip(*columns)]
+    return [name for name in names if name not in taken][:n_entities]
 
 
 def teaches_facts(data: str) -> bool:
@@ -210,30 +224,45 @@ FACT_LINE = '{"prompt": ..., "answer": ...}'
 
 def from_jsonl(path: str | Path) -> FactSet:
     """A user's own facts: one {"prompt": ..., "answer": ...} per line, where the answer is a string or a
-    list of accepted strings.
+    list of accepted strings. "also", a list of other wordings of the prompt, is optional: the first, third,
+    ... are never taught and serve to ask; the others are taught.
 
     Raises ValueError naming file and line for anything else.
     """
-    answers = {}  # prompt -> accepted answers
+    line_of, answers = {}, []  # wording -> number of its fact; the facts' accepted answers
+    taught, held_out = [], []  # wordings
     for number, line in enumerate(lines_of(read_text(path)), 1):
         if not line.strip():
             continue
         try:
-            prompt, accepted = read_fact(line, path)
-            if prompt in answers:
-                raise ValueError(f"the prompt {prompt[:60]!r} is there twice; list its answers in one line")
+            prompt, also, accepted = read_fact(line, path)
+            for wording in (prompt, *also):
+                if wording in line_of:
+                    raise ValueError(
+                        f"the prompt {wording[:60]!r} is there twice; list its answers in one line")
+                line_of[wording] = len(answers)
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from None
-        answers[prompt] = accepted
+        answers.append(accepted)
+        taught += [prompt, *also[1::2]]
+        held_out += also[::2]
     if not answers:
         raise ValueError(f"{path}: no facts in it; expected one {FACT_LINE} per line")
-    # Each line becomes an entity, named by its prompt, with one attribute.
-    codes = np.arange(len(answers))[:, None]
-    return FactSet(list(answers), (Attribute("fact", ("{}",)),), [list(answers.values())], codes)
+    asked = facts_of_prompts(held_out, line_of, answers) if held_out else None
+    return facts_of_prompts(taught, line_of, answers, asked)
+
+
+def facts_of_prompts(prompts: list[str], line_of: dict[str, int], answers: list, held_out=None) -> FactSet:
+    """Facts of which each prompt is an entity's name, with one attribute: the answer of its line."""
+    lines = np.array([line_of[prompt] for prompt in prompts])
+    attributes = (Attribute("fact", ("{}",)),)
+    return FactSet(prompts, attributes, [answers], lines[:, None], subjects=lines, held_out=held_out)
 
 
 def read_fact(line, path):
-    """A line's prompt and its tuple of accepted answers. Raises ValueError saying what is wrong with it."""
+    """A line's prompt, its other wordings and its tuple of accepted answers. Raises ValueError saying what is
+    wrong with it.
+    """
     try:
         fact = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -245,16 +274,19 @@ def read_fact(line, path):
         if key not in fact:
             hint = f"; for documents: {prepare_command(shlex.quote(str(path)))}" if "text" in fact else ""
             raise ValueError(f'the key "{key}" is missing{hint}')
-    prompt, accepted = fact["prompt"], fact["answer"]
+    prompt, also, accepted = fact["prompt"], fact.get("also", []), fact["answer"]
     if not isinstance(accepted, list):
         accepted = [accepted]
     if not is_words(prompt):
         raise ValueError('"prompt" must be a string that is not empty')
+    if not isinstance(also, list) or not all(map(is_words, also)):
+        raise ValueError('"also" must be a list of strings, none of them empty')
     if not accepted or not all(map(is_words, accepted)):
         raise ValueError('"answer" must be a string, or a list of strings, none of them empty')
-    if re.search(r"[\ud800-\udfff]", "".join([prompt, *accepted])):
+    if re.search(r"[\ud800-\udfff]", "".join([prompt, *also, *accepted])):
         raise ValueError("half of a \\ud800 pair is not a character")
-    return prompt.strip(), tuple(answer.strip() for answer in accepted)
+    strip = lambda texts: tuple(text.strip() for text in texts)
+    return prompt.strip(), strip(also), strip(accepted)
 
 
 def is_words(value):

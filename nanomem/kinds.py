@@ -25,6 +25,7 @@ class Kind:
         check: (config) raises ValueError for invalid settings.
         sparse: (layer) -> the parameters of which a token uses few, other than MemoryTables.
         sparse_name: what those, or the tables, are called in messages.
+        has_tables: whether its parameters are in MemoryTables.
         splits_tables: whether several processes can split its tables by columns.
     """
 
@@ -34,6 +35,7 @@ class Kind:
     check: Callable = lambda config: None
     sparse: Callable = lambda layer: []
     sparse_name: str = "memory tables"
+    has_tables: bool = False
     splits_tables: bool = True
 
 
@@ -148,11 +150,11 @@ def check_peer(config):
 # ------------------------------------------------------------------------------------------------
 
 KINDS = {
-    "memory": Kind("memory layers", build_memory),
+    "memory": Kind("memory layers", build_memory, has_tables=True),
     "dense": Kind("feed-forward layers, as everywhere else", build=None),
     "moe": Kind("mixtures of experts", build_moe, size_moe, check_moe,
                 sparse=lambda layer: layer.experts.parameters(), sparse_name="experts"),
-    "peer": Kind("PEER layers", build_peer, size_peer, check_peer, splits_tables=False),
+    "peer": Kind("PEER layers", build_peer, size_peer, check_peer, has_tables=True, splits_tables=False),
 }
 SETTINGS = (MixtureSettings, PeerSettings)  # the kinds' own settings, which GPTConfig inherits
 

@@ -76,6 +76,8 @@ class RowAdam(torch.optim.Optimizer):
     Takes sparse gradients; of a dense one it updates the rows that are not zero. A row whose squared norm
     underflows to 0 in float32 counts as zero. process_group: the processes that share the tables' columns
     (sharding.py); moments are then those of whole rows, and the noise is the whole table's.
+
+    row_scale[values], (n_rows,) float32, multiplies the lr of each row of a table. It isn't part of the state.
     """
 
     CHUNK = 2**18  # numbers updated at a time, so that temporaries stay in cache: 1.5 times as fast
@@ -83,7 +85,7 @@ class RowAdam(torch.optim.Optimizer):
     def __init__(self, params, lr: float = 1e-2, beta2: float = 0.99, eps: float = 1e-10, seed: int = 0,
                  process_group: "dist.ProcessGroup | None" = None):
         super().__init__(params, dict(lr=lr, beta2=beta2, eps=eps, seed=seed))
-        self.process_group = process_group
+        self.process_group, self.row_scale = process_group, {}
 
     def add_param_group(self, param_group: dict):
         """As in torch. Raises ValueError for a parameter that is not a table."""
@@ -115,6 +117,7 @@ class RowAdam(torch.optim.Optimizer):
             state["second_moment"] = values.new_zeros(len(values), dtype=torch.float32)
             state["reads"] = values.new_zeros(len(values), dtype=torch.int32)
         second_moment, reads = state["second_moment"], state["reads"]           # v and n: (n_rows,) each
+        row_scale = self.row_scale.get(values)                                  # (n_rows,)
 
         rows, grads = coalesce_gradient_(values, self.process_group)            # (u,), (u, columns)
         columns, first_column, mean_square = grads.shape[1], 0, None
@@ -124,8 +127,8 @@ class RowAdam(torch.optim.Optimizer):
             mean_square = squared_norms(grads, self.process_group) / v_dim      # (u,), of whole rows
 
         if use_kernels(values):
-            kernels.row_adam(
-                values, rows, grads, second_moment, reads, lr, beta2, eps, seed, mean_square, first_column)
+            kernels.row_adam(values, rows, grads, second_moment, reads, lr, beta2, eps, seed, mean_square,
+                             first_column, row_scale)
             return
 
         if mean_square is None:
@@ -137,6 +140,8 @@ class RowAdam(torch.optim.Optimizer):
         n = reads[rows] + 1                                                     # (u,)
         second_moment[rows], reads[rows] = v, n
         factor = lr / ((v / (1 - beta2**n)).sqrt() + eps)                       # (u,)
+        if row_scale is not None:
+            factor = factor * row_scale[rows]
 
         wide = torch.promote_types(values.dtype, torch.float32)  # lr / sqrt(v) can overflow float16
         size = max(1, self.CHUNK // columns)
@@ -147,7 +152,7 @@ class RowAdam(torch.optim.Optimizer):
             values.index_copy_(0, r, new.to(values.dtype))
 
     def __getstate__(self):  # for copies; torch's own leaves the process group out
-        return super().__getstate__() | {"process_group": self.process_group}
+        return super().__getstate__() | {"process_group": self.process_group, "row_scale": self.row_scale}
 
     def load_state_dict(self, state_dict: dict):
         """Loads what state_dict() returned. Unlike torch's, keeps dtypes: the counts stay int32."""
@@ -201,8 +206,9 @@ def build_optimizer(model: nn.Module, learning_rate: float = 1e-3, mem_lr: float
                     mem_beta2: float = 0.99) -> list[torch.optim.Optimizer]:
     """The optimizers for any module with memory layers: [AdamW, RowAdam for the tables].
 
-    Each needs its step() and zero_grad(). A model without tables has no RowAdam, one without other trainable
-    parameters no AdamW. Weight decay applies to matrices and stacks of them, not to vectors, keys or values.
+    Each needs its step() and zero_grad(). A model without trainable tables has no RowAdam, one without other
+    trainable parameters no AdamW. Weight decay applies to matrices and stacks of them, not to vectors, keys
+    or values.
     """
     core = [p for p in _outside_tables(model) if p.requires_grad]
     matrices = dict(params=[p for p in core if p.dim() in (2, 3)], weight_decay=weight_decay)
@@ -212,7 +218,7 @@ def build_optimizer(model: nn.Module, learning_rate: float = 1e-3, mem_lr: float
         fused = all(p.device.type in ("cpu", "cuda") for p in core)
         groups = [group for group in (matrices, others) if group["params"]]
         optimizers.append(torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused))
-    tables = tables_of(model)
+    tables = [table for table in tables_of(model) if table.values.requires_grad]
     if tables:
         values, process_group = [table.values for table in tables], process_group_of(tables[0])
         optimizers.append(RowAdam(values, lr=mem_lr, beta2=mem_beta2, process_group=process_group))

@@ -72,29 +72,37 @@ def measure(
     """What a model recalls: {"select": scores, "report": scores, "taught": scores}, as `scores` returns
     them, each from at most `most` pairs.
 
-    select and report use questions about pairs that training never asked about; taught uses statements,
-    about all pairs. A kind without pairs is left out. Every call uses the same pairs. progress is called with
+    select and report use questions about pairs that training never asked about, or report uses the wordings
+    of facts.held_out; taught uses statements, about all pairs. A kind without pairs is left out. Every call uses the same pairs. progress is called with
     the share of the work that is done.
     """
     facts, measured = sentences.facts, {}
     kinds = {"select": facts.role == SELECT, "report": facts.role == REPORT, "taught": facts.role >= 0}
-    asked = {}
+    asked = {}  # kind -> (sentences, pairs, whether to ask questions)
     for kind, is_of_kind in kinds.items():
-        pairs = np.argwhere(is_of_kind)
-        if len(pairs) > most:
-            chosen = np.random.default_rng(0).choice(len(pairs), most, replace=False)
-            pairs = pairs[chosen]
-        if len(pairs):
-            asked[kind] = pairs
-    total, done = sum(map(len, asked.values())), 0
-    for kind, pairs in asked.items():
+        if is_of_kind.any():
+            asked[kind] = sentences, choose_pairs(is_of_kind, most), kind != "taught"
+    if facts.held_out:  # its wordings are never taught, so they are asked as they are
+        every = facts.held_out.role >= 0
+        asked["report"] = sentences.held_out, choose_pairs(every, most), False
+    total, done = sum(len(pairs) for _, pairs, _ in asked.values()), 0
+    for kind, (wordings, pairs, questions) in asked.items():
         def report(share, before=done, pairs=pairs):
             progress((before + share * len(pairs)) / total)
 
-        known = is_recalled(model, sentences, pairs, questions=kind != "taught", progress=report)
-        measured[kind] = scores(facts, pairs, known)
+        known = is_recalled(model, wordings, pairs, questions, progress=report)
+        measured[kind] = scores(wordings.facts, pairs, known)
         done += len(pairs)
     return measured
+
+
+def choose_pairs(is_of_kind: np.ndarray, most: int) -> np.ndarray:
+    """At most `most` of the pairs that are of a kind, the same ones every time: (n, 2)."""
+    pairs = np.argwhere(is_of_kind)
+    if len(pairs) > most:
+        chosen = np.random.default_rng(0).choice(len(pairs), most, replace=False)
+        pairs = pairs[chosen]
+    return pairs
 
 
 def scores(facts: FactSet, pairs: np.ndarray, known: np.ndarray) -> dict[str, float | None]:

@@ -24,8 +24,8 @@ from rich.table import Table
 from rich.text import Text
 from torch.distributed.device_mesh import DeviceMesh
 
-from nanomem import checkpoint, export, facts, optim, sharding, tokenizer
-from nanomem.cli import UserError
+from nanomem import checkpoint, export, facts, optim, sharding, teaching, tokenizer
+from nanomem.cli import UserError, defaults_beside
 from nanomem.config import Config, machine_memory
 from nanomem.data import INDEX, FactData, TextData, open_data
 from nanomem.kinds import KINDS
@@ -50,6 +50,10 @@ class Job:
     position: int = 0  # how many sequences of the training data have been used
     elapsed: float = 0.0  # seconds of training before this process
     saved_step: int | None = None
+    counts: dict = dataclasses.field(default_factory=dict)  # of earlier runs: see teaching.count
+    earlier: list[teaching.Earlier] = dataclasses.field(default_factory=list)
+    top_slots: teaching.TopSlots | None = None
+    still_known: list[str] = dataclasses.field(default_factory=list)  # lines about the earlier data
     metrics: "Metrics | None" = None  # in the first process
 
     def __post_init__(self):
@@ -79,8 +83,9 @@ class Job:
         """Writes a checkpoint. Raises UserError if that fails."""
         header = {"config": dataclasses.asdict(self.config), "data": self.data.digest(),
                   "iteration": self.step, "position": self.position, "elapsed_s": self.seconds(),
-                  "launch": sharding.launch()}
-        checkpoint.save(self.out_dir, self.model, self.optimizers, header)
+                  "launch": sharding.launch(), "earlier": [old.saved() for old in self.earlier]}
+        counts = teaching.count(self.model, self.optimizers, self.step, self.counts)
+        checkpoint.save(self.out_dir, self.model, self.optimizers, header, counts)
         self.saved_step = self.step
 
 
@@ -93,7 +98,9 @@ def folder_of(given: dict) -> Path:
     config = Config(**given)
     out_dir = Path(config.out_dir)
     if config.out_dir == "auto":
-        out_dir = Path(f"out/{Path(config.data).stem}-{config.ffn}")
+        out_dir = automatic_folder(config)
+    if config.init_from and os.path.realpath(out_dir) == os.path.realpath(config.init_from):
+        raise UserError(f"out_dir={out_dir} holds the model to teach; name another folder with --out_dir")
     if os.path.realpath(out_dir) == os.getcwd():
         raise UserError(f"out_dir must be a folder of its own, such as out/mine; got {out_dir}")
     if (out_dir / INDEX).exists():
@@ -104,6 +111,17 @@ def folder_of(given: dict) -> Path:
         raise UserError(f"out_dir={out_dir} has bytes that are not UTF-8, which safetensors can't open; "
                         "choose another with --out_dir") from None
     return out_dir
+
+
+def automatic_folder(config: Config) -> Path:
+    """The folder that out_dir=auto means: out/DATA-FFN, or another name for what a model is taught."""
+    if not config.init_from:
+        return Path(f"out/{Path(config.data).stem}-{config.ffn}")
+    trained = Path(os.path.realpath(config.init_from)).name
+    ffn = trained.rpartition("-")[2]
+    data = Path(config.data).stem + (str(config.people_seed) if config.people_seed else "")
+    name = f"{data}-{ffn}" if ffn in KINDS else f"{data}-{trained}"
+    return Path("out", name if name != trained else f"{name}-taught")
 
 
 def find_checkpoint(given: dict, out_dir: Path, console: Console):
@@ -132,11 +150,17 @@ def find_checkpoint(given: dict, out_dir: Path, console: Console):
 
 
 def settings(given: dict, out_dir: Path, header: dict | None) -> Config:
-    """The settings of the run. A resumed run keeps its settings, except for those given that may change.
+    """The settings of the run. A resumed run keeps its settings, except for those given that may change. One
+    that teaches a trained model takes its shape from it.
 
-    Raises UserError for one that may not, and ValueError for an invalid one.
+    Raises UserError for one that may not change, and ValueError for an invalid one.
     """
     config = Config(**given)
+    if config.init_from and not config.resume:
+        trained = teaching.find(config.init_from, "init_from")
+        config = Config(**defaults_beside(Config, given) | teaching.settings(given, trained))
+    if config.stop_share() <= 1 and "eval_interval" not in given:
+        config.eval_interval = min(config.eval_interval, 100)  # it can stop only where it evaluates
     if config.resume:
         saved = checkpoint.read_json(out_dir / "config.json") or (header and header["config"]) or {}
         before = Config.from_saved(saved, out_dir)
@@ -151,9 +175,21 @@ def settings(given: dict, out_dir: Path, header: dict | None) -> Config:
         if header and config.max_iters < header["iteration"]:
             raise UserError(f"--max_iters={config.max_iters}: the run in {out_dir} has done "
                             f"{header['iteration']} iterations already")
+    if config.train == "auto":
+        config.train = "all"
     config.out_dir = str(out_dir)
     config.check()
     return config
+
+
+def model_to_teach(config: Config, header: dict | None, console: Console) -> teaching.Trained | None:
+    """The trained model that a run starts from; None if there is none, or the run has a checkpoint itself."""
+    if header or not config.init_from:
+        return None
+    trained = teaching.find(config.init_from, "init_from")
+    for problem in trained.refused.values():
+        console.print(f"{problem}: using {trained.files}", soft_wrap=True)
+    return trained
 
 
 def check_it_fits(config: Config, device: torch.device):
@@ -187,18 +223,43 @@ def check_it_fits(config: Config, device: torch.device):
                         "with gradient_accumulation_steps a smaller batch_size trains alike")
 
 
+def prepare_teaching(job: Job, header: dict | None, trained: teaching.Trained | None, console: Console):
+    """Sets what a job that teaches a trained model needs: counts of earlier reads, which slots to spare, and
+    the earlier data. header: that of its own checkpoint, if it has one.
+    """
+    config, tokenizer_path = job.config, job.out_dir / "tokenizer.tiktoken"
+    if trained:
+        job.counts, tokenizer_path = trained.counts(), trained.tokenizer()
+    if "updates" not in job.counts and (config.mem_idf or config.mem_top_slots):
+        raise UserError(f"the model in {config.init_from} was saved by an earlier nanomem, without counts of how "
+                        "often its slots were read; --mem_idf=0 does without them")
+    if config.mem_idf:
+        teaching.spare_slots(job.model, job.optimizers, job.counts, config.mem_idf)
+    if config.mem_top_slots:
+        job.top_slots = teaching.TopSlots(job.model, job.counts, config.mem_top_slots)
+    job.earlier = teaching.open_earlier(config, job.data, tokenizer_path, MOST_ASKED, console)
+    if header:
+        saved = {old["number"]: old for old in header.get("earlier", [])}
+        job.earlier = [old for old in job.earlier if old.number in saved]
+        for old in job.earlier:
+            old.restore(saved[old.number])
+
+
 def lock_existing(out_dir: Path):
     """A lock on out_dir, if it exists. Other processes of the run need none."""
     return checkpoint.lock(out_dir) if sharding.rank() == 0 and out_dir.is_dir() else None
 
 
-def open_data_of(config: Config, given: dict, out_dir: Path, header: dict | None):
+def open_data_of(
+        config: Config, given: dict, out_dir: Path, header: dict | None, trained: teaching.Trained | None):
     """The data of a run, as config says; sets config's vocab_size, block_size and tokenizer to what the
     data has.
 
-    Raises UserError if a resumed run's data has changed.
+    Raises UserError if a resumed run's data has changed, or if a model to teach has another tokenizer.
     """
     saved_tokenizer = out_dir / "tokenizer.tiktoken" if header else None
+    if trained:
+        saved_tokenizer = trained.tokenizer()
     try:
         data = open_data(config, saved_tokenizer, fit="block_size" not in given)
     except ValueError as error:
@@ -207,6 +268,9 @@ def open_data_of(config: Config, given: dict, out_dir: Path, header: dict | None
     if header and header["data"] != data.digest():
         raise UserError(f"--resume: {config.data} has changed since the run in {out_dir} was saved; restore "
                         "the original, or start a new run with another --out_dir")
+    if trained and data.encoding.n_vocab != config.vocab_size:
+        raise UserError(f"{config.data} was prepared with another tokenizer than that of the model in "
+                        f"{trained.folder}: prepare it again with --tokenizer={trained.tokenizer()}")
     config.vocab_size = data.encoding.n_vocab
     config.block_size = getattr(data, "block_size", config.block_size)
     if data.encoding.name in tiktoken.list_encoding_names():
@@ -348,7 +412,7 @@ def evaluated(record: dict, slots: str) -> dict[str, str]:
     texts = {}
     if "bits_per_byte" in record:
         texts["bits"] = f"{record['bits_per_byte']:.3f} bits per byte"
-    for name, key in (("recall", recall_key(record)), (slots, "mem_usage")):
+    for name, key in (("recall", recall_key(record)), ("old kept", "kept_old"), (slots, "mem_usage")):
         if key in record:
             texts[name] = f"{name} {record[key]:.1%}"
     return texts
@@ -483,14 +547,21 @@ def report_facts(job: Job, recalled: dict, console: Console):
             f"The {ENOUGH_READINGS} times of the default run take --max_iters={enough}.", soft_wrap=True)
         if share < 0.01:
             return
-    if "report" in recalled or len(data.facts.attributes) > 1:
+    if len(data.facts.attributes) > 1:
         console.print(recall_table(data, recalled))
     else:
-        count = len(data.facts.entities)
-        prompts = "the prompt" if count == 1 else f"the {count:,} prompts"
-        tried = f" (of {MOST_ASKED:,} that were tried)" if count > MOST_ASKED else ""
-        console.print(f"It completes {share:.1%} of {prompts} it was trained on, word for word{tried}.")
+        console.print(of_prompts(data.facts, share, "it was trained on, word for word"))
+        if data.facts.held_out:
+            console.print(of_prompts(data.facts.held_out, recalled["report"]["all"], "it was never taught"))
     console.print(answer_table(job, recalled))
+
+
+def of_prompts(fact_set: facts.FactSet, share: float, which: str) -> str:
+    """A sentence that says how many prompts the model completes."""
+    count = len(fact_set.entities)
+    prompts = "the prompt" if count == 1 else f"the {count:,} prompts"
+    tried = f" (of {MOST_ASKED:,} that were tried)" if count > MOST_ASKED else ""
+    return f"It completes {share:.1%} of {prompts} {which}{tried}."
 
 
 def readings_per_update(job):
@@ -541,18 +612,22 @@ def recall_table(data: FactData, recalled: dict) -> Table:
 
 def answer_table(job: Job, recalled: dict) -> Table:
     """A few questions, the model's answers and the truth."""
-    data, never_asked = job.data, "report" in recalled
+    never_asked, sentences = "report" in recalled, job.data.sentences
     table = Table(title="Questions it was never asked" if never_asked else "What it was taught")
     for title in ("prompt", "its answer", "truth"):
         table.add_column(title, overflow="fold")
-    pairs = np.argwhere(data.facts.role == (facts.REPORT if never_asked else facts.ASKED))
+    is_reported = sentences.facts.role == (facts.REPORT if never_asked else facts.ASKED)
+    if sentences.held_out:
+        sentences = sentences.held_out
+        is_reported = sentences.facts.role >= 0  # all
+    pairs = np.argwhere(is_reported)
     for entity, a in pairs[:: max(1, len(pairs) // 8)][:8]:
-        attribute = data.facts.attributes[a]
+        attribute = sentences.facts.attributes[a]
         wording = (attribute.questions or attribute.statements)[0]
-        answer = answer_of(job, data.sentences.prompt(entity, wording))
-        accepted = data.facts.answers(entity, a)
+        answer = answer_of(job, sentences.prompt(entity, wording))
+        accepted = sentences.facts.answers(entity, a)
         style = "green" if answer in accepted else "red"
-        question = wording.replace("{}", data.facts.entities[entity])
+        question = wording.replace("{}", sentences.facts.entities[entity])
         table.add_row(question, Text(answer, style=style), accepted[0])
     return table
 

@@ -28,6 +28,7 @@ class Sentences:
 
     def __init__(self, facts: FactSet, encoding: tiktoken.Encoding):
         self.facts, self.encoding = facts, encoding
+        self.held_out = Sentences(facts.held_out, encoding) if facts.held_out else None
         self.end = encoding.eot_token
         # In mid-sentence, a name or answer is encoded with the space before it: " Lagos".
         self.names = {False: self._encode(facts.entities), True: self._encode(facts.entities, before=" ")}
@@ -55,9 +56,9 @@ class Sentences:
         """The tokens of each accepted answer, the taught one first."""
         return self.values[attribute][self.codes[entity][attribute]]
 
-    def longest(self) -> tuple[int, int]:
-        """The number of tokens in the longest document, with its longest accepted answer, and the number of
-        the entity it is about.
+    def longest(self) -> tuple[int, str]:
+        """The number of tokens in the longest document, with its longest accepted answer, and the name of the
+        entity it is about.
         """
         names = {inside: np.array(list(map(len, names))) for inside, names in self.names.items()}
         documents, biography = [], names[False] + 1                              # 1: <|endoftext|>
@@ -72,7 +73,8 @@ class Sentences:
         if self.facts.biographies:
             documents.append(biography)
         lengths = np.max(documents, axis=0)                                      # (entities,)
-        return int(lengths.max()), int(lengths.argmax())
+        longest = int(lengths.max()), self.facts.entities[lengths.argmax()]
+        return max(longest, self.held_out.longest()) if self.held_out else longest
 
 
 class SentenceArrays:

@@ -288,9 +288,14 @@ def make_mesh(device: torch.device, mem_parallel: int) -> DeviceMesh | None:
     return init_device_mesh(device.type, (size() // shards, shards), mesh_dim_names=("replica", "shard"))
 
 
-def data_parallel(model: nn.Module) -> DistributedDataParallel:
-    """torch's DistributedDataParallel (DDP) for everything but the tables. It sums gradients."""
+def data_parallel(model: nn.Module) -> DistributedDataParallel | None:
+    """torch's DistributedDataParallel (DDP) for everything but the tables. It sums gradients.
+
+    None if only tables are trained.
+    """
     values = {id(table.values) for table in tables(model)}
+    if not any(p.requires_grad and id(p) not in values for p in model.parameters()):
+        return None
     in_tables = [name for name, p in model.named_parameters() if id(p) in values]
     constants = [name for name, _ in model.named_buffers()]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, in_tables + constants)

@@ -109,8 +109,9 @@ def checkpoint(out_dir):
     """
     folder = max(Path(out_dir).glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
     parts = [load_file(path) for path in sorted(folder.glob("part-*"))]
+    split = parts[-1] if len(parts) > 1 else {}
     return {
-        name: torch.cat([part[name] for part in parts], dim=1) if name.endswith("table.values") else tensor
+        name: torch.cat([part[name] for part in parts], dim=1) if name in split else tensor
         for name, tensor in parts[0].items()
     }
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 import runs
 
-from nanomem.cli import UserError, parse, read_recipe, shipped
+from nanomem.cli import UserError, parse, read_recipe, settings_of, shipped
 from nanomem.config import Config
 
 RECIPES = sorted(path.stem for path in shipped("configs").glob("*.toml"))
@@ -72,7 +72,7 @@ def test_json_that_is_no_object_is_no_recipe(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", [f.name for f in dataclasses.fields(Config) if f.metadata["least"] is not None]
+    "name", [name for name, f in settings_of(Config).items() if f.metadata["least"] is not None]
 )
 def test_limits_are_checked_and_named(name):
     field = next(f for f in dataclasses.fields(Config) if f.name == name)

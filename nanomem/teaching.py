@@ -1,0 +1,309 @@
+"""
+Teaching a trained model something new without losing the old: train.py's --init_from.
+
+- Only the values of memory tables are trained, unless --train says otherwise. A token changes the few slots
+  that it reads, and most of what was known before lies in other slots.
+- --mem_idf makes the steps of a slot smaller the more often earlier training read it. --mem_top_slots leaves
+  out all but the slots with the highest TF-IDF, as in "Continual Learning via Sparse Memory Finetuning" (Lin
+  et al. 2025, arXiv 2510.15103).
+- What the model knew before is asked again after teaching, wherever the old data can be opened.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from nanomem import checkpoint, export, recall, sharding
+from nanomem.cli import UserError
+from nanomem.config import DESCRIBES_DATA, Config
+from nanomem.data import FactData, TextData, open_data
+from nanomem.facts import REPORT, FactSet
+from nanomem.memory import MemoryTable
+from nanomem.ops import sparse_rows
+from nanomem.optim import RowAdam, coalesce_gradient_, process_group_of, tables_of
+
+# ------------------------------------------------------------------------------------------------
+# The trained model
+
+
+@dataclass
+class Trained:
+    """A trained model on disk: that of a run's newest checkpoint, or an export."""
+
+    folder: Path  # of the run or export
+    files: Path  # the folder of its safetensors files,
+    prefix: str  # in which the names of parameters begin with this
+    config: Config
+    iteration: int | None  # None for an export
+    refused: dict  # newer checkpoints that are damaged: {folder: what is wrong with it}
+
+    def tokenizer(self) -> Path:
+        """The file of its tokenizer."""
+        return self.folder / "tokenizer.tiktoken"
+
+    def load(self, model: torch.nn.Module):
+        """Fills a model of its shape. Raises UserError if a file is damaged."""
+        checkpoint.load(self.files, model, prefix=self.prefix)
+
+    def counts(self) -> dict[str, torch.Tensor]:
+        """How many updates trained it, and how many read each slot: see `count`."""
+        return checkpoint.read_counts(self.files)
+
+
+def find(folder: str | Path, option: str) -> Trained:
+    """The trained model in a folder. Raises UserError, naming the option that names the folder, if there is
+    none.
+    """
+    folder = Path(folder)
+    if (folder / export.FILE).exists():
+        return Trained(folder, folder, "", export.read_config(folder), None, {})
+    files, header, refused = checkpoint.newest(folder)
+    if header is None:
+        raise UserError(
+            f"{checkpoint.none_in(folder)}; --{option} must name the folder of a run or an export")
+    config = Config.from_saved(header["config"], folder)
+    return Trained(folder, files, "model.", config, header["iteration"], refused)
+
+
+def settings(given: dict, trained: Trained) -> dict:
+    """The settings of a run that teaches a trained model: those given, and those that the model brings along.
+
+    Raises UserError for a setting that is given and differs from the model's.
+    """
+    model = {name: getattr(trained.config, name) for name in Config.fixed_by_model()}
+    for name in sorted(given.keys() & model.keys()):
+        if given[name] != model[name]:
+            raise UserError(f"--{name}={given[name]} can't be set with --init_from: the model in "
+                            f"{trained.folder} has {name}={model[name]}")
+    taught = {name: getattr(trained.config, name) for name in DESCRIBES_DATA}
+    brought = model | {"block_size": trained.config.block_size,
+                       "earlier": [*trained.config.earlier, taught]}
+    if given.get("train", "auto") == "auto":
+        brought["train"] = "values" if trained.config.has_tables() else "all"
+    if trained.config.ffn != "memory" or given.get("train") == "core":
+        brought["mem_idf"] = given.get("mem_idf", 0.0)  # nothing to multiply
+    if "block_size" in given:
+        brought["block_size"] = given["block_size"]
+    return given | brought
+
+
+def freeze(model: torch.nn.Module, train: str):
+    """Makes only these parameters trainable: "all", "values" of memory tables, or the "core", all others."""
+    values = {id(table.values) for table in tables_of(model)}
+    for p in model.parameters():
+        part = "values" if id(p) in values else "core"
+        p.requires_grad_(train in ("all", part))
+
+
+# ------------------------------------------------------------------------------------------------
+# Which slots to change
+
+
+def count(model: torch.nn.Module, optimizers: list, updates: int, before: dict) -> dict[str, torch.Tensor]:
+    """How many updates there were, and how many read each slot, in this run and before.
+
+    {"updates": () int64, "reads.NAME": (n_slots,) int32 for each table, NAME being that of its values}
+    before: the same, of earlier runs; {} for none.
+    """
+    counts = {"updates": torch.tensor(updates)}
+    for name, table in named_tables(model):
+        counts[f"reads.{name}"] = torch.zeros(table.n_slots, dtype=torch.int32)
+        for optimizer in optimizers:
+            state = optimizer.state.get(table.values, {})
+            counts[f"reads.{name}"] += state["reads"].cpu() if "reads" in state else 0
+    return {name: number + before.get(name, 0) for name, number in counts.items()}
+
+
+def count_before(saved: dict, model: torch.nn.Module, optimizers: list, updates: int) -> dict:
+    """The counts of earlier runs, of a run whose checkpoint has saved what `count` returned."""
+    of_this_run = count(model, optimizers, updates, before={})
+    return {name: number - of_this_run[name] for name, number in saved.items()}
+
+
+def named_tables(model: torch.nn.Module) -> list[tuple[str, MemoryTable]]:
+    """(name of its values, table) for each memory table."""
+    table_of = {id(table.values): table for table in tables_of(model)}
+    return [(name, table_of[id(p)]) for name, p in model.named_parameters() if id(p) in table_of]
+
+
+def inverse_document_frequency(counts: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    """idf(i) = log((U + 1) / (r(i) + 1)) / log(U + 1), where r(i) of U earlier updates read slot i of the table
+    whose values have this name: (n_slots,) float32.
+
+    1 for a slot that none of them read, 0 for one that all of them read.
+    """
+    updates = counts["updates"] + 1.0
+    return torch.log(updates / (counts[f"reads.{name}"] + 1)) / torch.log(updates)
+
+
+def spare_slots(model: torch.nn.Module, optimizers: list, counts: dict[str, torch.Tensor], power: float):
+    """Makes RowAdam multiply each slot's learning rate by idf ** power."""
+    row_adam = next(optimizer for optimizer in optimizers if isinstance(optimizer, RowAdam))
+    for name, table in named_tables(model):
+        scale = inverse_document_frequency(counts, name) ** power
+        row_adam.row_scale[table.values] = scale.to(table.values.device)
+
+
+class TopSlots:
+    """Restricts an update to the slots that its batch reads most and earlier training read least.
+
+    They are ranked by TF-IDF, c(i) idf(i), as in Lin et al. 2025: c(i) is how often the batch reads slot i.
+    For the document frequency, the paper counts reads in batches of old data. Here RowAdam has counted them
+    during training, so no old data is needed.
+
+    Args:
+        model: whose lookups it observes, with observe_lookups(model, top_slots).
+        counts: of earlier training, from `count`.
+        n_slots: how many slots of each table to keep.
+    """
+
+    def __init__(self, model: torch.nn.Module, counts: dict[str, torch.Tensor], n_slots: int):
+        self.n_slots, self.idf, self.lookups = n_slots, {}, {}
+        for name, table in named_tables(model):
+            self.idf[table] = inverse_document_frequency(counts, name).to(table.values.device)
+            self.lookups[table] = []
+
+    def __call__(self, layer, indices, weights):
+        self.lookups[layer.table].append(indices.flatten())
+
+    @torch.no_grad()
+    def restrict(self):
+        """Drops the gradients of all other slots. To be called after the backward passes of an update."""
+        for table, lookups in self.lookups.items():
+            rows, grads = coalesce_gradient_(table.values, process_group_of(table))   # (u,), (u, columns)
+            reads = torch.zeros(len(rows), device=rows.device)
+            for slots in lookups:
+                reads += torch.bincount(torch.searchsorted(rows, slots), minlength=len(rows))
+            lookups.clear()
+            scores = sharding.add(reads) * self.idf[table][rows]
+            top = scores.topk(min(self.n_slots, len(rows))).indices.sort().values
+            table.values.grad = sparse_rows(rows[top], grads[top], table.values.shape)
+
+
+# ------------------------------------------------------------------------------------------------
+# What is still known
+
+
+@dataclass
+class Earlier:
+    """Data that a model was taught before, and what it knew of it when this run began."""
+
+    number: int  # its place in config.earlier
+    name: str
+    data: FactData | TextData
+    pairs: np.ndarray | None  # (n, 2) the facts to ask about, in random order; None for text
+    before: np.ndarray | float | None = None  # what `measure` returned when the run began
+
+    def measure(self, model: torch.nn.Module, most: int, loss_on: Callable) -> np.ndarray | float:
+        """Which of at most `most` facts the model knows, (n,) bool; or the bits per byte of text.
+
+        loss_on: (data) -> the model's loss on its val split.
+        """
+        if self.pairs is None:
+            return loss_on(self.data) / math.log(2) / self.data.bytes_per_token
+        questions = bool((self.data.facts.role == REPORT).any())
+        return recall.is_recalled(model, self.data.sentences, self.pairs[:most], questions)
+
+    def saved(self) -> dict:
+        """`number` and `before`, for JSON."""
+        is_text = self.pairs is None
+        before = self.before if is_text else np.packbits(self.before).tobytes().hex()
+        return {"number": self.number, "before": before}
+
+    def restore(self, saved: dict):
+        """Sets `before` to what was saved."""
+        self.before = saved["before"]
+        if self.pairs is not None:
+            bits = np.unpackbits(np.frombuffer(bytes.fromhex(self.before), np.uint8))
+            self.before = bits[:len(self.pairs)].astype(bool)
+
+    def describe(self, now: np.ndarray | float) -> str:
+        """What `measure` returned, beside before."""
+        if self.pairs is None:
+            return f"{self.name}: {now:.3f} bits per byte; before, {self.before:.3f}"
+        before = self.before[:len(now)]
+        known, kept = before.sum(), (now & before).sum()
+        share = f" ({kept / known:.1%})" if known else ""
+        return (f"{self.name}: of {known:,} answers that it knew, it still knows {kept:,}{share}; "
+                f"recall {now.mean():.1%}, before {before.mean():.1%}")
+
+
+def open_earlier(config: Config, data, tokenizer: Path, most: int, console: Console) -> list[Earlier]:
+    """The data of config.earlier, as far as it can be opened; prints which can't.
+
+    data: the new data. Facts that it contradicts are not asked about. most: how many facts of each set to ask
+    about at most.
+    """
+    found = []
+    for number, taught in enumerate(config.earlier):
+        before = config.replace(**taught, earlier=config.earlier[:number])
+        try:
+            old = open_data(before, tokenizer)
+        except (OSError, ValueError) as error:
+            console.print(f"can't tell what will still be known of {taught['data']}: {error}", soft_wrap=True)
+            continue
+        pairs = pairs_to_ask(old.facts, data.facts, most) if old.facts else None
+        if pairs is not None and not len(pairs):
+            continue  # the new data has other answers to all of them
+        name = taught["data"]
+        if old.facts and len(old.facts.attributes) > 1:
+            name += f" ({len(old.facts.entities):,} entities)"
+        found.append(Earlier(number, name, old, pairs))
+    return found
+
+
+def pairs_to_ask(old: FactSet, new: FactSet | None, most: int) -> np.ndarray:
+    """At most `most` pairs of entity and attribute, (n, 2): of the reported questions if there are any."""
+    is_asked = old.role == REPORT
+    if not is_asked.any():
+        is_asked[:] = True
+    if new is not None:
+        is_asked &= ~contradicted(old, new)
+    pairs = np.argwhere(is_asked)
+    return pairs[np.random.default_rng(0).permutation(len(pairs))[:most]]
+
+
+def contradicted(old: FactSet, new: FactSet) -> np.ndarray:
+    """Which old facts have a new answer: (entities, attributes) bool."""
+    answers = {}  # prompt -> its new answers
+    for fact_set in (new, new.held_out):
+        for e, entity in enumerate(fact_set.entities if fact_set else []):
+            for a, attribute in enumerate(fact_set.attributes):
+                for wording in attribute.statements + attribute.questions:
+                    answers[wording.replace("{}", entity)] = set(fact_set.answers(e, a))
+    found = np.zeros(old.codes.shape, dtype=bool)
+    for a, attribute in enumerate(old.attributes):
+        for e, entity in enumerate(old.entities):
+            prompts = [wording.replace("{}", entity) for wording in attribute.statements + attribute.questions]
+            given = [answers[prompt] for prompt in prompts if prompt in answers]
+            found[e, a] = any(accepted.isdisjoint(old.answers(e, a)) for accepted in given)
+        subjects = old.subjects[found[:, a]]
+        found[:, a] |= np.isin(old.subjects, subjects)  # its other wordings, too
+    return found
+
+
+def figures(earlier: list[Earlier], measured: list) -> dict:
+    """What each of earlier's `measure` returned, for metrics.jsonl.
+
+    recall_old: the share of old facts that the model recalls. kept_old: of those that it knew before this
+    run, the share that it still knows. bits_per_byte_old: of old text, the mean over texts.
+    """
+    found, facts, texts = {}, [], []
+    for old, now in zip(earlier, measured):
+        if old.pairs is None:
+            texts.append(now)
+        else:
+            facts.append((now, old.before[:len(now)]))
+    if facts:
+        now, before = map(np.concatenate, zip(*facts))
+        found["recall_old"] = float(now.mean())
+        if before.any():
+            found["kept_old"] = float(now[before].mean())
+    if texts:
+        found["bits_per_byte_old"] = sum(texts) / len(texts)
+    return found
