@@ -14,8 +14,8 @@ From top to bottom: set-up, loop, report. What surrounds them is in nanomem/run.
 - out_dir gets config.json, metrics.jsonl and checkpoints; --resume continues as if never stopped, bit for
   bit
 - Ctrl-C saves before it stops
-- several processes share the batches and the columns of memory tables; without dropout, the results do not
-  depend on how many there are, up to rounding
+- several processes share the batches and the columns of memory tables; without --dropout, the results do
+  not depend on how many there are, up to rounding
 """
 
 import sys
@@ -176,12 +176,21 @@ def backward(job, forward, parallel, passes):
     with observing:
         for (x, y), count in zip(passes, counts):
             is_last = y is passes[-1][1]
+            choose_slots_to_leave_out(job)
             with parallel.no_sync() if parallel and not is_last else contextlib.nullcontext():
                 with job.autocast:
                     loss = forward(*job.mine(x, y))[1] * (count / max(1, all_targets))
                 loss.backward()
             train_loss += loss.item()
     return train_loss
+
+
+def choose_slots_to_leave_out(job):
+    """Makes mem_dropout leave out the same slots in all passes of an update and in all processes."""
+    if job.config.mem_dropout:
+        seed = int(random_stream(job.config.seed, DROPOUT, job.step).integers(2**31))
+        for layer in job.model.memory_layers().values():
+            layer.dropout_seed.fill_(seed)
 
 
 def update(job):

@@ -45,6 +45,8 @@ class ModelSettings:
     mem_v_dim: int = setting(0, "length of a value; 0: n_embd", least=0)
     mem_gated: bool = setting(True, "multiply what was read by silu(W_gate x)")
     mem_qk_norm: bool = setting(True, "normalise both halves of queries and keys")
+    mem_dropout: float = setting(
+        0.0, "share of the slots that each training pass leaves out, as dropout does", least=0, below=1)
     mem_share_values: bool = setting(True, "use one table of values for all memory layers")
     mem_dtype: str = setting(
         "float32", "dtype of the values; bfloat16 halves the memory, and updates are rounded stochastically",
@@ -195,7 +197,7 @@ class Config(GPTConfig):
         """The settings that a model brings along when it is taught more (init_from)."""
         shape = {f.name for f in dataclasses.fields(GPTConfig)}
         # Positions are rotary, so blocks may be longer than those the model has seen.
-        return shape | {"tokenizer"} - {"block_size", "dropout", "moe_balance"}
+        return (shape | {"tokenizer"}) - {"block_size", "dropout", "mem_dropout", "moe_balance"}
 
     def has_tables(self) -> bool:
         """Whether the model has memory tables."""

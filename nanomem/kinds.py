@@ -49,7 +49,8 @@ def build_memory(config, make_table):
 
     size = config.mem_n_keys**2, config.mem_v_dim or config.n_embd
     for table in for_each_layer(config, lambda: make_table(*size, dtype=table_dtype(config))):
-        yield ProductKeyMemory(config.n_embd, table, **lookup_options(config), gated=config.mem_gated)
+        yield ProductKeyMemory(config.n_embd, table, **lookup_options(config), gated=config.mem_gated,
+                               dropout=config.mem_dropout)
 
 
 def for_each_layer(config, make):

@@ -49,12 +49,14 @@ class ProductKeyMemory(nn.Module):
         k_dim: length of a query and of a key, an even number; None for dim.
         qk_norm: scale both halves of queries and keys to length 1, and queries by a learned factor per head.
         gated: multiply what was read by silu(W_gate x).
+        dropout: share of the slots that each training pass leaves out. Facts are then spread over more slots
+            than one wording of a question reads, so that other wordings find them too.
     """
 
     def __init__(self, dim: int, table: "MemoryTable", heads: int = 4, knn: int = 32,
-                 k_dim: int | None = None, qk_norm: bool = True, gated: bool = True):
+                 k_dim: int | None = None, qk_norm: bool = True, gated: bool = True, dropout: float = 0.0):
         super().__init__()
-        self.dim, self.heads, self.knn, self.table = dim, heads, knn, table
+        self.dim, self.heads, self.knn, self.table, self.dropout = dim, heads, knn, table, dropout
         self.k_dim = dim if k_dim is None else k_dim
         self.n_keys = math.isqrt(table.n_slots)
         ops.check_layer(self)
@@ -62,6 +64,7 @@ class ProductKeyMemory(nn.Module):
         self.query_proj = ops.Linear(dim, heads * self.k_dim, init=nn.init.xavier_uniform_)
         self.keys = nn.Parameter(torch.empty(heads, 2, self.n_keys, self.k_dim // 2))
         self.qk_scale = nn.Parameter(torch.empty(heads)) if qk_norm else None
+        self.register_buffer("dropout_seed", torch.zeros((), dtype=torch.int64), persistent=False)
         self.reset_parameters()
         self.gate_proj = ops.Linear(dim, table.v_dim, init=normal) if gated else None
         self.out_proj = ops.Linear(table.v_dim, dim, init=normal) if gated or table.v_dim != dim else None
@@ -75,6 +78,9 @@ class ProductKeyMemory(nn.Module):
         indices, weights = self.lookup(tokens)                               # (n, heads, knn) each
         if self.observer is not None:
             self.observer(indices, weights)
+        if self.training and self.dropout:
+            weights = weights * ops.keep_slots(indices, self.dropout, self.dropout_seed)
+            self.dropout_seed += 1  # other slots in the next pass
         # The heads' sums are added up, so one read of heads * knn rows does for all heads.
         y = self.table(indices.flatten(1), weights.flatten(1)).to(x.dtype)   # (n, v_dim)
         if self.gate_proj is not None:
@@ -98,6 +104,7 @@ class ProductKeyMemory(nn.Module):
 
         Normalised halves alone give scores from -2 to 2, for which a softmax over the slots is nearly flat.
         """
+        self.dropout_seed.zero_()
         nn.init.uniform_(self.keys, -(self.k_dim**-0.5), self.k_dim**-0.5)
         if self.qk_scale is not None:
             nn.init.constant_(self.qk_scale, self.k_dim**0.5)

@@ -91,6 +91,23 @@ class Linear(nn.Linear):
             self.init(self.weight)
 
 
+def mix(x: torch.Tensor) -> torch.Tensor:
+    """A hash of 32-bit integers (in int64): every output bit depends on every input bit."""
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+def keep_slots(indices: torch.Tensor, dropout: float, seed: torch.Tensor) -> torch.Tensor:
+    """Dropout of slots: 0 for a share of them, 1 / (1 - dropout) for the others, like indices in shape.
+
+    Which ones depends on seed, () int64, and the slot alone. So all lookups of a slot in a pass agree, in all
+    processes that have the same seed.
+    """
+    is_kept = mix(mix(seed & 0xFFFFFFFF) ^ (indices & 0xFFFFFFFF)) >= dropout * 2**32
+    return is_kept / (1 - dropout)
+
+
 @torch.no_grad()
 def draw_rows(values, v_dim, columns):
     """Fills a table with normal(v_dim ** -0.5) numbers: values (n_slots, len(columns)), some columns of

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nanomem import kernels
 from nanomem.memory import MemoryTable, segment_sum
-from nanomem.ops import sparse_rows, use_kernels
+from nanomem.ops import mix, sparse_rows, use_kernels
 
 
 def squared_norms(grads: Tensor, process_group: "dist.ProcessGroup | None" = None) -> Tensor:
@@ -171,18 +171,11 @@ def stochastic_round(new: Tensor, seed: int, rows: Tensor, reads: Tensor, first_
     they are the same each time. first_column: the number of new's first column in the whole table.
     """
     column = torch.arange(first_column, first_column + new.shape[1], device=new.device)
-    row_seed = _mix(_mix(_mix(reads.long() ^ seed) ^ (rows & 0xFFFFFFFF)) ^ (rows >> 32))
-    noise = _mix((row_seed[:, None] + column * 0x9E3779B9) & 0xFFFFFFFF) >> 16
+    row_seed = mix(mix(mix(reads.long() ^ seed) ^ (rows & 0xFFFFFFFF)) ^ (rows >> 32))
+    noise = mix((row_seed[:, None] + column * 0x9E3779B9) & 0xFFFFFFFF) >> 16
     bits = new.view(torch.int32)
     bits = torch.where(new.isfinite(), bits + noise.int(), bits)
     return (bits & -0x10000).view(torch.float32).bfloat16()
-
-
-def _mix(x):
-    """A hash of 32-bit integers (in int64): every output bit depends on every input bit."""
-    x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
-    x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
-    return x ^ (x >> 16)
 
 
 def process_group_of(table: MemoryTable) -> "dist.ProcessGroup | None":

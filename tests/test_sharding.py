@@ -19,7 +19,7 @@ SMALL = (
 OPTIONS = {
     "shared table": "",
     "tables of their own": "--mem_share_values=false --mem_gated=false --mem_qk_norm=false",
-    "2 passes": "--gradient_accumulation_steps=2",
+    "2 passes": "--gradient_accumulation_steps=2 --mem_dropout=0.25",
     "3 passes": "--gradient_accumulation_steps=3",
     "no clipping": "--grad_clip=0",
     "dense": "--ffn=dense",
@@ -31,6 +31,12 @@ OPTIONS = {
         "--ffn=moe --moe_experts=12 --moe_hidden=4 --moe_balance=0 --gradient_accumulation_steps=2",
     "float32": "--dtype=float32",
     "bfloat16 table": "--dtype=float32 --mem_dtype=bfloat16",
+}
+TAUGHT = {
+    "values": "--mem_top_slots=20",
+    "values, 2 passes": "--gradient_accumulation_steps=2",
+    "everything": "--train=all",
+    "core": "--train=core",
 }
 # How far losses may be apart, relative; for all other options 1e-9, and then the tensors must agree too. In
 # PEER some rows have gradients close to zero: RowAdam steps as far along their rounding errors as along any
@@ -82,8 +88,14 @@ def training(processes, options, facts, folder, *arguments):
     return processes, "train", *[settings(option, facts, folder / option, *arguments) for option in options]
 
 
+def teaching(option, facts, base, out_dir):
+    """train.py's arguments for teaching the model in base, with one of TAUGHT."""
+    return [*SMALL.split(), f"--data={facts}", f"--init_from={base}", "--stop_at=0", *TAUGHT[option].split(),
+            f"--out_dir={out_dir}"]
+
+
 def losses(out_dir):
-    return [record["train_loss"] for record in runs.metrics(out_dir)]
+    return [record["train_loss"] for record in runs.metrics(out_dir) if "train_loss" in record]
 
 
 def check_losses_and_tensors(options, alone, folder):
@@ -114,7 +126,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def results(facts, folder):
+def results(facts, folder, alone):
     """name -> result of every scenario of four or two processes. They share a launch, which saves starting
     processes and importing torch again and again.
     """
@@ -128,6 +140,8 @@ def results(facts, folder):
         "bytes, 1 to a table": (4, "step_bytes", 1),
         "resumed": (2, "resume_at_10", str(folder / "four" / "shared table")),
         "two": training(2, BY_TWO, facts, folder / "two"),
+        "taught": (2, "train", *[
+            teaching(option, facts, alone("shared table"), folder / "taught" / option) for option in TAUGHT]),
         "replicas without a gradient": (2, "replicas_without_a_gradient"),
         "dense gradients of columns": (2, "dense_gradients_of_columns"),
         "disagree": (2, "disagree", str(folder / "disagree")),
@@ -139,6 +153,13 @@ def results(facts, folder):
 
 def test_two_processes_train_as_one(results, alone, folder):
     check_losses_and_tensors(BY_TWO, alone, folder / "two")
+
+
+@pytest.mark.parametrize("option", TAUGHT)
+def test_two_processes_teach_as_one(option, results, facts, alone, folder, tmp_path):
+    runs.run("train.py", *teaching(option, facts, alone("shared table"), tmp_path / "taught"))
+    assert losses(folder / "taught" / option) == pytest.approx(losses(tmp_path / "taught"), rel=1e-9)
+    check_tensors(tmp_path / "taught", folder / "taught" / option)
 
 
 def test_two_groups_of_two_train_as_one(results, alone, folder):
