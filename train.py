@@ -174,9 +174,9 @@ def backward(job, forward, parallel, passes):
     train_loss = 0.0
     observing = observe_lookups(job.model, job.top_slots) if job.top_slots else contextlib.nullcontext()
     with observing:
-        for (x, y), count in zip(passes, counts):
+        for number, (x, y), count in zip(job.batches, passes, counts):
             is_last = y is passes[-1][1]
-            choose_slots_to_leave_out(job)
+            number_tokens(job, number)
             with parallel.no_sync() if parallel and not is_last else contextlib.nullcontext():
                 with job.autocast:
                     loss = forward(*job.mine(x, y))[1] * (count / max(1, all_targets))
@@ -185,12 +185,13 @@ def backward(job, forward, parallel, passes):
     return train_loss
 
 
-def choose_slots_to_leave_out(job):
-    """Makes mem_dropout leave out the same slots in all passes of an update and in all processes."""
-    if job.config.mem_dropout:
-        seed = int(random_stream(job.config.seed, DROPOUT, job.step).integers(2**31))
-        for layer in job.model.memory_layers().values():
-            layer.dropout_seed.fill_(seed)
+def number_tokens(job, batch_number):
+    """Tells the memory layers the number of the next pass's first token: mem_dropout goes by it."""
+    config = job.config
+    sequence = job.position + batch_number * config.batch_size + job.sequences.start
+    for i, layer in job.model.memory_layers().items():
+        start = random_stream(config.seed, DROPOUT, i).integers(2**32)  # another one for each layer and seed
+        layer.tokens_seen.fill_(int(start) + sequence * config.block_size)
 
 
 def update(job):

@@ -49,8 +49,8 @@ class ProductKeyMemory(nn.Module):
         k_dim: length of a query and of a key, an even number; None for dim.
         qk_norm: scale both halves of queries and keys to length 1, and queries by a learned factor per head.
         gated: multiply what was read by silu(W_gate x).
-        dropout: share of the slots that each training pass leaves out. Facts are then spread over more slots
-            than one wording of a question reads, so that other wordings find them too.
+        dropout: share of a token's lookups dropped while training. A fact then has to lie in several slots,
+            so other wordings, which read only some of them, find it too.
     """
 
     def __init__(self, dim: int, table: "MemoryTable", heads: int = 4, knn: int = 32,
@@ -64,7 +64,7 @@ class ProductKeyMemory(nn.Module):
         self.query_proj = ops.Linear(dim, heads * self.k_dim, init=nn.init.xavier_uniform_)
         self.keys = nn.Parameter(torch.empty(heads, 2, self.n_keys, self.k_dim // 2))
         self.qk_scale = nn.Parameter(torch.empty(heads)) if qk_norm else None
-        self.register_buffer("dropout_seed", torch.zeros((), dtype=torch.int64), persistent=False)
+        self.register_buffer("tokens_seen", torch.zeros((), dtype=torch.int64), persistent=False)
         self.reset_parameters()
         self.gate_proj = ops.Linear(dim, table.v_dim, init=normal) if gated else None
         self.out_proj = ops.Linear(table.v_dim, dim, init=normal) if gated or table.v_dim != dim else None
@@ -79,8 +79,8 @@ class ProductKeyMemory(nn.Module):
         if self.observer is not None:
             self.observer(indices, weights)
         if self.training and self.dropout:
-            weights = weights * ops.keep_slots(indices, self.dropout, self.dropout_seed)
-            self.dropout_seed += 1  # other slots in the next pass
+            weights = ops.drop_lookups(weights, self.dropout, self.tokens_seen)
+            self.tokens_seen += len(tokens)
         # The heads' sums are added up, so one read of heads * knn rows does for all heads.
         y = self.table(indices.flatten(1), weights.flatten(1)).to(x.dtype)   # (n, v_dim)
         if self.gate_proj is not None:
@@ -104,7 +104,7 @@ class ProductKeyMemory(nn.Module):
 
         Normalised halves alone give scores from -2 to 2, for which a softmax over the slots is nearly flat.
         """
-        self.dropout_seed.zero_()
+        self.tokens_seen.zero_()
         nn.init.uniform_(self.keys, -(self.k_dim**-0.5), self.k_dim**-0.5)
         if self.qk_scale is not None:
             nn.init.constant_(self.qk_scale, self.k_dim**0.5)

@@ -98,14 +98,17 @@ def mix(x: torch.Tensor) -> torch.Tensor:
     return x ^ (x >> 16)
 
 
-def keep_slots(indices: torch.Tensor, dropout: float, seed: torch.Tensor) -> torch.Tensor:
-    """Dropout of slots: 0 for a share of them, 1 / (1 - dropout) for the others, like indices in shape.
+def drop_lookups(weights: torch.Tensor, share: float, first: torch.Tensor) -> torch.Tensor:
+    """Dropout of weights (n, heads, knn): sets a share of them to 0 and divides the rest by 1 - share.
 
-    Which ones depends on seed, () int64, and the slot alone. So all lookups of a slot in a pass agree, in all
-    processes that have the same seed.
+    Which ones is a hash of the token's number, of which the first is `first`, () int64. So a token's lookups
+    are the same in a resumed run and in any number of processes.
     """
-    is_kept = mix(mix(seed & 0xFFFFFFFF) ^ (indices & 0xFFFFFFFF)) >= dropout * 2**32
-    return is_kept / (1 - dropout)
+    n, lookups = len(weights), weights.shape[1] * weights.shape[2]
+    token = mix((first + torch.arange(n, device=weights.device)) & 0xFFFFFFFF)           # (n,)
+    lookup = torch.arange(lookups, device=weights.device) * 0x9E3779B9
+    is_kept = mix((token[:, None] + lookup) & 0xFFFFFFFF) >= share * 2**32               # (n, lookups)
+    return weights * is_kept.view(weights.shape) / (1 - share)
 
 
 @torch.no_grad()
