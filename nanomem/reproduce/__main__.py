@@ -6,6 +6,7 @@ The paper's claims, small: trains the models of a table or figure with train.py,
     python -m nanomem.reproduce scaling      recall against the number of slots, at equal FLOPs
     python -m nanomem.reproduce ablations    Memory+ with one thing changed at a time
     python -m nanomem.reproduce text         dense, mixture and Memory+ on text (--text=data/wikitext-103)
+    python -m nanomem.reproduce forgetting   what is forgotten while a model is taught new facts, by method
     python -m nanomem.reproduce slots        which slots facts use in a model (--run=out/people-memory)
     python -m nanomem.reproduce page         writes docs/results.md's and README's tables from assets/*.json
 
@@ -26,7 +27,7 @@ from nanomem.config import Config, keep_freed_memory
 from nanomem.datasets import DATASETS
 from nanomem.reproduce.presets import PRESETS
 
-NAMES = ("curves", "table1", "scaling", "ablations", "text", "slots", "page")
+NAMES = ("curves", "table1", "scaling", "ablations", "text", "forgetting", "slots", "page")
 
 
 @dataclass
@@ -40,7 +41,7 @@ class Settings:
     data: str = setting("people", "what the facts are about", tuple(DATASETS))
     text: str = setting(
         "data/wikitext-103", "text to train on: shards that data/prepare.py made, or a text file", path=True)
-    seeds: int = setting(3, "runs of each model of curves, table1, scaling and text")
+    seeds: int = setting(3, "runs of each model of curves, table1, scaling, text and forgetting")
     run: str = setting("out/people-memory", "folder of the trained model that slots looks into", path=True)
     out_dir: str = setting("out/reproduce", "folder for checkpoints and logs of the runs", path=True)
     runs: str = setting("assets/runs", "folder for the results of finished runs", path=True)
@@ -64,6 +65,8 @@ def main():
     Path(settings.assets).mkdir(parents=True, exist_ok=True)
     if command == "slots":
         look_into_slots(settings)
+    elif command == "forgetting":
+        measure_forgetting(settings)
     elif command == "page":
         write_pages(Path(settings.assets))
     else:
@@ -102,6 +105,35 @@ def reproduce(command, settings):
     console.print(figures.markdown(rows))
     if name == command and assets == Path(Settings.assets):
         console.print("python -m nanomem.reproduce page puts it into docs/results.md")
+
+
+def measure_forgetting(settings):
+    """Trains the models to teach, teaches them by each method, and writes a table and a figure."""
+    from rich.console import Console
+
+    from nanomem.reproduce import figures, forgetting, runs
+    from nanomem.reproduce.commands import runs_of
+
+    preset = PRESETS["laptop"]
+    base = Config(**read_recipe(Config, cli.shipped("configs") / f"{preset.recipe}.toml"))
+    dense = base.replace(ffn="dense", learning_rate=1.6e-2, min_lr=1.6e-3, max_iters=4 * base.max_iters)
+    console = Console(highlight=False, soft_wrap=True)
+    out_dir = Path(settings.out_dir) / settings.preset
+    trainer = runs.Trainer(preset.workers, preset.threads, settings.runs, out_dir, console)
+    seeds = list(range(base.seed, base.seed + settings.seeds))
+    models = runs_of({"Memory+": base, "dense, four times as long": dense}, seeds)
+    memory, dense = models.values()
+    trainer.train([*memory, *dense], with_checkpoints=True)
+    folders = {"memory": [trainer.folder(run) for run in memory],
+               "dense": [trainer.folder(run) for run in dense]}
+    taught = Path(settings.runs).with_name("teaching")
+    rows = forgetting.forgetting(folders, seeds, taught, preset.workers, console)
+    results = {"command": command_line("forgetting", settings)} | trainer.provenance()
+    results |= {"commit": runs.commit(), "seeds": seeds, "rows": rows}
+    assets = Path(settings.assets)
+    save(results, assets / "forgetting.json")
+    figures.draw("forgetting", rows, assets / "forgetting.png")
+    console.print(figures.forgetting_table(rows))
 
 
 def save(results, path):

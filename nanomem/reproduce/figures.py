@@ -77,6 +77,20 @@ def slots_table(rows: list[dict]) -> str:
     return table(header + [f"overlap with {name}" for name in compared], cells)
 
 
+def forgetting_table(rows: list[dict]) -> str:
+    """What `forgetting` found as a Markdown table."""
+    header = ["what is trained", "rate", "kept where 90% of the new is known, %, each seed", "most of the new, %",
+              "kept at the end, %", "first of ten rounds known after the last, %"]
+    cells = []
+    for row in rows:
+        kept = ["never" if share is None else f"{100 * share:.1f}" for share in row["kept"]]
+        most = percent([max(point["new"] for point in curve) for curve in row["curves"]])
+        at_end = percent([curve[-1]["kept"] for curve in row["curves"]])
+        first = percent([known[-1] for known in row.get("rounds_first", [])])
+        cells.append([row["model"], f"{row['rate']:g}", ", ".join(kept), most, at_end, first])
+    return table(header, cells)
+
+
 # ------------------------------------------------------------------------------------------------
 # Figures
 
@@ -116,6 +130,33 @@ CURVES = {
     "dense, 4x": ("#2f4858", "-"),
     "mixture of experts": ("#7a5195", "-"),
 }  # model -> color, line style
+
+
+def draw_forgetting(rows):
+    """The share kept of the old facts against new facts learnt; and what is known of ten rounds."""
+    figure, (axis, rounds) = pyplot().subplots(1, 2, figsize=(11, 4.4), layout="constrained")
+    for row, color in zip(rows, pyplot().cm.tab10.colors):
+        means = []
+        for points in zip(*row["curves"]):
+            means.append([statistics.mean(point[key] for point in points) for key in ("new", "kept")])
+        axis.plot(*zip((0, 1), *means), ".-", color=color, label=row["model"])
+        if "rounds_at_end" in row:
+            known = [statistics.mean(seeds) for seeds in zip(*row["rounds_at_end"])]
+            rounds.plot(range(1, len(known) + 1), known, ".-", color=color, label=row["model"])
+            for seed in row["rounds_at_end"]:
+                rounds.plot(range(1, len(seed) + 1), seed, color=color, linewidth=0.7, alpha=0.6)
+    axis.set_xlabel("new facts known, never asked")
+    axis.set_title("old facts kept, of those known before (mean of seeds)", fontsize=10)
+    rounds.set_xlabel("round of 200 new people")
+    rounds.set_title("known of each round after the last", fontsize=10)
+    for each in (axis, rounds):
+        in_percent(each.yaxis)
+        each.set_ylim(0, 1.02)
+        each.grid(alpha=0.3)
+    in_percent(axis.xaxis)
+    axis.legend(fontsize=7)
+    rounds.legend(fontsize=7)
+    return figure
 
 
 def draw_scaling(rows):
@@ -222,4 +263,5 @@ DRAWN = {
     "scaling": draw_scaling,
     "text": draw_models,
     "slots": draw_slots,
+    "forgetting": draw_forgetting,
 }

@@ -86,4 +86,5 @@ TABLES = {
     "ablations": figures.markdown,
     "text": figures.markdown,
     "slots": figures.slots_table,
+    "forgetting": figures.forgetting_table,
 }  # name in a page and of a file in assets -> function of its rows

@@ -107,17 +107,20 @@ class Trainer:
         self.results, self.out_dir, self.console = Path(results), Path(out_dir), console
         self.used = {}  # file name -> result, of all runs that were asked for
 
-    def train(self, runs: list[Run], if_diverged: dict | None = None) -> dict[str, dict]:
+    def train(
+            self, runs: list[Run], if_diverged: dict | None = None,
+            with_checkpoints: bool = False) -> dict[str, dict]:
         """Trains what has no result yet. Returns {run's name: the last line of its metrics}.
 
-        if_diverged: metrics that stand for those of a run that diverged. Raises UserError with the last line
-        of a run that failed, or, without if_diverged, that diverged.
+        if_diverged: metrics that stand for those of a run that diverged. with_checkpoints: also trains what
+        has a result but no checkpoint in `folder`. Raises UserError with the last line of a run that failed,
+        or, without if_diverged, that diverged.
         """
         found, waiting = {}, []
         saved = self.saved_results()
         for run in runs:
             matches = [result for result in saved if run.is_result(result)]
-            if matches:
+            if matches and (self.is_trained(run) or not with_checkpoints):
                 found[run] = matches[0]
             else:
                 waiting.append(run)
@@ -129,6 +132,10 @@ class Trainer:
             if metrics[run.name] is None:
                 raise UserError(f"{run.name} failed: {found[run]['error']}")
         return metrics
+
+    def is_trained(self, run: Run) -> bool:
+        """Whether the folder of a run has its last checkpoint."""
+        return (self.folder(run) / f"checkpoint-{run.config.max_iters}").exists()
 
     def evaluations(self, run: Run) -> list[dict]:
         """The metrics of each evaluation of a run that `train` has trained."""
