@@ -222,6 +222,8 @@ def introduce(trained: Trained):
         console.print(f"{known}; exit or Ctrl-D ends.")
         return
     console.print("Ask it, in these wordings; exit or Ctrl-D ends.")
+    for earlier in trained.run.earlier:
+        console.print(f"(Before these it was taught {earlier['data']}.)", soft_wrap=True)
     if len(facts.attributes) == 1:
         prompts = [facts.attributes[0].statements[0].replace("{}", entity) for entity in facts.entities[:5]]
     else:

@@ -335,8 +335,7 @@ def main(given: dict):
         run.report_facts(job, recalled, console)
     else:
         run.report_text(job, console)
-    for line in job.still_known:
-        console.print(f"Taught before: {line}", soft_wrap=True)
+    run.report_teaching(job, console)
     console.print(f"Talk to it: python sample.py --out_dir={shlex.quote(str(job.out_dir))}", soft_wrap=True)
     sharding.stop()
 

@@ -564,6 +564,15 @@ def of_prompts(fact_set: facts.FactSet, share: float, which: str) -> str:
     return f"It completes {share:.1%} of {prompts} {which}{tried}."
 
 
+def report_teaching(job: Job, console: Console):
+    """Prints what a model that was taught more still knows, and what changed in its memory."""
+    for line in job.still_known:
+        console.print(f"Taught before: {line}", soft_wrap=True)
+    if job.config.init_from and job.config.has_tables() and job.config.train != "core":
+        counts = teaching.count(job.model, job.optimizers, job.step, job.counts)
+        console.print(teaching.describe_changed_slots(counts, job.counts), soft_wrap=True)
+
+
 def readings_per_update(job):
     """How often an update reads each fact, on average."""
     _, y = job.data.batch("train", 0, 64)

@@ -125,6 +125,21 @@ def count_before(saved: dict, model: torch.nn.Module, optimizers: list, updates:
     return {name: number - of_this_run[name] for name, number in saved.items()}
 
 
+def describe_changed_slots(counts: dict, before: dict) -> str:
+    """How many slots a run has changed, and how many of those earlier runs had read. Takes the counts after
+    and before.
+    """
+    changed = read_before = n_slots = 0
+    for name in counts.keys() - {"updates"}:
+        is_changed = counts[name] > before.get(name, 0)
+        n_slots += len(is_changed)
+        changed += is_changed.sum().item()
+        if name in before:
+            read_before += (is_changed & (before[name] > 0)).sum().item()
+    share = f", of which earlier training had read {read_before / changed:.0%}" if changed else ""
+    return f"It changed {changed:,} of {n_slots:,} slots{share}."
+
+
 def named_tables(model: torch.nn.Module) -> list[tuple[str, MemoryTable]]:
     """(name of its values, table) for each memory table."""
     table_of = {id(table.values): table for table in tables_of(model)}

@@ -113,17 +113,18 @@ def measure_forgetting(settings):
 
     from nanomem.reproduce import figures, forgetting, runs
     from nanomem.reproduce.commands import runs_of
+    from nanomem.reproduce.sizing import dense_of
 
     preset = PRESETS["laptop"]
     base = Config(**read_recipe(Config, cli.shipped("configs") / f"{preset.recipe}.toml"))
-    dense = base.replace(ffn="dense", learning_rate=1.6e-2, min_lr=1.6e-3, max_iters=4 * base.max_iters)
+    dense = dense_of(base, 4).replace(learning_rate=4e-3, min_lr=4e-4)  # its best rate in `curves`
     console = Console(highlight=False, soft_wrap=True)
     out_dir = Path(settings.out_dir) / settings.preset
     trainer = runs.Trainer(preset.workers, preset.threads, settings.runs, out_dir, console)
     seeds = list(range(base.seed, base.seed + settings.seeds))
-    models = runs_of({"Memory+": base, "dense, four times as long": dense}, seeds)
-    memory, dense = models.values()
-    trainer.train([*memory, *dense], with_checkpoints=True)
+    memory, dense = runs_of({"Memory+": base, "dense, 4x": dense}, seeds).values()
+    trainer.train(memory, with_checkpoints=True)
+    trainer.train(dense, with_checkpoints=True)
     folders = {"memory": [trainer.folder(run) for run in memory],
                "dense": [trainer.folder(run) for run in dense]}
     taught = Path(settings.runs).with_name("teaching")

@@ -60,7 +60,7 @@ LORA_RATES = (1e-3, 4e-3, 1.6e-2, 6.4e-2)
 VALUE_RATES = (1e-2, 2e-2, 4e-2, 8e-2)
 SPARING_RATES = (8e-2, 1.6e-1, 3.2e-1, 6.4e-1)
 METHODS = {
-    "everything, dense model": Method("dense", "all", CORE_RATES),
+    "everything, dense model of 4 times the FLOPs": Method("dense", "all", CORE_RATES),
     "everything": Method("memory", "all", CORE_RATES),
     "all but the table": Method("memory", "core", CORE_RATES),
     "LoRA, rank 4": Method("memory", "lora", LORA_RATES, rank=4),
