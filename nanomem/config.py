@@ -148,6 +148,9 @@ class Config(GPTConfig):
     mem_top_slots: int = setting(
         0, "change only this many slots per update: those that its batch reads most and earlier training read "
         "least; 0: all that are read", least=0)
+    rehearse: float = setting(
+        0.0, "share of the sequences that come from data taught before, where it can still be opened", least=0,
+        below=1)
     stop_at: float = setting(
         -1.0, "stop when this share of the taught prompts is answered; 0: never; "
         "-1: 1 for your own facts, otherwise never")
@@ -188,7 +191,7 @@ class Config(GPTConfig):
     def fixed_on_resume(cls) -> set[str]:
         """The settings that decide what a run computes, which can't change when it is resumed."""
         fixed = {f.name for f in dataclasses.fields(GPTConfig) + tuple(sections(cls)["Data"])}
-        fixed |= {"init_from", "train", "mem_idf", "mem_top_slots"}
+        fixed |= {"init_from", "train", "mem_idf", "mem_top_slots", "rehearse"}
         # The tokenizer may have fewer tokens than vocab_size asked for.
         return fixed - {"vocab_size", "moe_balance"}
 
@@ -220,6 +223,8 @@ class Config(GPTConfig):
             raise ValueError(f"stop_at must be from 0 to 1, or -1 for the default; got {self.stop_at}")
         if self.train == "values" and not self.has_tables():
             raise ValueError(f"train=values needs memory tables, and ffn={self.ffn} has none")
+        if self.rehearse and not self.init_from:
+            raise ValueError("rehearse repeats what a model was taught before: it needs init_from")
         for name in ("mem_idf", "mem_top_slots"):
             if getattr(self, name):
                 self.check_uses_counts(name)

@@ -238,6 +238,10 @@ def prepare_teaching(job: Job, header: dict | None, trained: teaching.Trained | 
     if config.mem_top_slots:
         job.top_slots = teaching.TopSlots(job.model, job.counts, config.mem_top_slots)
     job.earlier = teaching.open_earlier(config, job.data, tokenizer_path, MOST_ASKED, console)
+    if config.rehearse:
+        if not job.earlier:
+            raise UserError("rehearse: none of the data that the model was taught before can be opened")
+        job.data = teaching.Rehearsal(job.data, [old.data for old in job.earlier], config.rehearse)
     if header:
         saved = {old["number"]: old for old in header.get("earlier", [])}
         job.earlier = [old for old in job.earlier if old.number in saved]
@@ -579,7 +583,7 @@ def readings_per_update(job):
     documents_per_sequence = (y == job.data.sentences.end).sum().item() / 64
     n_entities, n_attributes = job.data.facts.codes.shape
     documents = n_entities if job.data.facts.biographies else n_entities * n_attributes
-    per_update = job.config.batch_size * job.config.gradient_accumulation_steps
+    per_update = job.config.batch_size * job.config.gradient_accumulation_steps * (1 - job.config.rehearse)
     return per_update * documents_per_sequence / documents
 
 

@@ -200,6 +200,36 @@ class TopSlots:
             table.values.grad = sparse_rows(rows[top], grads[top], table.values.shape)
 
 
+class Rehearsal:
+    """New data, some of whose training sequences are replaced by sequences of earlier data, in turn.
+
+    A batch has as many as the numbers of its sequences say, so a resumed run sees the same.
+    """
+
+    BEGIN = 10**8  # far from the sequences that the model was trained on
+
+    def __init__(self, data: FactData | TextData, earlier: list[FactData | TextData], share: float):
+        self.data, self.earlier, self.share = data, earlier, share
+
+    def __getattr__(self, name):
+        return getattr(self.data, name)
+
+    def batch(self, split: str, start: int, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and targets, (batch_size, block_size) each: sequences of the new data, then of the earlier."""
+        if split != "train":
+            return self.data.batch(split, start, batch_size)
+        first, last = math.floor(start * self.share), math.floor((start + batch_size) * self.share)
+        parts, n_sets, n_new = [], len(self.earlier), batch_size - (last - first)
+        if n_new:
+            parts.append(self.data.batch("train", start - first, n_new))
+        for i, old in enumerate(self.earlier):  # its turns are the numbers i, i + n_sets, ... from first to last
+            turns = range(-((i - first) // n_sets), -((i - last) // n_sets))
+            if turns:
+                parts.append(old.batch("train", self.BEGIN + turns.start, len(turns)))
+        inputs, targets = zip(*parts)
+        return torch.cat(inputs), torch.cat(targets)
+
+
 # ------------------------------------------------------------------------------------------------
 # What is still known
 

@@ -14,7 +14,7 @@ from nanomem.observe import lookups_of, observe_lookups
 from nanomem.optim import RowAdam, build_optimizer, tables_of
 
 SHAPE = GPTConfig(vocab_size=11, n_layer=3, n_embd=16, n_head=2, block_size=8, mem_layers="1,2", mem_n_keys=8,
-                  mem_knn=2, mem_heads=2)
+                  mem_knn=2, mem_heads=2, mem_dropout=0.0)
 TINY_PEOPLE = ["--data=people", "--n_entities=8", "--block_size=64", "--mem_lr=0.03", "--learning_rate=1e-2"]
 VALUES = "model.blocks.1.ffn.table.values"
 READS = "reads.blocks.1.ffn.table.values"
@@ -143,6 +143,30 @@ def test_counts_of_two_tables_and_of_none():
     assert teaching.count(dense, build_optimizer(dense), 7, before={}) == {"updates": torch.tensor(7)}
 
 
+def test_rehearsal_repeats_a_share_of_earlier_data_in_turn_whatever_the_batch_size():
+    class Numbers:
+        """Data whose sequences are their numbers."""
+
+        def __init__(self, name):
+            self.name = name
+
+        def batch(self, split, start, batch_size):
+            numbers = torch.tensor([[self.name, i] for i in range(start, start + batch_size)]).view(-1, 2)
+            return numbers, numbers
+
+    begin = teaching.Rehearsal.BEGIN
+    for share, n_sets in ((0.5, 1), (0.3, 2), (0.75, 3)):
+        data = teaching.Rehearsal(Numbers(0), [Numbers(1 + i) for i in range(n_sets)], share)
+        expected = {(0, i) for i in range(60 - int(60 * share))}
+        expected |= {(1 + r % n_sets, begin + r // n_sets) for r in range(int(60 * share))}
+        for size in (1, 4, 12, 60):
+            batches = [data.batch("train", start, size)[0] for start in range(0, 60, size)]
+            assert all(len(batch) == size for batch in batches)
+            found = [tuple(pair) for batch in batches for pair in batch.tolist()]
+            assert len(found) == 60 and set(found) == expected
+        assert data.batch("val", 3, 2)[0].tolist() == [[0, 3], [0, 4]] and data.name == 0
+
+
 # ------------------------------------------------------------------------------------------------
 # Runs
 
@@ -160,7 +184,7 @@ def test_a_run_says_what_is_learnt_and_what_is_still_known(base, tmp_path):
     assert "Slots read" in answer
 
 
-@pytest.mark.parametrize("options", [["--mem_top_slots=10"], ["--train=all"]])
+@pytest.mark.parametrize("options", [["--mem_top_slots=10"], ["--train=all", "--rehearse=0.4"]])
 def test_a_taught_run_resumes_to_the_bit(options, base, tmp_path):
     options = [*options, "--max_iters=8", "--eval_interval=4"]
     teach(base, tmp_path / "whole", *options)
@@ -276,6 +300,7 @@ def test_contradicted_facts_are_not_asked_about(tmp_path):
         (["--ffn=dense"], "--ffn=dense can't be set .* has ffn=memory"),
         (["--tokenizer=bytes"], "--tokenizer=bytes can't be set .* has tokenizer=auto"),
         (["--train=core", "--mem_top_slots=5"], "mem_top_slots is for memory tables that are trained, and this"),
+        (["--rehearse=1"], "rehearse must be from 0 to under 1"),
         (["--train=valeus"], r"--train must be one of .* \(did you mean values\?\)"),
         (["--stop_at=2"], "stop_at must be from 0 to 1, or -1"),
         (["--n_entities=40000", "--data=world"], "n_entities for data=world must be from 4 to"),
@@ -296,10 +321,10 @@ def test_folders_that_hold_no_model_or_the_model_itself_are_refused(base, tmp_pa
     assert checkpoint.newest(base)[1]["iteration"] == 100
 
 
-@pytest.mark.parametrize("option", ["--mem_idf=1", "--mem_top_slots=5"])
-def test_what_goes_by_earlier_reads_needs_a_trained_model(option, tmp_path):
+@pytest.mark.parametrize("option", ["--mem_idf=1", "--mem_top_slots=5", "--rehearse=0.5"])
+def test_what_goes_by_earlier_training_needs_a_trained_model(option, tmp_path):
     _, err = runs.train(tmp_path / "run", option, code=2)
-    assert "goes by what earlier training has read: it needs init_from" in err
+    assert ": it needs init_from" in err
 
 
 def test_values_of_a_dense_model_and_counts_that_are_missing(base, tmp_path):
