@@ -43,7 +43,7 @@ class Method:
         train: "all", "values", "core", or "lora".
         rates: peak learning rates to try. The tables' values get VALUES_RATE times this one in "all".
         rank: of LoRA.
-        mem_idf, top_slots: as train.py's settings mem_idf and mem_top_slots.
+        mem_idf, top_slots, rehearse: as train.py's settings mem_idf, mem_top_slots and rehearse.
     """
 
     model: str
@@ -52,6 +52,7 @@ class Method:
     rank: int = 0
     mem_idf: float = 0.0
     top_slots: int = 0
+    rehearse: float = 0.0
 
 
 VALUES_RATE = 10  # of "all": near the ratio of 8 at which the default model is trained
@@ -70,8 +71,9 @@ METHODS = {
     "values, 8,000 top slots": Method("memory", "values", VALUE_RATES, top_slots=8000),
     "values, 32,000 top slots": Method("memory", "values", VALUE_RATES, top_slots=32000),
     "values, sparing old slots": Method("memory", "values", SPARING_RATES, mem_idf=1.0),
+    "values, sparing and rehearsing": Method("memory", "values", SPARING_RATES, mem_idf=1.0, rehearse=0.5),
 }
-IN_ROUNDS = ("everything", "LoRA, rank 16", "values, sparing old slots")
+IN_ROUNDS = ("everything", "LoRA, rank 16", "values, sparing old slots", "values, sparing and rehearsing")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -88,6 +90,7 @@ class Student:
         trained.load(self.model)
         self.counts, self.data = trained.counts(), open_data(self.config, trained.tokenizer())
         self.encoding, self.rate = self.data.encoding, rate
+        self.earlier = [self.data]  # what to rehearse
         if method.train == "lora":
             torch.manual_seed(0)
             add_lora(self.model, method.rank)
@@ -98,7 +101,9 @@ class Student:
         """Trains on the first batches of data, with a cosine schedule and new optimizers. Returns what
         evaluate() returned after the updates in evaluate_at.
         """
-        method, model = self.method, self.model
+        method, model, new = self.method, self.model, data
+        if method.rehearse:
+            data = teaching.Rehearsal(data, self.earlier, method.rehearse)
         mem_lr = self.rate * VALUES_RATE if method.train == "all" else self.rate
         optimizers = optim.build_optimizer(model, self.rate, mem_lr)
         if method.mem_idf:
@@ -121,6 +126,7 @@ class Student:
             if step + 1 in evaluate_at:
                 found.append(evaluate())
         self.counts = teaching.count(model, optimizers, updates, self.counts)
+        self.earlier = [*self.earlier, new]
         return found
 
     def knows(self, data: FactData, role_at_least: int) -> np.ndarray:
@@ -223,6 +229,8 @@ def run_saved(task: dict, results: Path) -> dict:
 def task_path(task: dict, results: Path) -> Path:
     """The file of a task's result; its name has a hash of what decides it."""
     method = dataclasses.asdict(METHODS[task["name"]]) | {"rates": None}
+    if not method["rehearse"]:
+        del method["rehearse"]
     deciding = [task[name] for name in ("kind", "rate", "seed", "model")]
     deciding += [method, EVALUATED_AT, ROUND_UPDATES, COMPUTATION, torch_version()]
     digest = hashlib.sha256(json.dumps(deciding).encode()).hexdigest()[:8]
