@@ -107,7 +107,7 @@ def test_rows_become_a_table_and_a_figure(tmp_path, monkeypatch):
     def run_all(tasks, results, workers, console):
         found = []
         for task in tasks:
-            result = dict(task, known_before=0.9, curve=curve((0.5, 1.0), (1.0, 0.5 + task["rate"] / 10)))
+            result = dict(task, commit="abc", known_before=0.9, curve=curve((0.5, 1.0), (1.0, 0.5 + task["rate"] / 10)))
             if task["kind"] == "rounds":
                 result |= {"first": [0.9, 0.8], "old": [0.9, 0.8, 0.7], "at_end": [0.8, 0.9]}
             found.append(result)
@@ -115,7 +115,8 @@ def test_rows_become_a_table_and_a_figure(tmp_path, monkeypatch):
 
     monkeypatch.setattr(forgetting, "run_all", run_all)
     folders = {"memory": ["a", "b"], "dense": ["c", "d"]}
-    rows = forgetting.forgetting(folders, [1, 2], tmp_path, 1, Console(quiet=True))
+    rows, commits = forgetting.forgetting(folders, [1, 2], tmp_path, 1, Console(quiet=True))
+    assert commits == {"abc"}
     assert [row["model"] for row in rows] == list(METHODS)
     assert [row["rate"] for row in rows] == [max(method.rates) for method in METHODS.values()]
     assert np.allclose(rows[1]["kept"], 1 - 0.8 * (0.5 - rows[1]["rate"] / 10))

@@ -128,9 +128,9 @@ def measure_forgetting(settings):
     folders = {"memory": [trainer.folder(run) for run in memory],
                "dense": [trainer.folder(run) for run in dense]}
     taught = Path(settings.runs).with_name("teaching")
-    rows = forgetting.forgetting(folders, seeds, taught, preset.workers, console)
+    rows, commits = forgetting.forgetting(folders, seeds, taught, preset.workers, console)
     results = {"command": command_line("forgetting", settings)} | trainer.provenance()
-    results |= {"commit": runs.commit(), "seeds": seeds, "rows": rows}
+    results |= {"commit": ", ".join(sorted(commits)), "seeds": seeds, "rows": rows}
     assets = Path(settings.assets)
     save(results, assets / "forgetting.json")
     figures.draw("forgetting", rows, assets / "forgetting.png")

@@ -250,8 +250,9 @@ def run_all(tasks: list[dict], results: Path, workers: int, console) -> list[dic
 
 
 def forgetting(models: dict[str, list[str]], seeds: list[int], results: Path, workers: int,
-               console) -> list[dict]:
-    """A row for each method: its rate, and over seeds its curves and what is known after each round.
+               console) -> tuple[list[dict], set[str]]:
+    """(A row for each method: its rate, and over seeds its curves and what is known after each round; the
+    commits at which they were measured).
 
     models: {"memory" or "dense": the folders of its trained models, one for each seed}. The first seed's
     models also serve to choose rates, on other new people.
@@ -269,6 +270,7 @@ def forgetting(models: dict[str, list[str]], seeds: list[int], results: Path, wo
     tasks = [task("lesson", name, rates[name], seed, i) for i, seed in enumerate(seeds) for name in METHODS]
     tasks += [task("rounds", name, rates[name], seed, i) for i, seed in enumerate(seeds) for name in IN_ROUNDS]
     found = run_all(tasks, results, workers, console)
+    commits = {one["commit"] for one in found}
     rows = []
     for name in METHODS:
         lessons = [one for one in found if (one["kind"], one["name"]) == ("lesson", name)]
@@ -281,4 +283,4 @@ def forgetting(models: dict[str, list[str]], seeds: list[int], results: Path, wo
                 for key in ("first", "old", "at_end"):
                     row.setdefault(f"rounds_{key}", []).append(one[key])
         rows.append(row)
-    return rows
+    return rows, commits
