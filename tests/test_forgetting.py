@@ -114,8 +114,8 @@ def test_rows_become_a_table_and_a_figure(tmp_path, monkeypatch):
         return found
 
     monkeypatch.setattr(forgetting, "run_all", run_all)
-    folders = {"memory": ["a", "b"], "dense": ["c", "d"]}
-    rows, commits = forgetting.forgetting(folders, [1, 2], tmp_path, 1, Console(quiet=True))
+    models = {"memory": [("a", "1"), ("b", "2")], "dense": [("c", "3"), ("d", "4")]}
+    rows, commits = forgetting.forgetting(models, [1, 2], tmp_path, 1, Console(quiet=True))
     assert commits == {"abc"}
     assert [row["model"] for row in rows] == list(METHODS)
     assert [row["rate"] for row in rows] == [max(method.rates) for method in METHODS.values()]

@@ -125,10 +125,10 @@ def measure_forgetting(settings):
     memory, dense = runs_of({"Memory+": base, "dense, 4x": dense}, seeds).values()
     trainer.train(memory, with_checkpoints=True)
     trainer.train(dense, with_checkpoints=True)
-    folders = {"memory": [trainer.folder(run) for run in memory],
-               "dense": [trainer.folder(run) for run in dense]}
+    trained = {"memory": [(run.name, trainer.folder(run)) for run in memory],
+               "dense": [(run.name, trainer.folder(run)) for run in dense]}
     taught = Path(settings.runs).with_name("teaching")
-    rows, commits = forgetting.forgetting(folders, seeds, taught, preset.workers, console)
+    rows, commits = forgetting.forgetting(trained, seeds, taught, preset.workers, console)
     results = {"command": command_line("forgetting", settings)} | trainer.provenance()
     results |= {"commit": ", ".join(sorted(commits)), "seeds": seeds, "rows": rows}
     assets = Path(settings.assets)

@@ -249,18 +249,17 @@ def run_all(tasks: list[dict], results: Path, workers: int, console) -> list[dic
     return [future.result() for future in running]
 
 
-def forgetting(models: dict[str, list[str]], seeds: list[int], results: Path, workers: int,
+def forgetting(models: dict[str, list[tuple[str, Path]]], seeds: list[int], results: Path, workers: int,
                console) -> tuple[list[dict], set[str]]:
     """(A row for each method: its rate, and over seeds its curves and what is known after each round; the
     commits at which they were measured).
 
-    models: {"memory" or "dense": the folders of its trained models, one for each seed}. The first seed's
+    models: {"memory" or "dense": name and folder of its trained models, one for each seed}. The first seed's
     models also serve to choose rates, on other new people.
     """
     def task(kind, name, rate, seed, number):
-        folder = models[METHODS[name].model][number]
-        return {"kind": kind, "name": name, "rate": rate, "seed": seed, "folder": str(folder),
-                "model": Path(folder).name}
+        model, folder = models[METHODS[name].model][number]
+        return {"kind": kind, "name": name, "rate": rate, "seed": seed, "folder": str(folder), "model": model}
 
     sweeps = [task("lesson", name, rate, SWEEP_SEED, 0) for name, m in METHODS.items() for rate in m.rates]
     found = run_all(sweeps, results, workers, console)

@@ -1,5 +1,5 @@
 """
-Writes the tables of README.md and docs/results.md from assets/*.json.
+Writes the tables of README.md, docs/results.md and docs/teaching.md from assets/*.json.
 
 A page says where a table goes, and what is between these two lines is replaced:
 
@@ -15,7 +15,7 @@ from nanomem.checkpoint import read_json, write_text
 from nanomem.cli import UserError
 from nanomem.reproduce import figures
 
-PAGES = ("README.md", "docs/results.md")
+PAGES = ("README.md", "docs/results.md", "docs/teaching.md")
 PLACE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 

@@ -57,7 +57,10 @@ class Run:
     @functools.cached_property
     def file_name(self) -> str:
         """The name with a hash of the identity, to call files and folders by."""
-        digest = hashlib.sha256(json.dumps(self.identity).encode()).hexdigest()[:8]
+        settings, defaults = self.identity["settings"], deciding(dataclasses.asdict(Config()))
+        changed = {name: value for name, value in settings.items() if value != defaults[name]}
+        identity = self.identity | {"settings": changed}  # so a new setting doesn't change the name
+        digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:8]
         return f"{re.sub(r'[^a-zA-Z0-9.=]', '-', self.name)}-{digest}"
 
     @functools.cached_property
