@@ -120,7 +120,7 @@ class Config(GPTConfig):
     learning_rate: float = setting(
         8e-3, "peak learning rate of everything but the tables", least=0, instead={"init_from": 1e-3})
     mem_lr: float = setting(
-        3e-2, "peak learning rate of the tables' values", least=0, instead={"init_from": 0.16})
+        3e-2, "peak learning rate of the tables' values", least=0, instead={"init_from": 0.12})
     mem_beta2: float = setting(
         0.99, "decay of the values' second moment, one number per slot; "
         "0: scale each step by its own gradient", least=0, below=1)
