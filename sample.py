@@ -67,7 +67,6 @@ from rich.console import Console
 from nanomem import checkpoint, export, teaching, tokenizer, trace
 from nanomem.data import named_facts, open_data, open_tokenizer
 from nanomem.datasets import DATASETS
-from nanomem.facts import teaches_facts
 from nanomem.model import GPT
 
 console = Console(highlight=False, markup=False, emoji=False)  # users' data is shown as it is
@@ -95,7 +94,7 @@ class Trained:
 
     def __post_init__(self):
         self.device = next(self.model.parameters()).device
-        self.knows_facts = teaches_facts(self.run.data)  # otherwise it has learned from text
+        self.knows_facts = self.run.teaches_facts()  # otherwise it has learned from text
 
     def open_data(self):
         """The data it was trained on. Raises OSError or ValueError if its file is gone or can't be read."""
@@ -222,8 +221,6 @@ def introduce(trained: Trained):
         console.print(f"{known}; exit or Ctrl-D ends.")
         return
     console.print("Ask it, in these wordings; exit or Ctrl-D ends.")
-    for earlier in trained.run.earlier:
-        console.print(f"(Before these it was taught {earlier['data']}.)", soft_wrap=True)
     if len(facts.attributes) == 1:
         prompts = [facts.attributes[0].statements[0].replace("{}", entity) for entity in facts.entities[:5]]
     else:
@@ -237,6 +234,9 @@ def introduce(trained: Trained):
         if others:
             more = f" and {len(others) - 5:,} more" if len(others) > 5 else ""
             console.print(f"It also knows {', '.join(others[:5])}{more}.")
+    if trained.run.earlier:
+        names = ", ".join(earlier["data"] for earlier in trained.run.earlier)
+        console.print(f"Earlier it was taught: {names}.", soft_wrap=True)
 
 
 def ending_advice(trained: Trained, text: str) -> str | None:

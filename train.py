@@ -57,13 +57,14 @@ def set_up(given: dict, console: Console) -> run.Job:
         out_dir = run.folder_of(given)
         lock = run.lock_existing(out_dir)
         folder, header = run.find_checkpoint(given, out_dir, console)
-        config = run.settings(given, out_dir, header)
+        trained = run.model_to_teach(given, out_dir, header, console)
+        config = run.settings(given, out_dir, header, trained)
         device = pick_device(config.device)
-        trained = run.model_to_teach(config, header, console)
         data = run.open_data_of(config, given, out_dir, header, trained)
         batches, sequences = sharding.share_of_batch(config.batch_size, config.gradient_accumulation_steps)
         run.check_it_fits(config, device)
-    same = {"device": device.type, "data": data.digest(), "the checkpoint": folder}
+    same = {"device": device.type, "data": data.digest(), "the checkpoint": folder,
+            "the model to teach": trained and trained.files}
     sharding.check_same(dataclasses.asdict(config) | same)
 
     if config.deterministic:
@@ -90,10 +91,12 @@ def set_up(given: dict, console: Console) -> run.Job:
         job.step, job.position, job.elapsed = header["iteration"], header["position"], header["elapsed_s"]
         job.saved_step = job.step
         job.counts = teaching.count_before(checkpoint.read_counts(folder), model, optimizers, job.step)
+        job.ended = header.get("ended", False) and not given.keys() & {"max_iters", "stop_at"}
     with sharding.together():
         if config.init_from:
             run.prepare_teaching(job, header, trained, console)
         run.prepare_folder(job, console)
+    sharding.check_same({f"earlier data {old.number}": old.data.digest() for old in job.earlier})
     return job
 
 
@@ -126,11 +129,11 @@ def train(job: run.Job, console: Console) -> tuple[dict, bool]:
     """
     config, per_update = job.config, job.config.batch_size * job.config.gradient_accumulation_steps
     forward, parallel = wrap(job)
-    interrupt, interrupted, is_end, recalled = run.Interrupt(), False, False, {}
+    interrupt, interrupted, recalled = run.Interrupt(), False, {}
     display, pace = run.Display(config.max_iters, job.step, console), run.Pace(job)
     updates = ahead(functools.partial(batches_at, job), itertools.count(job.position, per_update))
     with display.bar:
-        while job.step < config.max_iters and not (is_end or interrupted):
+        while job.step < config.max_iters and not (job.ended or interrupted):
             set_learning_rates(job)
             with pace.waiting():
                 passes = next(updates)
@@ -141,25 +144,25 @@ def train(job: run.Job, console: Console) -> tuple[dict, bool]:
             job.step += 1
             job.position += per_update
 
-            is_end = job.step == config.max_iters
-            evaluates = is_end or job.step % config.eval_interval == 0
+            job.ended = job.step == config.max_iters
+            evaluates = job.ended or job.step % config.eval_interval == 0
             if evaluates or job.step % config.log_interval == 0:
                 record = {"iter": job.step, "train_loss": train_loss} | pace.figures()
                 if evaluates:
                     progress = functools.partial(display.evaluating, job.step)
-                    result, recalled, is_end = evaluate_or_end(job, is_end, progress)
+                    result, recalled = evaluate_or_end(job, progress)
                     run.stop_unless_finite(result["val_loss"], "the validation loss", job.step, job.out_dir)
                     record |= result
                     display.line(record)
                 display.update(record)
                 job.write_metrics(record)
                 pace.restart()
-            if evaluates and not is_end:
+            if evaluates and not job.ended:
                 try:
                     job.save()
                 except UserError as error:  # a full disk: there may be room the next time
                     console.print(f"{error}; training continues", soft_wrap=True)
-    return recalled, interrupted and not is_end
+    return recalled, interrupted and not job.ended
 
 
 def backward(job, forward, parallel, passes):
@@ -190,8 +193,10 @@ def number_tokens(job, batch_number):
     config = job.config
     sequence = job.position + batch_number * config.batch_size + job.sequences.start
     for i, layer in job.model.memory_layers().items():
-        start = random_stream(config.seed, DROPOUT, i).integers(2**32)  # another one for each layer and seed
-        layer.tokens_seen.fill_(int(start) + sequence * config.block_size)
+        start = random_stream(config.seed, DROPOUT, i).integers(2**32)  # different for each layer and seed
+        if layer.first_token is None:
+            layer.first_token = torch.zeros((), dtype=torch.int64, device=job.device)
+        layer.first_token.fill_(int(start) + sequence * config.block_size)
 
 
 def update(job):
@@ -279,18 +284,22 @@ def loss_on(job: run.Job, data, progress: Callable[[float], None] | None = None)
     return losses / max(1, targets)
 
 
-def evaluate_or_end(
-        job: run.Job, is_end: bool, progress: Callable[[float], None]) -> tuple[dict, dict, bool]:
-    """What `evaluate` returns, and whether the run ends here, because of max_iters or of stop_at.
+def evaluate_or_end(job: run.Job, progress: Callable[[float], None]) -> tuple[dict, dict]:
+    """What `evaluate` returns. Ends the run if stop_at is reached.
 
     Before the end, it asks about 400 facts of each kind: a second instead of ten.
     """
-    result, recalled = evaluate(job, run.MOST_ASKED if is_end else 400, progress)
-    share = job.config.stop_share()
-    if not is_end and recalled and recalled["taught"]["all"] >= share:
+    result, recalled = evaluate(job, run.MOST_ASKED if job.ended else 400, progress)
+    if not job.ended and is_enough(job, recalled):
         result, recalled = evaluate(job, run.MOST_ASKED, progress)
-        is_end = recalled["taught"]["all"] >= share
-    return result, recalled, is_end
+        job.ended = is_enough(job, recalled)
+    return result, recalled
+
+
+def is_enough(job: run.Job, recalled: dict) -> bool:
+    """Whether all processes find that the model recalls as much as stop_at asks for."""
+    reached = bool(recalled) and recalled["taught"]["all"] >= job.config.stop_share()
+    return sharding.total(reached)[0] == sharding.size()
 
 
 @torch.no_grad()
@@ -299,7 +308,7 @@ def measure_before(job: run.Job, console: Console):
     if not job.earlier or job.saved_step is not None:
         return
     job.model.eval()
-    with console.status("asking what it knows already"), job.autocast:
+    with console.status("testing what it already knows"), job.autocast:
         known = ask_earlier(job, run.MOST_ASKED)
     for earlier, before in zip(job.earlier, known):
         earlier.before = before
@@ -321,7 +330,8 @@ def main(given: dict):
     with one_line_errors(sharding.stop):
         job = set_up(given, console)
     run.describe(job, console)
-    measure_before(job, console)
+    with one_line_errors(sharding.stop):
+        measure_before(job, console)
     recalled, interrupted = train(job, console)
     if job.saved_step != job.step:
         with one_line_errors(sharding.stop):
@@ -330,8 +340,9 @@ def main(given: dict):
         console.print(f"stopped at iteration {job.step}, all saved. To continue: {run.how_to_resume(job)}",
                       soft_wrap=True)
         sharding.stop(130)
+    if not recalled and (job.data.facts or (job.earlier and not job.still_known)):  # resumed at its end
+        recalled = evaluate(job, run.MOST_ASKED, progress=lambda share: None)[1]
     if job.data.facts:
-        recalled = recalled or evaluate(job, run.MOST_ASKED, progress=lambda share: None)[1]
         run.report_facts(job, recalled, console)
     else:
         run.report_text(job, console)

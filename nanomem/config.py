@@ -103,7 +103,8 @@ class Config(GPTConfig):
     n_entities: int = setting(
         1500, "how many entities, such as people or cities, to learn about", instead={"init_from": 200})
     people_seed: int = setting(
-        0, "random seed of data=people: other people for each; 0: --seed", least=0, below=2**63)
+        0, "random seed of data=people, different people for each; 0: the same as --seed", least=0,
+        below=2**63)
     zipf: float = setting(
         0.6, "the entity of rank r is mentioned in proportion to r ** -zipf", least=0,
         instead={"init_from": 0.0})
@@ -140,17 +141,17 @@ class Config(GPTConfig):
         "", "teach the model in this folder, of a run or an export; its shape and tokenizer stay",
         section="Teaching", path=True)
     train: str = setting(
-        "auto", "what to train: values of memory tables, core (all else); auto: values of a model with memory "
-        "that is taught, otherwise all", choices=("auto", "all", "values", "core"))
+        "auto", "what to train: values (the memory tables) or core (everything else); auto: values when "
+        "teaching a model that has tables, otherwise all", choices=("auto", "all", "values", "core"))
     mem_idf: float = setting(
         0.0, "multiply each slot's steps by idf ** mem_idf; idf is 1 for a slot that earlier training never "
-        "read, and falls to 0 for those that each update read", least=0, instead={"init_from": 1.0})
+        "read, and falls to 0 for one that every update read", least=0, instead={"init_from": 1.0})
     mem_top_slots: int = setting(
-        0, "change only this many slots per update: those that its batch reads most and earlier training read "
-        "least; 0: all that are read", least=0)
+        0, "change only this many slots per update: those that its batch reads most and earlier training "
+        "read least; 0: all that are read", least=0)
     rehearse: float = setting(
-        0.0, "share of the sequences that come from data taught before, where it can still be opened", least=0,
-        below=1)
+        0.0, "share of the sequences that come from data taught before, where it can still be opened",
+        least=0, below=1)
     stop_at: float = setting(
         -1.0, "stop when this share of the taught prompts is answered; 0: never; "
         "-1: 1 for your own facts, otherwise never")
@@ -178,6 +179,7 @@ class Config(GPTConfig):
         if not isinstance(saved, dict):
             raise UserError(f"the run in {where}: expected settings by name, got {type(saved).__name__}")
         fields = {f.name: f for f in dataclasses.fields(cls)}
+        saved = {"mem_dropout": 0.0} | saved  # runs from before this setting existed dropped nothing
         unknown = ", ".join(sorted(saved.keys() - fields.keys()))
         if unknown:
             raise UserError(f"the run in {where} has settings unknown to this version of nanomem: {unknown}")
@@ -209,8 +211,12 @@ class Config(GPTConfig):
     def stop_share(self) -> float:
         """The share of the taught prompts at which training stops; infinity: it doesn't."""
         if self.stop_at == -1:
-            return 1.0 if self.data.lower().endswith(".jsonl") else math.inf
+            return 1.0 if datasets.is_own_facts(self.data) else math.inf
         return self.stop_at or math.inf
+
+    def teaches_facts(self) -> bool:
+        """Whether the data is facts rather than text."""
+        return datasets.teaches_facts(self.data)
 
     def shards(self) -> int:
         """How many processes split a table's columns; 0 for all of them."""
@@ -221,6 +227,8 @@ class Config(GPTConfig):
         super().check()
         if not (0 <= self.stop_at <= 1 or self.stop_at == -1):
             raise ValueError(f"stop_at must be from 0 to 1, or -1 for the default; got {self.stop_at}")
+        if self.stop_at > 0 and not self.teaches_facts():
+            raise ValueError(f"stop_at is for facts, and data={self.data} is text")
         if self.train == "values" and not self.has_tables():
             raise ValueError(f"train=values needs memory tables, and ffn={self.ffn} has none")
         if self.rehearse and not self.init_from:

@@ -80,6 +80,12 @@ class FactData:
         self.cumulative = np.cumsum(fact_set.frequency)
         self.has_questions = bool((fact_set.role != facts.ASKED).any())
 
+    def leave_out(self, entities: np.ndarray):
+        """Makes no more documents about these entities, given by number; some must be left."""
+        frequency = self.facts.frequency.copy()
+        frequency[entities] = 0
+        self.cumulative = np.cumsum(frequency / frequency.sum())
+
     def digest(self) -> str:
         """A hash of the facts and their tokens, to tell whether two processes have the same."""
         sentences = self.sentences
@@ -305,7 +311,7 @@ def has_types(value, **types):
 def shards_tokenizer(folder, index, config, tokenizer_path):
     """The encoding that the shards were made with. Raises ValueError for another one."""
     name = index["tokenizer"]
-    if config.tokenizer not in ("auto", name):
+    if config.tokenizer not in ("auto", name) and not config.init_from:
         raise ValueError(
             f"{folder} already holds tokens, of the tokenizer {name}; "
             f"leave out --tokenizer={config.tokenizer}")
@@ -373,7 +379,7 @@ def open_data(config: Config, tokenizer_path: Path | None = None, fit: bool = Fa
         if (folder / INDEX).is_file():
             return open_shards(folder, config, tokenizer_path)
     check_readable(path, config.data)
-    if facts.teaches_facts(config.data):
+    if config.teaches_facts():
         return open_facts(config, tokenizer_path, fit)
     text = facts.read_text(path)
     facts.refuse_json(path, text)

@@ -17,7 +17,7 @@ class DataSet:
 
     Args:
         help: what it is about, for --help.
-        make: (config) -> its FactSet, with config's n_entities, zipf and seed, and about no entity of
+        make: (config) -> its FactSet, with config's n_entities, zipf and seed, leaving out the entities of
             config.earlier. Raises ValueError for a number of entities that it can't have.
     """
 
@@ -49,6 +49,16 @@ DATASETS = {
     "people": DataSet("invented", make_people),
     "world": DataSet("cities", make_world),
 }
+
+
+def teaches_facts(data: str) -> bool:
+    """Whether --data teaches facts rather than a text."""
+    return data in DATASETS or is_own_facts(data)
+
+
+def is_own_facts(data: str) -> bool:
+    """Whether --data is a user's file of facts: a name that ends in .jsonl, in any letter case."""
+    return data.lower().endswith(".jsonl")
 
 
 def help_text() -> str:

@@ -21,7 +21,6 @@ from pathlib import Path
 import numpy as np
 
 from nanomem.cli import shipped
-from nanomem.datasets import DATASETS
 
 # What a pair's questions are for: training, choosing settings, or the reported recall.
 # SELECT's and REPORT's are never seen in training.
@@ -212,13 +211,6 @@ def draw_names(lists, n_entities, rng, taken):
     return [name for name in names if name not in taken][:n_entities]
 
 
-def teaches_facts(data: str) -> bool:
-    """Whether --data teaches facts rather than a text: a name in DATASETS, or a name that ends in .jsonl,
-    in any letter case.
-    """
-    return data in DATASETS or data.lower().endswith(".jsonl")
-
-
 FACT_LINE = '{"prompt": ..., "answer": ...}'
 
 
@@ -237,6 +229,8 @@ def from_jsonl(path: str | Path) -> FactSet:
         try:
             prompt, also, accepted = read_fact(line, path)
             for wording in (prompt, *also):
+                if line_of.get(wording) == len(answers):
+                    raise ValueError(f"the wording {wording[:60]!r} is there twice in this line")
                 if wording in line_of:
                     raise ValueError(
                         f"the prompt {wording[:60]!r} is there twice; list its answers in one line")

@@ -25,7 +25,7 @@ class Kind:
         check: (config) raises ValueError for invalid settings.
         sparse: (layer) -> the parameters of which a token uses few, other than MemoryTables.
         sparse_name: what those, or the tables, are called in messages.
-        has_tables: whether its parameters are in MemoryTables.
+        has_tables: whether it has MemoryTables.
         splits_tables: whether several processes can split its tables by columns.
     """
 

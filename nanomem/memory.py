@@ -64,11 +64,11 @@ class ProductKeyMemory(nn.Module):
         self.query_proj = ops.Linear(dim, heads * self.k_dim, init=nn.init.xavier_uniform_)
         self.keys = nn.Parameter(torch.empty(heads, 2, self.n_keys, self.k_dim // 2))
         self.qk_scale = nn.Parameter(torch.empty(heads)) if qk_norm else None
-        self.register_buffer("tokens_seen", torch.zeros((), dtype=torch.int64), persistent=False)
         self.reset_parameters()
         self.gate_proj = ops.Linear(dim, table.v_dim, init=normal) if gated else None
         self.out_proj = ops.Linear(table.v_dim, dim, init=normal) if gated or table.v_dim != dim else None
         self.observer = None  # set by observe_lookups
+        self.first_token = None  # its number in training, () int64, if train.py has set it
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., dim) -> (..., dim). Raises ValueError for an x of another width."""
@@ -79,8 +79,7 @@ class ProductKeyMemory(nn.Module):
         if self.observer is not None:
             self.observer(indices, weights)
         if self.training and self.dropout:
-            weights = ops.drop_lookups(weights, self.dropout, self.tokens_seen)
-            self.tokens_seen += len(tokens)
+            weights = ops.drop_lookups(weights, self.dropout, self.first_token)
         # The heads' sums are added up, so one read of heads * knn rows does for all heads.
         y = self.table(indices.flatten(1), weights.flatten(1)).to(x.dtype)   # (n, v_dim)
         if self.gate_proj is not None:
@@ -104,7 +103,6 @@ class ProductKeyMemory(nn.Module):
 
         Normalised halves alone give scores from -2 to 2, for which a softmax over the slots is nearly flat.
         """
-        self.tokens_seen.zero_()
         nn.init.uniform_(self.keys, -(self.k_dim**-0.5), self.k_dim**-0.5)
         if self.qk_scale is not None:
             nn.init.constant_(self.qk_scale, self.k_dim**0.5)

@@ -98,12 +98,15 @@ def mix(x: torch.Tensor) -> torch.Tensor:
     return x ^ (x >> 16)
 
 
-def drop_lookups(weights: torch.Tensor, share: float, first: torch.Tensor) -> torch.Tensor:
+def drop_lookups(weights: torch.Tensor, share: float, first: torch.Tensor | None) -> torch.Tensor:
     """Dropout of weights (n, heads, knn): sets a share of them to 0 and divides the rest by 1 - share.
 
-    Which ones is a hash of the token's number, of which the first is `first`, () int64. So a token's lookups
-    are the same in a resumed run and in any number of processes.
+    first: the first token's number in training, () int64. A hash of a token's number decides which of its
+    lookups are dropped: the same ones in a resumed run and in any number of processes. None: torch's own
+    dropout.
     """
+    if first is None:
+        return torch.nn.functional.dropout(weights, share)
     n, lookups = len(weights), weights.shape[1] * weights.shape[2]
     token = mix((first + torch.arange(n, device=weights.device)) & 0xFFFFFFFF)           # (n,)
     lookup = torch.arange(lookups, device=weights.device) * 0x9E3779B9

@@ -77,7 +77,7 @@ class RowAdam(torch.optim.Optimizer):
     underflows to 0 in float32 counts as zero. process_group: the processes that share the tables' columns
     (sharding.py); moments are then those of whole rows, and the noise is the whole table's.
 
-    row_scale[values], (n_rows,) float32, multiplies the lr of each row of a table. It isn't part of the state.
+    row_scale[values], (n_rows,) float32, multiplies the lr of each row of a table. It is not saved.
     """
 
     CHUNK = 2**18  # numbers updated at a time, so that temporaries stay in cache: 1.5 times as fast

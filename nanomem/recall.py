@@ -73,8 +73,8 @@ def measure(
     them, each from at most `most` pairs.
 
     select and report use questions about pairs that training never asked about, or report uses the wordings
-    of facts.held_out; taught uses statements, about all pairs. A kind without pairs is left out. Every call uses the same pairs. progress is called with
-    the share of the work that is done.
+    of facts.held_out; taught uses statements, about all pairs. A kind without pairs is left out. Every call
+    uses the same pairs. progress is called with the share of the work that is done.
     """
     facts, measured = sentences.facts, {}
     kinds = {"select": facts.role == SELECT, "report": facts.role == REPORT, "taught": facts.role >= 0}

@@ -25,9 +25,9 @@ from rich.text import Text
 from torch.distributed.device_mesh import DeviceMesh
 
 from nanomem import checkpoint, export, facts, optim, sharding, teaching, tokenizer
-from nanomem.cli import UserError, defaults_beside
+from nanomem.cli import UserError
 from nanomem.config import Config, machine_memory
-from nanomem.data import INDEX, FactData, TextData, open_data
+from nanomem.data import INDEX, FactData, TextData, open_data, open_tokenizer
 from nanomem.kinds import KINDS
 from nanomem.model import GPT
 
@@ -50,10 +50,12 @@ class Job:
     position: int = 0  # how many sequences of the training data have been used
     elapsed: float = 0.0  # seconds of training before this process
     saved_step: int | None = None
-    counts: dict = dataclasses.field(default_factory=dict)  # of earlier runs: see teaching.count
+    # Of earlier runs: see teaching.count. None if they have not been counted.
+    counts: dict | None = dataclasses.field(default_factory=dict)
     earlier: list[teaching.Earlier] = dataclasses.field(default_factory=list)
     top_slots: teaching.TopSlots | None = None
     still_known: list[str] = dataclasses.field(default_factory=list)  # lines about the earlier data
+    ended: bool = False  # by max_iters or stop_at
     metrics: "Metrics | None" = None  # in the first process
 
     def __post_init__(self):
@@ -83,8 +85,11 @@ class Job:
         """Writes a checkpoint. Raises UserError if that fails."""
         header = {"config": dataclasses.asdict(self.config), "data": self.data.digest(),
                   "iteration": self.step, "position": self.position, "elapsed_s": self.seconds(),
-                  "launch": sharding.launch(), "earlier": [old.saved() for old in self.earlier]}
-        counts = teaching.count(self.model, self.optimizers, self.step, self.counts)
+                  "launch": sharding.launch(), "earlier": [old.saved() for old in self.earlier],
+                  "ended": self.ended}
+        counts = None
+        if self.counts is not None:
+            counts = teaching.count(self.model, self.optimizers, self.step, self.counts)
         checkpoint.save(self.out_dir, self.model, self.optimizers, header, counts)
         self.saved_step = self.step
 
@@ -149,18 +154,15 @@ def find_checkpoint(given: dict, out_dir: Path, console: Console):
     return folder, header
 
 
-def settings(given: dict, out_dir: Path, header: dict | None) -> Config:
+def settings(given: dict, out_dir: Path, header: dict | None, trained: teaching.Trained | None) -> Config:
     """The settings of the run. A resumed run keeps its settings, except for those given that may change. One
     that teaches a trained model takes its shape from it.
 
     Raises UserError for one that may not change, and ValueError for an invalid one.
     """
     config = Config(**given)
-    if config.init_from and not config.resume:
-        trained = teaching.find(config.init_from, "init_from")
-        config = Config(**defaults_beside(Config, given) | teaching.settings(given, trained))
-    if config.stop_share() <= 1 and "eval_interval" not in given:
-        config.eval_interval = min(config.eval_interval, 100)  # it can stop only where it evaluates
+    if trained:
+        config = Config(**teaching.settings(given, trained))
     if config.resume:
         saved = checkpoint.read_json(out_dir / "config.json") or (header and header["config"]) or {}
         before = Config.from_saved(saved, out_dir)
@@ -177,16 +179,22 @@ def settings(given: dict, out_dir: Path, header: dict | None) -> Config:
                             f"{header['iteration']} iterations already")
     if config.train == "auto":
         config.train = "all"
+    if config.stop_share() <= 1 and "eval_interval" not in given:
+        config.eval_interval = min(config.eval_interval, 100)  # it can stop only where it evaluates
     config.out_dir = str(out_dir)
     config.check()
     return config
 
 
-def model_to_teach(config: Config, header: dict | None, console: Console) -> teaching.Trained | None:
+def model_to_teach(
+        given: dict, out_dir: Path, header: dict | None, console: Console) -> teaching.Trained | None:
     """The trained model that a run starts from; None if there is none, or the run has a checkpoint itself."""
-    if header or not config.init_from:
+    init_from = given.get("init_from")
+    if given.get("resume"):  # before its first checkpoint
+        init_from = (checkpoint.read_json(out_dir / "config.json") or {}).get("init_from")
+    if header or not init_from:
         return None
-    trained = teaching.find(config.init_from, "init_from")
+    trained = teaching.find(init_from, "init_from")
     for problem in trained.refused.values():
         console.print(f"{problem}: using {trained.files}", soft_wrap=True)
     return trained
@@ -230,23 +238,29 @@ def prepare_teaching(job: Job, header: dict | None, trained: teaching.Trained | 
     config, tokenizer_path = job.config, job.out_dir / "tokenizer.tiktoken"
     if trained:
         job.counts, tokenizer_path = trained.counts(), trained.tokenizer()
-    if "updates" not in job.counts and (config.mem_idf or config.mem_top_slots):
-        raise UserError(f"the model in {config.init_from} was saved by an earlier nanomem, without counts of how "
-                        "often its slots were read; --mem_idf=0 does without them")
+    if job.counts is None and (config.mem_idf or config.mem_top_slots):
+        raise UserError(
+            f"the model in {config.init_from} was saved by an earlier nanomem, without counts of how often "
+            "its slots were read; set --mem_idf=0 and leave out --mem_top_slots")
     if config.mem_idf:
         teaching.spare_slots(job.model, job.optimizers, job.counts, config.mem_idf)
     if config.mem_top_slots:
         job.top_slots = teaching.TopSlots(job.model, job.counts, config.mem_top_slots)
     job.earlier = teaching.open_earlier(config, job.data, tokenizer_path, MOST_ASKED, console)
-    if config.rehearse:
-        if not job.earlier:
-            raise UserError("rehearse: none of the data that the model was taught before can be opened")
-        job.data = teaching.Rehearsal(job.data, [old.data for old in job.earlier], config.rehearse)
     if header:
-        saved = {old["number"]: old for old in header.get("earlier", [])}
-        job.earlier = [old for old in job.earlier if old.number in saved]
+        saved = {old["number"]: old for old in header["earlier"]}
+        digests = {number: old["digest"] for number, old in saved.items()}
+        unchanged = [old for old in job.earlier if digests.get(old.number) == old.data.digest()]
+        if len(unchanged) < len(saved) and config.rehearse:
+            raise UserError("--resume: data taught before, which this run rehearses, has changed or is gone; "
+                            "restore the original, or start a new run")
+        job.earlier = unchanged
         for old in job.earlier:
             old.restore(saved[old.number])
+    if config.rehearse:
+        if not job.earlier:
+            raise UserError("rehearse: there is no earlier data to repeat, as said above")
+        job.data = teaching.Rehearsal(job.data, [old.data for old in job.earlier], config.rehearse)
 
 
 def lock_existing(out_dir: Path):
@@ -264,6 +278,7 @@ def open_data_of(
     saved_tokenizer = out_dir / "tokenizer.tiktoken" if header else None
     if trained:
         saved_tokenizer = trained.tokenizer()
+        encoding = open_tokenizer(trained.config, saved_tokenizer, None)  # raises if it is missing
     try:
         data = open_data(config, saved_tokenizer, fit="block_size" not in given)
     except ValueError as error:
@@ -272,7 +287,7 @@ def open_data_of(
     if header and header["data"] != data.digest():
         raise UserError(f"--resume: {config.data} has changed since the run in {out_dir} was saved; restore "
                         "the original, or start a new run with another --out_dir")
-    if trained and data.encoding.n_vocab != config.vocab_size:
+    if trained and tokenizer.digest(data.encoding) != tokenizer.digest(encoding):
         raise UserError(f"{config.data} was prepared with another tokenizer than that of the model in "
                         f"{trained.folder}: prepare it again with --tokenizer={trained.tokenizer()}")
     config.vocab_size = data.encoding.n_vocab
@@ -573,8 +588,9 @@ def report_teaching(job: Job, console: Console):
     for line in job.still_known:
         console.print(f"Taught before: {line}", soft_wrap=True)
     if job.config.init_from and job.config.has_tables() and job.config.train != "core":
-        counts = teaching.count(job.model, job.optimizers, job.step, job.counts)
-        console.print(teaching.describe_changed_slots(counts, job.counts), soft_wrap=True)
+        before = job.counts or {}
+        counts = teaching.count(job.model, job.optimizers, job.step, before)
+        console.print(teaching.describe_changed_slots(counts, before), soft_wrap=True)
 
 
 def readings_per_update(job):

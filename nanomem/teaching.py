@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 
 from nanomem import checkpoint, export, recall, sharding
-from nanomem.cli import UserError
+from nanomem.cli import UserError, defaults_beside
 from nanomem.config import DESCRIBES_DATA, Config
 from nanomem.data import FactData, TextData, open_data
 from nanomem.facts import REPORT, FactSet
@@ -50,9 +50,9 @@ class Trained:
         """Fills a model of its shape. Raises UserError if a file is damaged."""
         checkpoint.load(self.files, model, prefix=self.prefix)
 
-    def counts(self) -> dict[str, torch.Tensor]:
-        """How many updates trained it, and how many read each slot: see `count`."""
-        return checkpoint.read_counts(self.files)
+    def counts(self) -> dict[str, torch.Tensor] | None:
+        """How many updates trained it, and how many read each slot: see `count`. None if it wasn't saved."""
+        return checkpoint.read_counts(self.files) or None
 
 
 def find(folder: str | Path, option: str) -> Trained:
@@ -75,21 +75,19 @@ def settings(given: dict, trained: Trained) -> dict:
 
     Raises UserError for a setting that is given and differs from the model's.
     """
-    model = {name: getattr(trained.config, name) for name in Config.fixed_by_model()}
+    run = trained.config
+    model = {name: getattr(run, name) for name in Config.fixed_by_model()}
     for name in sorted(given.keys() & model.keys()):
         if given[name] != model[name]:
             raise UserError(f"--{name}={given[name]} can't be set with --init_from: the model in "
                             f"{trained.folder} has {name}={model[name]}")
-    taught = {name: getattr(trained.config, name) for name in DESCRIBES_DATA}
-    brought = model | {"block_size": trained.config.block_size,
-                       "earlier": [*trained.config.earlier, taught]}
+    defaults = defaults_beside(Config, given) | {"block_size": run.block_size}
+    if run.ffn != "memory" or given.get("train") == "core":
+        defaults["mem_idf"] = 0.0  # there are no steps to multiply
     if given.get("train", "auto") == "auto":
-        brought["train"] = "values" if trained.config.has_tables() else "all"
-    if trained.config.ffn != "memory" or given.get("train") == "core":
-        brought["mem_idf"] = given.get("mem_idf", 0.0)  # nothing to multiply
-    if "block_size" in given:
-        brought["block_size"] = given["block_size"]
-    return given | brought
+        given = given | {"train": "values" if run.has_tables() else "all"}
+    taught = {name: getattr(run, name) for name in DESCRIBES_DATA}
+    return defaults | given | model | {"earlier": [*run.earlier, taught]}
 
 
 def freeze(model: torch.nn.Module, train: str):
@@ -136,7 +134,8 @@ def describe_changed_slots(counts: dict, before: dict) -> str:
         changed += is_changed.sum().item()
         if name in before:
             read_before += (is_changed & (before[name] > 0)).sum().item()
-    share = f", of which earlier training had read {read_before / changed:.0%}" if changed else ""
+    known = before and changed
+    share = f"; earlier training had read {read_before / changed:.0%} of those it changed" if known else ""
     return f"It changed {changed:,} of {n_slots:,} slots{share}."
 
 
@@ -147,12 +146,14 @@ def named_tables(model: torch.nn.Module) -> list[tuple[str, MemoryTable]]:
 
 
 def inverse_document_frequency(counts: dict[str, torch.Tensor], name: str) -> torch.Tensor:
-    """idf(i) = log((U + 1) / (r(i) + 1)) / log(U + 1), where r(i) of U earlier updates read slot i of the table
-    whose values have this name: (n_slots,) float32.
+    """idf(i) = log((U + 1) / (r(i) + 1)) / log(U + 1), where r(i) of U earlier updates read slot i of the
+    table whose values have this name: (n_slots,) float32.
 
     1 for a slot that none of them read, 0 for one that all of them read.
     """
     updates = counts["updates"] + 1.0
+    if updates == 1:
+        return torch.ones(len(counts[f"reads.{name}"]))
     return torch.log(updates / (counts[f"reads.{name}"] + 1)) / torch.log(updates)
 
 
@@ -203,7 +204,7 @@ class TopSlots:
 class Rehearsal:
     """New data, some of whose training sequences are replaced by sequences of earlier data, in turn.
 
-    A batch has as many as the numbers of its sequences say, so a resumed run sees the same.
+    How many a batch gets depends only on the numbers of its sequences, so a resumed run sees the same.
     """
 
     BEGIN = 10**8  # far from the sequences that the model was trained on
@@ -215,14 +216,14 @@ class Rehearsal:
         return getattr(self.data, name)
 
     def batch(self, split: str, start: int, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs and targets, (batch_size, block_size) each: sequences of the new data, then of the earlier."""
+        """Inputs and targets, (batch_size, block_size) each: sequences of the new data, then earlier ones."""
         if split != "train":
             return self.data.batch(split, start, batch_size)
         first, last = math.floor(start * self.share), math.floor((start + batch_size) * self.share)
         parts, n_sets, n_new = [], len(self.earlier), batch_size - (last - first)
         if n_new:
             parts.append(self.data.batch("train", start - first, n_new))
-        for i, old in enumerate(self.earlier):  # its turns are the numbers i, i + n_sets, ... from first to last
+        for i, old in enumerate(self.earlier):  # its turns: the numbers i, i + n_sets, ... from first to last
             turns = range(-((i - first) // n_sets), -((i - last) // n_sets))
             if turns:
                 parts.append(old.batch("train", self.BEGIN + turns.start, len(turns)))
@@ -258,7 +259,7 @@ class Earlier:
         """`number` and `before`, for JSON."""
         is_text = self.pairs is None
         before = self.before if is_text else np.packbits(self.before).tobytes().hex()
-        return {"number": self.number, "before": before}
+        return {"number": self.number, "digest": self.data.digest(), "before": before}
 
     def restore(self, saved: dict):
         """Sets `before` to what was saved."""
@@ -281,20 +282,29 @@ class Earlier:
 def open_earlier(config: Config, data, tokenizer: Path, most: int, console: Console) -> list[Earlier]:
     """The data of config.earlier, as far as it can be opened; prints which can't.
 
-    data: the new data. Facts that it contradicts are not asked about. most: how many facts of each set to ask
-    about at most.
+    data: the new data. Facts that it contradicts are not asked about, nor their entities rehearsed. most: how
+    many facts of each set to ask about at most.
     """
     found = []
     for number, taught in enumerate(config.earlier):
         before = config.replace(**taught, earlier=config.earlier[:number])
         try:
             old = open_data(before, tokenizer)
-        except (OSError, ValueError) as error:
-            console.print(f"can't tell what will still be known of {taught['data']}: {error}", soft_wrap=True)
+        except (OSError, ValueError, ModuleNotFoundError, UserError) as error:
+            console.print(
+                f"can't measure what the model remembers of {taught['data']}: {error}", soft_wrap=True)
             continue
-        pairs = pairs_to_ask(old.facts, data.facts, most) if old.facts else None
-        if pairs is not None and not len(pairs):
-            continue  # the new data has other answers to all of them
+        pairs = None
+        if old.facts:
+            is_new = np.zeros(old.facts.codes.shape, dtype=bool)
+            if data.facts:
+                is_new = contradicted(old.facts, data.facts)
+            pairs = pairs_to_ask(old.facts, is_new, most)
+            changed = is_new.any(axis=1)
+            if not len(pairs) or changed.all():
+                console.print(f"the new data has other answers to all of {taught['data']}", soft_wrap=True)
+                continue
+            old.leave_out(np.flatnonzero(changed))  # for rehearsal
         name = taught["data"]
         if old.facts and len(old.facts.attributes) > 1:
             name += f" ({len(old.facts.entities):,} entities)"
@@ -302,13 +312,14 @@ def open_earlier(config: Config, data, tokenizer: Path, most: int, console: Cons
     return found
 
 
-def pairs_to_ask(old: FactSet, new: FactSet | None, most: int) -> np.ndarray:
-    """At most `most` pairs of entity and attribute, (n, 2): of the reported questions if there are any."""
+def pairs_to_ask(old: FactSet, left_out: np.ndarray, most: int) -> np.ndarray:
+    """At most `most` pairs of entity and attribute, (n, 2): of the reported questions if there are any, and
+    without those left out, (entities, attributes) bool.
+    """
     is_asked = old.role == REPORT
     if not is_asked.any():
         is_asked[:] = True
-    if new is not None:
-        is_asked &= ~contradicted(old, new)
+    is_asked &= ~left_out
     pairs = np.argwhere(is_asked)
     return pairs[np.random.default_rng(0).permutation(len(pairs))[:most]]
 
@@ -324,7 +335,8 @@ def contradicted(old: FactSet, new: FactSet) -> np.ndarray:
     found = np.zeros(old.codes.shape, dtype=bool)
     for a, attribute in enumerate(old.attributes):
         for e, entity in enumerate(old.entities):
-            prompts = [wording.replace("{}", entity) for wording in attribute.statements + attribute.questions]
+            wordings = attribute.statements + attribute.questions
+            prompts = [wording.replace("{}", entity) for wording in wordings]
             given = [answers[prompt] for prompt in prompts if prompt in answers]
             found[e, a] = any(accepted.isdisjoint(old.answers(e, a)) for accepted in given)
         subjects = old.subjects[found[:, a]]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from nanomem import facts, tokenizer
+from nanomem import datasets, facts, tokenizer
 from nanomem.cli import shipped
 from nanomem.config import Config
 from nanomem.data import DROPOUT, FactData, TextData, ahead, first_of_each, open_data, random_stream
@@ -116,7 +116,7 @@ def test_a_new_set_takes_one_entry(monkeypatch):
     monkeypatch.setitem(DATASETS, "letters", DataSet("letters", lambda config: made))
     data = open_data(Config(data="letters"))
     assert data.facts is made and data.encoding.n_vocab == 257  # one token per byte: it ships no tokenizer
-    assert facts.teaches_facts("letters")
+    assert datasets.teaches_facts("letters")
     with pytest.raises(FileNotFoundError, match="letters, .*did you mean letters"):
         open_data(Config(data="leters"))
 

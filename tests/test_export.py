@@ -16,10 +16,10 @@ SHAPE = dict(vocab_size=257, n_layer=3, n_head=2, n_embd=16, block_size=16, mem_
 @pytest.mark.parametrize("ffn", ["memory", "dense", "moe", "peer"])
 def test_what_is_loaded_computes_what_was_saved(ffn, tmp_path):
     config = Config(ffn=ffn, n_entities=77, data="people", **SHAPE)
-    model, idx = GPT(config), torch.randint(257, (2, 16))
+    model, idx = GPT(config).eval(), torch.randint(257, (2, 16))
     export.save(tmp_path / "model", model, tokenizer.byte_encoding(), config)
     loaded, loaded_config = export.load(tmp_path / "model")
-    assert torch.equal(model(idx)[0], loaded(idx)[0])
+    assert torch.equal(model(idx)[0], loaded.eval()(idx)[0])
     assert (loaded_config.n_entities, loaded_config.data, loaded_config.ffn) == (77, "people", ffn)
     tensors = load_file(tmp_path / "model" / "model.safetensors")
     assert {name: tensor.shape for name, tensor in tensors.items()} == {

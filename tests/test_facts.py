@@ -4,7 +4,7 @@ import json
 import numpy as np
 import pytest
 
-from nanomem import facts
+from nanomem import datasets, facts
 
 
 @pytest.fixture(scope="module")
@@ -130,4 +130,4 @@ def test_only_line_ends_end_a_fact(tmp_path):
     ("people", True), ("world", True), ("a/facts.jsonl", True), ("FACTS.JSONL", True),
     ("facts.json", False), ("book.txt", False), ("people.txt", False)])
 def test_what_teaches_facts(name, teaches):
-    assert facts.teaches_facts(name) == teaches
+    assert datasets.teaches_facts(name) == teaches

@@ -107,7 +107,8 @@ def test_rows_become_a_table_and_a_figure(tmp_path, monkeypatch):
     def run_all(tasks, results, workers, console):
         found = []
         for task in tasks:
-            result = dict(task, commit="abc", known_before=0.9, curve=curve((0.5, 1.0), (1.0, 0.5 + task["rate"] / 10)))
+            points = curve((0.5, 1.0), (1.0, 0.5 + task["rate"] / 10))
+            result = dict(task, commit="abc", known_before=0.9, curve=points)
             if task["kind"] == "rounds":
                 result |= {"first": [0.9, 0.8], "old": [0.9, 0.8, 0.7], "at_end": [0.8, 0.9]}
             found.append(result)

@@ -31,7 +31,7 @@ def batch(n=2, time=12):
 
 
 def test_gradients_equal_those_with_a_dense_table_gradient():
-    sparse_model, dense_model = small().double(), small().double()
+    sparse_model, dense_model = [small(mem_dropout=0.0).double() for _ in range(2)]
     for m in dense_model.modules():
         if isinstance(m, MemoryTable):
             m.sparse_grad = False

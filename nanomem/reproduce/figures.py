@@ -79,8 +79,8 @@ def slots_table(rows: list[dict]) -> str:
 
 def forgetting_table(rows: list[dict]) -> str:
     """What `forgetting` found as a Markdown table."""
-    header = ["what is trained", "rate", "kept where 90% of the new is known, %, each seed", "most of the new, %",
-              "kept at the end, %", "first of ten rounds known after the last, %"]
+    header = ["what is trained", "rate", "kept where 90% of the new is known, %, each seed",
+              "most of the new, %", "kept at the end, %", "first of ten rounds known after the last, %"]
     cells = []
     for row in rows:
         kept = ["never" if share is None else f"{100 * share:.1f}" for share in row["kept"]]
@@ -135,7 +135,7 @@ CURVES = {
 def draw_forgetting(rows):
     """The share kept of the old facts against new facts learnt; and what is known of ten rounds."""
     figure, (axis, rounds) = pyplot().subplots(1, 2, figsize=(11, 4.4), layout="constrained")
-    for row, color in zip(rows, pyplot().cm.tab10.colors):
+    for row, color in zip(rows, pyplot().cm.tab20.colors):
         means = []
         for points in zip(*row["curves"]):
             means.append([statistics.mean(point[key] for point in points) for key in ("new", "kept")])

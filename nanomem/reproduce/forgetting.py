@@ -1,9 +1,9 @@
 """
 What a model forgets while it is taught something new, by what is trained: `reproduce forgetting`.
 
-A model that knows 1,500 people is taught 200 more. Each method trains the same model on the same batches; after
-some updates the model is asked the new facts and the old ones, in questions that neither training has asked.
-Then ten such sets are taught one after another.
+A model that knows 1,500 people is taught 200 more. Each method trains the same model on the same batches.
+After some updates the model is asked the new facts and the old ones, in questions that neither training has
+asked. Then ten such sets are taught one after another.
 """
 
 import contextlib
@@ -166,7 +166,9 @@ def rounds(folder: str, method: Method, rate: float, people_seed: int) -> dict:
     """What is known at the end of each of ten rounds of new people, taught one after another."""
     student = Student(folder, method, rate)
     seeds = [people_seed * 100 + i for i in range(1, ROUNDS + 1)]
-    sets = [new_people(student.config, student.encoding, seed, tuple(seeds[:i])) for i, seed in enumerate(seeds)]
+    sets = []
+    for i, seed in enumerate(seeds):
+        sets.append(new_people(student.config, student.encoding, seed, tuple(seeds[:i])))
     first_known, old_known = [], [float(student.knows(student.data, REPORT).mean())]
     for data in sets:
         student.teach(data, ROUND_UPDATES)
@@ -266,8 +268,10 @@ def forgetting(models: dict[str, list[tuple[str, Path]]], seeds: list[int], resu
     rates = {}
     for name in METHODS:
         rates[name] = best_rate({one["rate"]: one["curve"] for one in found if one["name"] == name})
-    tasks = [task("lesson", name, rates[name], seed, i) for i, seed in enumerate(seeds) for name in METHODS]
-    tasks += [task("rounds", name, rates[name], seed, i) for i, seed in enumerate(seeds) for name in IN_ROUNDS]
+    tasks = []
+    for kind, names in (("lesson", METHODS), ("rounds", IN_ROUNDS)):
+        for i, seed in enumerate(seeds):
+            tasks += [task(kind, name, rates[name], seed, i) for name in names]
     found = run_all(tasks, results, workers, console)
     commits = {one["commit"] for one in found}
     rows = []

@@ -35,8 +35,6 @@ def add_lora(model: nn.Module, rank: int):
     """
     model.requires_grad_(False)
     for parent in list(model.blocks.modules()):
-        if isinstance(parent, LoRALinear):
-            continue
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear):
                 setattr(parent, name, LoRALinear(child, rank))
