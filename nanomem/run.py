@@ -191,7 +191,8 @@ def model_to_teach(
     """The trained model that a run starts from; None if there is none, or the run has a checkpoint itself."""
     init_from = given.get("init_from")
     if given.get("resume"):  # before its first checkpoint
-        init_from = (checkpoint.read_json(out_dir / "config.json") or {}).get("init_from")
+        saved = checkpoint.read_json(out_dir / "config.json")
+        init_from = saved.get("init_from") if isinstance(saved, dict) else None
     if header or not init_from:
         return None
     trained = teaching.find(init_from, "init_from")
