@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nanomem import checkpoint, optim, recall, teaching
+from nanomem import optim, recall, teaching
 from nanomem.checkpoint import read_json, write_text
 from nanomem.config import DESCRIBES_DATA, Config
 from nanomem.data import FactData, named_facts, open_data

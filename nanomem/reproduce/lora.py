@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-
 class LoRALinear(nn.Module):
     """A linear layer whose weight stays, with a trainable change of rank r: y = W x + b + 2 B A x.
 
