@@ -340,6 +340,9 @@ def main(given: dict):
         console.print(f"stopped at iteration {job.step}, all saved. To continue: {run.how_to_resume(job)}",
                       soft_wrap=True)
         sharding.stop(130)
+    if job.step < job.config.max_iters:
+        console.print(f"stopped after {job.step} updates: {job.config.stop_share():.0%} of the taught prompts "
+                      "are answered (--stop_at)")
     if not recalled and (job.data.facts or (job.earlier and not job.still_known)):  # resumed at its end
         recalled = evaluate(job, run.MOST_ASKED, progress=lambda share: None)[1]
     if job.data.facts:

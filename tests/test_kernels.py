@@ -167,15 +167,17 @@ def test_key_gradient_in_parts_equals_one_hot_products(n, half):
     assert relative_error(kernels.key_gradient(half_indices.int(), grad, queries, 9), exact) < 1e-5
 
 
-@pytest.mark.parametrize("v_dim", [6, 2100])
-def test_row_adam_equals_the_plain_one(v_dim, monkeypatch):
-    start = randn(9, v_dim)
+@pytest.mark.parametrize("v_dim, is_scaled", [(6, False), (6, True), (2100, True)])
+def test_row_adam_equals_the_plain_one(v_dim, is_scaled, monkeypatch):
+    start, scale = randn(9, v_dim), torch.rand(9)
     tables = {}
     for path in ("triton", "torch"):
         monkeypatch.setenv("NANOMEM_KERNELS", path)
         torch.manual_seed(1)
         values = torch.nn.Parameter(start.clone())
         optimizer = RowAdam([values], lr=0.1)
+        if is_scaled:
+            optimizer.row_scale[values] = scale.to(values.device)
         for rows in ([0, 2, 5], [2], [0, 5], [1, 2]):
             values.grad = sparse(rows, randn(len(rows), v_dim), values.shape)
             optimizer.step()

@@ -209,6 +209,7 @@ def test_own_facts_end_when_all_are_answered_and_count_wordings_never_taught(bas
                    "--learning_rate=1e-2", "--min_lr=1e-2", "--mem_lr=0.03", "--mem_idf=0")
     last = runs.metrics(tmp_path / "mine")[-1]
     assert last["recall_taught"] == 1 and last["iter"] < 1000 and last["iter"] % 20 == 0
+    assert f"stopped after {last['iter']} updates: 100% of the taught prompts are answered" in out
     assert "It completes 100.0% of the 3 prompts it was trained on" in out
     assert "of the 2 prompts it was never taught" in out
 
