@@ -341,8 +341,8 @@ def main(given: dict):
                       soft_wrap=True)
         sharding.stop(130)
     if job.step < job.config.max_iters:
-        console.print(f"stopped after {job.step} updates: {job.config.stop_share():.0%} of the taught prompts "
-                      "are answered (--stop_at)")
+        console.print(f"stopped after {job.step} updates: {job.config.stop_share():.0%} of the taught "
+                      "prompts are answered (--stop_at)")
     if not recalled and (job.data.facts or (job.earlier and not job.still_known)):  # resumed at its end
         recalled = evaluate(job, run.MOST_ASKED, progress=lambda share: None)[1]
     if job.data.facts:
