@@ -282,11 +282,11 @@ class Earlier:
 def open_earlier(config: Config, data, tokenizer: Path, most: int, console: Console) -> list[Earlier]:
     """The data of config.earlier, as far as it can be opened; prints which can't.
 
-    data: the new data. Facts that it contradicts are not asked about, nor their entities rehearsed. most: how
-    many facts of each set to ask about at most.
+    data: the new data. Facts that it or a later set contradicts are not asked about, nor their entities
+    rehearsed. most: how many facts of each set to ask about at most.
     """
-    found = []
-    for number, taught in enumerate(config.earlier):
+    found, later = [], [data.facts] if data.facts else []  # later: what was taught after a set
+    for number, taught in reversed(list(enumerate(config.earlier))):
         before = config.replace(**taught, earlier=config.earlier[:number])
         try:
             old = open_data(before, tokenizer)
@@ -297,19 +297,20 @@ def open_earlier(config: Config, data, tokenizer: Path, most: int, console: Cons
         pairs = None
         if old.facts:
             is_new = np.zeros(old.facts.codes.shape, dtype=bool)
-            if data.facts:
-                is_new = contradicted(old.facts, data.facts)
+            for facts in later:
+                is_new |= contradicted(old.facts, facts)
+            later.append(old.facts)
             pairs = pairs_to_ask(old.facts, is_new, most)
             changed = is_new.any(axis=1)
             if not len(pairs) or changed.all():
-                console.print(f"the new data has other answers to all of {taught['data']}", soft_wrap=True)
+                console.print(f"later data has other answers to all of {taught['data']}", soft_wrap=True)
                 continue
             old.leave_out(np.flatnonzero(changed))  # for rehearsal
         name = taught["data"]
         if old.facts and len(old.facts.attributes) > 1:
             name += f" ({len(old.facts.entities):,} entities)"
         found.append(Earlier(number, name, old, pairs))
-    return found
+    return found[::-1]
 
 
 def pairs_to_ask(old: FactSet, left_out: np.ndarray, most: int) -> np.ndarray:

@@ -293,6 +293,28 @@ def test_contradicted_facts_are_not_asked_about(tmp_path):
     assert found.ravel().tolist() == [True, True, False]
 
 
+def test_a_fact_corrected_in_an_earlier_round_is_neither_asked_nor_rehearsed_as_it_was(base, tmp_path):
+    answers = {"first": ("1", "2"), "second": ("3", None), "third": (None, None)}
+    for name, (a, b) in answers.items():
+        lines = [{"prompt": p, "answer": x} for p, x in (("a", a), ("b", b), (f"only {name}", "4")) if x]
+        write_facts(tmp_path / f"{name}.jsonl", *lines)
+    earlier = [{"data": str(tmp_path / f"{name}.jsonl"), "n_entities": 4, "people_seed": 0, "zipf": 0.0,
+                "seed": 1} for name in ("first", "second")]
+    config = Config(data=str(tmp_path / "third.jsonl"), earlier=earlier)
+    from rich.console import Console
+
+    from nanomem.data import open_data
+
+    tokenizer = teaching.find(base, "init_from").tokenizer()
+    new = open_data(config, tokenizer)
+    first, second = teaching.open_earlier(config, new, tokenizer, 100, Console(quiet=True))
+    assert [first.number, second.number] == [0, 1]
+    asked = {first.data.facts.entities[e] for e, _ in first.pairs}
+    assert asked == {"b", "only first"} and len(second.pairs) == 2
+    inputs, _ = first.data.batch("train", 0, 50)
+    assert all("a 1" not in first.data.encoding.decode(block) for block in inputs.tolist())
+
+
 # ------------------------------------------------------------------------------------------------
 # Mistakes
 
