@@ -90,7 +90,7 @@ class Trained:
     model: GPT
     encoding: object
     run: Config
-    counts: dict  # how often training read each slot: see teaching.count
+    saved: teaching.SavedModel
 
     def __post_init__(self):
         self.device = next(self.model.parameters()).device
@@ -120,7 +120,7 @@ def open_run(config: SampleConfig) -> Trained:
     encoding = open_tokenizer(run, found.tokenizer(), None)
     iterations = "" if found.iteration is None else f", {found.iteration} iterations"
     console.print(f"{out_dir}: {run.data}, {run.ffn}{iterations}", style="dim", soft_wrap=True)
-    return Trained(model.to(device).eval(), encoding, run.replace(out_dir=str(out_dir)), found.counts())
+    return Trained(model.to(device).eval(), encoding, run.replace(out_dir=str(out_dir)), found)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -296,7 +296,7 @@ def main(config: SampleConfig):
     """Continues texts, or exports the model."""
     trained = open_run(config)
     if config.export:
-        export.save(config.export, trained.model, trained.encoding, trained.run, trained.counts)
+        export.save(config.export, trained.model, trained.encoding, trained.run, trained.saved.counts())
         hint = f"python sample.py --out_dir={shlex.quote(config.export)}"
         console.print(f"exported to {config.export}; {hint} reads it", soft_wrap=True)
         return

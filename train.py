@@ -191,12 +191,19 @@ def backward(job, forward, parallel, passes):
 def number_tokens(job, batch_number):
     """Tells the memory layers the number of the next pass's first token: mem_dropout goes by it."""
     config = job.config
+    if not config.mem_dropout:
+        return
     sequence = job.position + batch_number * config.batch_size + job.sequences.start
     for i, layer in job.model.memory_layers().items():
-        start = random_stream(config.seed, DROPOUT, i).integers(2**32)  # different for each layer and seed
         if layer.first_token is None:
             layer.first_token = torch.zeros((), dtype=torch.int64, device=job.device)
-        layer.first_token.fill_(int(start) + sequence * config.block_size)
+        layer.first_token.fill_(numbers_from(config.seed, i) + sequence * config.block_size)
+
+
+@functools.cache
+def numbers_from(seed, layer_number):
+    """Where a layer begins to number tokens: different for each layer and seed, so that their masks are."""
+    return int(random_stream(seed, DROPOUT, layer_number).integers(2**32))
 
 
 def update(job):

@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 
 from nanomem import sharding
 from nanomem.cli import UserError
+from nanomem.optim import named_tables
 
 try:
     import fcntl
@@ -209,12 +210,7 @@ def _optimizer_tensors(model, optimizers):
 
 def _tables(model):
     """{name of its values: ShardedTable}"""
-    return {
-        name: table
-        for table in sharding.tables(model)
-        for name, p in model.named_parameters()
-        if p is table.values
-    }
+    return {name: table for name, table in named_tables(model) if isinstance(table, sharding.ShardedTable)}
 
 
 def _part(model, optimizers, counts):

@@ -188,6 +188,12 @@ def tables_of(model: nn.Module) -> list[MemoryTable]:
     return [module for module in model.modules() if isinstance(module, MemoryTable)]
 
 
+def named_tables(model: nn.Module) -> list[tuple[str, MemoryTable]]:
+    """(name of its values, table) for each memory table, each once."""
+    table_of = {id(table.values): table for table in tables_of(model)}
+    return [(name, table_of[id(p)]) for name, p in model.named_parameters() if id(p) in table_of]
+
+
 def _outside_tables(model):
     """The parameters of a model other than its tables' values."""
     in_tables = {id(table.values) for table in tables_of(model)}

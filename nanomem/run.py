@@ -154,7 +154,7 @@ def find_checkpoint(given: dict, out_dir: Path, console: Console):
     return folder, header
 
 
-def settings(given: dict, out_dir: Path, header: dict | None, trained: teaching.Trained | None) -> Config:
+def settings(given: dict, out_dir: Path, header: dict | None, trained: teaching.SavedModel | None) -> Config:
     """The settings of the run. A resumed run keeps its settings, except for those given that may change. One
     that teaches a trained model takes its shape from it.
 
@@ -187,7 +187,7 @@ def settings(given: dict, out_dir: Path, header: dict | None, trained: teaching.
 
 
 def model_to_teach(
-        given: dict, out_dir: Path, header: dict | None, console: Console) -> teaching.Trained | None:
+        given: dict, out_dir: Path, header: dict | None, console: Console) -> teaching.SavedModel | None:
     """The trained model that a run starts from; None if there is none, or the run has a checkpoint itself."""
     init_from = given.get("init_from")
     if given.get("resume"):  # before its first checkpoint
@@ -232,7 +232,7 @@ def check_it_fits(config: Config, device: torch.device):
                         "with gradient_accumulation_steps a smaller batch_size trains alike")
 
 
-def prepare_teaching(job: Job, header: dict | None, trained: teaching.Trained | None, console: Console):
+def prepare_teaching(job: Job, header: dict | None, trained: teaching.SavedModel | None, console: Console):
     """Sets what a job that teaches a trained model needs: counts of earlier reads, which slots to spare, and
     the earlier data. header: that of its own checkpoint, if it has one.
     """
@@ -270,7 +270,7 @@ def lock_existing(out_dir: Path):
 
 
 def open_data_of(
-        config: Config, given: dict, out_dir: Path, header: dict | None, trained: teaching.Trained | None):
+        config: Config, given: dict, out_dir: Path, header: dict | None, trained: teaching.SavedModel | None):
     """The data of a run, as config says; sets config's vocab_size, block_size and tokenizer to what the
     data has.
 

@@ -1,8 +1,8 @@
 """
 Teaching a trained model something new without losing the old: train.py's --init_from.
 
-- Only the values of memory tables are trained, unless --train says otherwise. A token changes the few slots
-  that it reads, and most of what was known before lies in other slots.
+- Only the values of memory tables are trained, unless --train says otherwise: the core computes what it did,
+  and a token changes only the few slots that it reads.
 - --mem_idf makes the steps of a slot smaller the more often earlier training read it. --mem_top_slots leaves
   out all but the slots with the highest TF-IDF, as in "Continual Learning via Sparse Memory Finetuning" (Lin
   et al. 2025, arXiv 2510.15103).
@@ -23,16 +23,15 @@ from nanomem.cli import UserError, defaults_beside
 from nanomem.config import DESCRIBES_DATA, Config
 from nanomem.data import FactData, TextData, open_data
 from nanomem.facts import REPORT, FactSet
-from nanomem.memory import MemoryTable
 from nanomem.ops import sparse_rows
-from nanomem.optim import RowAdam, coalesce_gradient_, process_group_of, tables_of
+from nanomem.optim import RowAdam, coalesce_gradient_, named_tables, process_group_of, tables_of
 
 # ------------------------------------------------------------------------------------------------
 # The trained model
 
 
 @dataclass
-class Trained:
+class SavedModel:
     """A trained model on disk: that of a run's newest checkpoint, or an export."""
 
     folder: Path  # of the run or export
@@ -55,22 +54,22 @@ class Trained:
         return checkpoint.read_counts(self.files) or None
 
 
-def find(folder: str | Path, option: str) -> Trained:
+def find(folder: str | Path, option: str) -> SavedModel:
     """The trained model in a folder. Raises UserError, naming the option that names the folder, if there is
     none.
     """
     folder = Path(folder)
     if (folder / export.FILE).exists():
-        return Trained(folder, folder, "", export.read_config(folder), None, {})
+        return SavedModel(folder, folder, "", export.read_config(folder), None, {})
     files, header, refused = checkpoint.newest(folder)
     if header is None:
         raise UserError(
             f"{checkpoint.none_in(folder)}; --{option} must name the folder of a run or an export")
     config = Config.from_saved(header["config"], folder)
-    return Trained(folder, files, "model.", config, header["iteration"], refused)
+    return SavedModel(folder, files, "model.", config, header["iteration"], refused)
 
 
-def settings(given: dict, trained: Trained) -> dict:
+def settings(given: dict, trained: SavedModel) -> dict:
     """The settings of a run that teaches a trained model: those given, and those that the model brings along.
 
     Raises UserError for a setting that is given and differs from the model's.
@@ -137,12 +136,6 @@ def describe_changed_slots(counts: dict, before: dict) -> str:
     known = before and changed
     share = f"; earlier training had read {read_before / changed:.0%} of those it changed" if known else ""
     return f"It changed {changed:,} of {n_slots:,} slots{share}."
-
-
-def named_tables(model: torch.nn.Module) -> list[tuple[str, MemoryTable]]:
-    """(name of its values, table) for each memory table."""
-    table_of = {id(table.values): table for table in tables_of(model)}
-    return [(name, table_of[id(p)]) for name, p in model.named_parameters() if id(p) in table_of]
 
 
 def inverse_document_frequency(counts: dict[str, torch.Tensor], name: str) -> torch.Tensor:

@@ -1,14 +1,17 @@
 import json
 import math
+import re
 import shutil
 
 import numpy as np
 import pytest
 import runs
 import torch
+from rich.console import Console
 
-from nanomem import checkpoint, facts, teaching
+from nanomem import checkpoint, export, facts, teaching, tokenizer
 from nanomem.config import Config, GPTConfig
+from nanomem.data import named_facts, open_data
 from nanomem.model import GPT
 from nanomem.observe import lookups_of, observe_lookups
 from nanomem.optim import RowAdam, build_optimizer, tables_of
@@ -261,8 +264,6 @@ def test_blocks_grow_for_longer_facts(base, tmp_path):
 def test_new_people_and_cities_are_none_of_the_old():
     old = {"data": "people", "n_entities": 1000, "people_seed": 0, "zipf": 0.6, "seed": 1}
     config = Config(n_entities=500, people_seed=2, earlier=[old])
-    from nanomem.data import named_facts
-
     new = named_facts(config)
     assert not set(new.entities) & set(facts.people(1000, 0.6, 1).entities)
     again = config.replace(people_seed=3, earlier=[old, old | {"n_entities": 500, "people_seed": 2}])
@@ -301,13 +302,9 @@ def test_a_fact_corrected_in_an_earlier_round_is_neither_asked_nor_rehearsed_as_
     earlier = [{"data": str(tmp_path / f"{name}.jsonl"), "n_entities": 4, "people_seed": 0, "zipf": 0.0,
                 "seed": 1} for name in ("first", "second")]
     config = Config(data=str(tmp_path / "third.jsonl"), earlier=earlier)
-    from rich.console import Console
-
-    from nanomem.data import open_data
-
-    tokenizer = teaching.find(base, "init_from").tokenizer()
-    new = open_data(config, tokenizer)
-    first, second = teaching.open_earlier(config, new, tokenizer, 100, Console(quiet=True))
+    path = teaching.find(base, "init_from").tokenizer()
+    new = open_data(config, path)
+    first, second = teaching.open_earlier(config, new, path, 100, Console(quiet=True))
     assert [first.number, second.number] == [0, 1]
     asked = {first.data.facts.entities[e] for e, _ in first.pairs}
     assert asked == {"b", "only first"} and len(second.pairs) == 2
@@ -334,8 +331,6 @@ def test_a_fact_corrected_in_an_earlier_round_is_neither_asked_nor_rehearsed_as_
 def test_mistakes_are_one_line(arguments, message, base, tmp_path):
     _, err = teach(base, tmp_path / "taught", *arguments, code=2)
     assert err.count("\n") == 1
-    import re
-
     assert re.search(message, err), err
 
 
@@ -356,8 +351,6 @@ def test_what_goes_by_earlier_training_needs_a_trained_model(option, tmp_path):
 def test_values_of_a_dense_model_and_counts_that_are_missing(base, tmp_path):
     _, err = runs.train(tmp_path / "run", "--ffn=dense", "--train=values", code=2)
     assert "train=values needs memory tables, and ffn=dense has none" in err
-    from nanomem import export, tokenizer
-
     trained = teaching.find(base, "init_from")
     model = GPT(trained.config)
     trained.load(model)

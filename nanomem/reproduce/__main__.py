@@ -8,7 +8,7 @@ The paper's claims, small: trains the models of a table or figure with train.py,
     python -m nanomem.reproduce text         dense, mixture and Memory+ on text (--text=data/wikitext-103)
     python -m nanomem.reproduce forgetting   what is forgotten while a model is taught new facts, by method
     python -m nanomem.reproduce slots        which slots facts use in a model (--run=out/people-memory)
-    python -m nanomem.reproduce page         writes docs/results.md's and README's tables from assets/*.json
+    python -m nanomem.reproduce page         writes the tables of README and docs from assets/*.json
 
 - equal terms: the same facts, tokens, batches and tokenizer; each model's learning rate is the best of a
   small sweep, by the loss on questions that are never reported

@@ -230,9 +230,9 @@ def run_saved(task: dict, results: Path) -> dict:
 
 def task_path(task: dict, results: Path) -> Path:
     """The file of a task's result; its name has a hash of what decides it."""
-    method = dataclasses.asdict(METHODS[task["name"]]) | {"rates": None}
-    if not method["rehearse"]:
-        del method["rehearse"]
+    method = METHODS[task["name"]]
+    method = {f.name: getattr(method, f.name) for f in dataclasses.fields(Method)
+              if f.name != "rates" and getattr(method, f.name) != f.default}
     deciding = [task[name] for name in ("kind", "rate", "seed", "model")]
     deciding += [method, EVALUATED_AT, ROUND_UPDATES, COMPUTATION, torch_version()]
     digest = hashlib.sha256(json.dumps(deciding).encode()).hexdigest()[:8]

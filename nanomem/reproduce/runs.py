@@ -28,7 +28,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from nanomem import checkpoint
 from nanomem.checkpoint import read_json, write_text
 from nanomem.cli import UserError
-from nanomem.config import Config
+from nanomem.config import DESCRIBES_DATA, Config
 from nanomem.data import open_data
 from nanomem.reproduce.sizing import flops
 from nanomem.run import DIVERGED
@@ -57,10 +57,7 @@ class Run:
     @functools.cached_property
     def file_name(self) -> str:
         """The name with a hash of the identity, to call files and folders by."""
-        settings, defaults = self.identity["settings"], deciding(dataclasses.asdict(Config()))
-        changed = {name: value for name, value in settings.items() if value != defaults[name]}
-        identity = self.identity | {"settings": changed}  # so a new setting doesn't change the name
-        digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:8]
+        digest = hashlib.sha256(json.dumps(self.identity).encode()).hexdigest()[:8]
         return f"{re.sub(r'[^a-zA-Z0-9.=]', '-', self.name)}-{digest}"
 
     @functools.cached_property
@@ -86,7 +83,7 @@ def deciding(settings: dict) -> dict:
 
 def data_digest(config: Config) -> str:
     """A hash of the data that a config trains on."""
-    names = "data", "n_entities", "zipf", "tokenizer", "vocab_size", "block_size", "seed"
+    names = *DESCRIBES_DATA, "tokenizer", "vocab_size", "block_size"
     return _data_digest(**{name: getattr(config, name) for name in names})
 
 
