@@ -60,7 +60,8 @@ def set_up(given: dict, console: Console) -> run.Job:
         trained = run.model_to_teach(given, out_dir, header, console)
         config = run.settings(given, out_dir, header, trained)
         device = pick_device(config.device)
-        data = run.open_data_of(config, given, out_dir, header, trained)
+        with console.status("preparing the data"):
+            data = run.open_data_of(config, given, out_dir, header, trained)
         batches, sequences = sharding.share_of_batch(config.batch_size, config.gradient_accumulation_steps)
         run.check_it_fits(config, device)
     same = {"device": device.type, "data": data.digest(), "the checkpoint": folder,

@@ -157,7 +157,8 @@ class Config(GPTConfig):
         "-1: 1 for your own facts, otherwise never")
 
     out_dir: str = setting(
-        "auto", "folder for checkpoints, settings and metrics; auto: out/DATA-FFN", section="Run", path=True)
+        "auto", "folder for checkpoints, settings and metrics; auto: out/DATA-FFN, "
+        "with a number for people_seed, or -taught if that is the model to teach", section="Run", path=True)
     resume: bool = setting(False, "continue from the checkpoint in out_dir, with its settings")
     device: str = setting("auto", "cpu, cuda, cuda:1, mps; auto: the first available of cuda, mps, cpu")
     dtype: str = setting(
@@ -232,7 +233,9 @@ class Config(GPTConfig):
         if self.train == "values" and not self.has_tables():
             raise ValueError(f"train=values needs memory tables, and ffn={self.ffn} has none")
         if self.rehearse and not self.init_from:
-            raise ValueError("rehearse repeats what a model was taught before: it needs init_from")
+            raise ValueError("rehearse repeats what a model was taught before: it needs --init_from")
+        if self.train == "values" and not self.init_from:
+            raise ValueError("train=values teaches a model that is already trained: it needs --init_from")
         for name in ("mem_idf", "mem_top_slots"):
             if getattr(self, name):
                 self.check_uses_counts(name)
@@ -243,7 +246,7 @@ class Config(GPTConfig):
     def check_uses_counts(self, name: str):
         """Raises ValueError where a setting that goes by earlier reads of slots would do nothing."""
         if not self.init_from:
-            raise ValueError(f"{name} goes by what earlier training has read: it needs init_from")
+            raise ValueError(f"{name} goes by what earlier training has read: it needs --init_from")
         if self.ffn != "memory" or self.train == "core":
             trained = f"ffn={self.ffn}" if self.ffn != "memory" else "train=core"
             raise ValueError(f"{name} is for memory tables that are trained, and this run has {trained}")

@@ -39,7 +39,7 @@ def save(folder, model, encoding, config, counts=None):
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"could not make the folder {folder} ({error})") from None
+        raise UserError(f"could not make the folder {folder} ({error.strerror})") from None
     checkpoint.write_text(folder / "config.json", json.dumps(settings, indent=2) + "\n")
     tokenizer.save(encoding, folder / "tokenizer.tiktoken")
     tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}

@@ -10,6 +10,7 @@ Sets of facts, and which of their questions training asks.
 """
 
 import codecs
+import difflib
 import gzip
 import json
 import math
@@ -211,6 +212,7 @@ def draw_names(lists, n_entities, rng, taken):
     return [name for name in names if name not in taken][:n_entities]
 
 
+FACT_KEYS = ("prompt", "answer", "also")
 FACT_LINE = '{"prompt": ..., "answer": ...}'
 
 
@@ -264,10 +266,7 @@ def read_fact(line, path):
         raise ValueError(f"not JSON ({reason}); expected {FACT_LINE}") from None
     if not isinstance(fact, dict):
         raise ValueError(f'expected an object with "prompt" and "answer", got {type(fact).__name__}')
-    for key in ("prompt", "answer"):
-        if key not in fact:
-            hint = f"; for documents: {prepare_command(shlex.quote(str(path)))}" if "text" in fact else ""
-            raise ValueError(f'the key "{key}" is missing{hint}')
+    check_keys(fact, path)
     prompt, also, accepted = fact["prompt"], fact.get("also", []), fact["answer"]
     if not isinstance(accepted, list):
         accepted = [accepted]
@@ -281,6 +280,17 @@ def read_fact(line, path):
         raise ValueError("half of a \\ud800 pair is not a character")
     strip = lambda texts: tuple(text.strip() for text in texts)
     return prompt.strip(), strip(also), strip(accepted)
+
+
+def check_keys(fact, path):
+    """Raises ValueError for a key that is missing or misspelt. Other keys, such as an id, are ignored."""
+    for key in fact.keys() - set(FACT_KEYS):
+        if meant := difflib.get_close_matches(key.lower(), FACT_KEYS, n=1, cutoff=0.7):
+            raise ValueError(f'unknown key "{key}" (did you mean "{meant[0]}"?)')
+    for key in ("prompt", "answer"):
+        if key not in fact:
+            hint = f"; for documents: {prepare_command(shlex.quote(str(path)))}" if "text" in fact else ""
+            raise ValueError(f'the key "{key}" is missing{hint}')
 
 
 def is_words(value):

@@ -333,6 +333,8 @@ def make_room(out_dir: Path, console: Console):
         earlier = move(files + checkpoints, folder)
     except OSError:  # out_dir is a disk of its own, or no folder can be made beside it
         earlier = move(files + checkpoints, folder / "earlier")
+    if not out_dir.is_absolute():
+        earlier = os.path.relpath(earlier)
     console.print(f"moved the earlier run in {out_dir} to {earlier}", soft_wrap=True)
 
 
@@ -524,14 +526,20 @@ def describe(job: Job, console: Console):
     if job.mesh:
         describe_processes(model, job.mesh, core, sparse, console)
     if job.data.facts:
-        n_entities, n_attributes = job.data.facts.codes.shape
-        n_facts = f"{n_entities * n_attributes:,} facts"
-        about = f"{n_entities:,} entities x {n_attributes} attributes = " if n_attributes > 1 else ""
-        console.print(f"{about}{n_facts}")
+        console.print(how_many(job.data.facts))
     if job.saved_step is not None:
         console.print(f"resuming from iteration {job.step}")
     elif config.resume:
         console.print(f"no checkpoint in {job.out_dir} yet: starting from the beginning")
+
+
+def how_many(fact_set: facts.FactSet) -> str:
+    """The number of facts in words. Several taught wordings of a user's own fact count as one."""
+    n_entities, n_attributes = fact_set.codes.shape
+    if n_attributes > 1:
+        return f"{n_entities:,} entities x {n_attributes} attributes = {n_entities * n_attributes:,} facts"
+    n_facts = len(set(fact_set.subjects.tolist()))
+    return "1 fact" if n_facts == 1 else f"{n_facts:,} facts"
 
 
 def describe_processes(model, mesh, core, sparse, console):
@@ -561,7 +569,7 @@ def report_facts(job: Job, recalled: dict, console: Console):
     data, share = job.data, recalled["taught"]["all"]
     readings = readings_per_update(job)
     if share < 0.5 and 0 < readings and job.step * readings < ENOUGH_READINGS / 2:
-        enough = math.ceil(ENOUGH_READINGS / readings / 100) * 100
+        enough = round_up(ENOUGH_READINGS / readings)
         console.print(
             f"This run was too short to learn much: it read each fact about {job.step * readings:.0f} times. "
             f"The {ENOUGH_READINGS} times of the default run take --max_iters={enough}.", soft_wrap=True)
@@ -571,9 +579,18 @@ def report_facts(job: Job, recalled: dict, console: Console):
         console.print(recall_table(data, recalled))
     else:
         console.print(of_prompts(data.facts, share, "it was trained on, word for word"))
+        if share < 0.01 and job.config.train == "values":
+            console.print("The values alone could not learn them: the prompts look like nothing the model was "
+                          "trained on. docs/teaching.md says what to train instead.", soft_wrap=True)
         if data.facts.held_out:
             console.print(of_prompts(data.facts.held_out, recalled["report"]["all"], "it was never taught"))
     console.print(answer_table(job, recalled))
+
+
+def round_up(number: float) -> int:
+    """The next whole number with at most two digits before its zeros."""
+    unit = 10 ** max(0, math.floor(math.log10(number)) - 1)
+    return math.ceil(number / unit) * unit
 
 
 def of_prompts(fact_set: facts.FactSet, share: float, which: str) -> str:

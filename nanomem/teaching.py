@@ -77,9 +77,11 @@ def settings(given: dict, trained: SavedModel) -> dict:
     run = trained.config
     model = {name: getattr(run, name) for name in Config.fixed_by_model()}
     for name in sorted(given.keys() & model.keys()):
-        if given[name] != model[name]:
-            raise UserError(f"--{name}={given[name]} can't be set with --init_from: the model in "
-                            f"{trained.folder} has {name}={model[name]}")
+        if given[name] == model[name]:
+            continue
+        has = "its own tokenizer" if name == "tokenizer" else f"{name}={model[name]}"
+        raise UserError(f"--{name}={given[name]} can't be set with --init_from: the model in "
+                        f"{trained.folder} has {has}")
     defaults = defaults_beside(Config, given) | {"block_size": run.block_size}
     if run.ffn != "memory" or given.get("train") == "core":
         defaults["mem_idf"] = 0.0  # there are no steps to multiply

@@ -77,7 +77,7 @@ def write(path, *lines):
 
 def test_jsonl_facts(tmp_path):
     made = facts.from_jsonl(write(tmp_path / "f.jsonl", '\ufeff{"prompt": "Sky?", "answer": " blue"}', "",
-                                  '{"prompt": "Colour of grass?", "answer": ["green", "Green"]}'))
+                                  '{"prompt": "Colour of grass?", "answer": ["green", "Green"], "id": 7}'))
     assert (
         made.entities == ["Sky?", "Colour of grass?"]
         and made.answers(0, 0) == ("blue",)
@@ -90,6 +90,9 @@ def test_jsonl_facts(tmp_path):
     (['{"prompt": "a", "answer": "b"}', "{oops"], "line 2: not JSON"),
     (['{"prompt": "a"}'], 'line 1: the key "answer" is missing'),
     (['{"answer": "a"}'], '"prompt" is missing'),
+    (['{"prompt": "a", "answers": ["b"]}'], r'line 1: unknown key "answers" \(did you mean "answer"\?\)'),
+    (['{"Prompt": "a", "answer": "b"}'], r'"Prompt" \(did you mean "prompt"\?\)'),
+    (['{"prompt": "a", "answer": "b", "alos": ["c"]}'], r'"alos" \(did you mean "also"\?\)'),
     (['["a", "b"]'], "line 1: expected an object"),
     (["[" * 100_000], "line 1: not JSON"),
     (['{"prompt": "a \\ud800", "answer": "b"}'], "line 1: half of a"),

@@ -98,3 +98,15 @@ def test_the_last_line_of_a_run_has_no_time_left_and_text_has_bits_per_byte():
     display.line(record | {"iter": 20})
     first, last = console.export_text().splitlines()
     assert "1.250 bits per byte" in first and "0:07 left" in first and "left" not in last
+
+
+def test_other_wordings_of_a_fact_are_no_facts_of_their_own(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"prompt": "a", "answer": "b", "also": ["never taught", "taught"]}\n')
+    assert run.how_many(facts.from_jsonl(path)) == "1 fact"
+    assert run.how_many(facts.people(4)) == "4 entities x 5 attributes = 20 facts"
+
+
+@pytest.mark.parametrize("number, rounded", [(7.2, 8), (12, 12), (101, 110), (2511, 2600), (99_001, 100_000)])
+def test_suggested_numbers_of_updates_are_round_but_not_too_few(number, rounded):
+    assert run.round_up(number) == rounded
