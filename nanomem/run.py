@@ -580,8 +580,8 @@ def report_facts(job: Job, recalled: dict, console: Console):
     else:
         console.print(of_prompts(data.facts, share, "it was trained on, word for word"))
         if share < 0.01 and job.config.train == "values":
-            console.print("The values alone could not learn them: the prompts look like nothing the model was "
-                          "trained on. docs/teaching.md says what to train instead.", soft_wrap=True)
+            console.print("The values alone could not learn them: the prompts look like nothing the model "
+                          "was trained on. docs/teaching.md says what to train instead.", soft_wrap=True)
         if data.facts.held_out:
             console.print(of_prompts(data.facts.held_out, recalled["report"]["all"], "it was never taught"))
     console.print(answer_table(job, recalled))
