@@ -264,6 +264,7 @@ def evaluate(job: run.Job, most: int, progress: Callable[[float], None]) -> tupl
     if data.facts:
         main = recalled.get("report", recalled["taught"])  # facts without questions have only taught prompts
         result["recall"] = main["all"]
+        result |= {name: main[name] for name in ("answer_nll", "bits_known")}
         for band in ("head", "torso", "tail"):
             result[f"recall_{band}"] = main[band]
         for kind in ("select", "taught"):

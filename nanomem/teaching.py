@@ -248,7 +248,8 @@ class Earlier:
         if self.pairs is None:
             return loss_on(self.data) / math.log(2) / self.data.bytes_per_token
         questions = bool((self.data.facts.role == REPORT).any())
-        return recall.is_recalled(model, self.data.sentences, self.pairs[:most], questions)
+        known, _ = recall.ask(model, self.data.sentences, self.pairs[:most], questions)
+        return known
 
     def saved(self) -> dict:
         """`number` and `before`, for JSON."""

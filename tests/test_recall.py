@@ -40,8 +40,8 @@ def test_what_is_recalled_in_a_biography_needs_no_end():
             return logits, None
 
     pairs = np.argwhere(people.role >= 0)
-    assert recall.is_recalled(Tells(1, 1), sentences, pairs, questions=False).all()
-    assert not recall.is_recalled(Tells(1, 1), sentences, pairs, questions=True).any()
+    assert recall.ask(Tells(1, 1), sentences, pairs, questions=False)[0].all()
+    assert not recall.ask(Tells(1, 1), sentences, pairs, questions=True)[0].any()
 
 
 def test_recall_is_what_greedy_decoding_says():
@@ -58,25 +58,30 @@ def test_recall_is_what_greedy_decoding_says():
             optimizer.step()
             optimizer.zero_grad()
     pairs = np.argwhere(world.role >= 0)
-    known = recall.is_recalled(model, data.sentences, pairs, questions=False)
-    for (e, a), right in zip(pairs, known):
+    known, surprise = recall.ask(model, data.sentences, pairs, questions=False)
+    model.eval()
+    for (e, a), right, nats in zip(pairs, known, surprise):
         wordings = world.attributes[a].statements
         prompt = torch.tensor([[data.sentences.end] + data.sentences.prompt(e, wordings[e % 3])])
         tokens = [t.item() for t in model.generate(prompt, 40, temperature=0, stop=data.sentences.end)]
         assert right == (data.encoding.decode(tokens) == f" {world.answers(e, a)[0]}<|endoftext|>")
+        answer = [*data.sentences.answers(e, a)[0], data.sentences.end]
+        logits, _ = model(torch.cat([prompt, torch.tensor([answer])], dim=1))
+        chosen = logits[0, prompt.shape[1] - 1:-1].log_softmax(-1)[range(len(answer)), answer]
+        assert nats == pytest.approx(-chosen.sum().item(), rel=1e-4, abs=1e-4)
     assert 5 < known.sum() < len(pairs) - 5
 
 
 def test_measure_asks_each_kind_of_pair_its_own_kind_of_sentence(world, monkeypatch):
     asked = []
 
-    def is_recalled(model, sentences, pairs, questions, progress):
+    def ask(model, sentences, pairs, questions, progress):
         asked.append((pairs, questions))
         progress(0.5)
         progress(1.0)
-        return np.ones(len(pairs), bool)
+        return np.ones(len(pairs), bool), np.full(len(pairs), 1.5)
 
-    monkeypatch.setattr(recall, "is_recalled", is_recalled)
+    monkeypatch.setattr(recall, "ask", ask)
     shares = []
     sentences = Sentences(world, tokenizer.byte_encoding())
     measured = recall.measure(None, sentences, most=10_000, progress=shares.append)
@@ -86,6 +91,7 @@ def test_measure_asks_each_kind_of_pair_its_own_kind_of_sentence(world, monkeypa
     roles = [set(world.role[tuple(pairs.T)]) for pairs, _ in asked]
     assert roles == [{facts.SELECT}, {facts.REPORT}, {facts.ASKED, facts.SELECT, facts.REPORT}]
     assert [len(pairs) for pairs, _ in asked] == [375, 375, 1500]
+    assert [scores["answer_nll"] for scores in measured.values()] == [1.5] * 3
 
 
 def test_scores_are_means_over_subsets(world):
@@ -93,3 +99,40 @@ def test_scores_are_means_over_subsets(world):
     scores = recall.scores(world, pairs, np.array([True, True, True, False]))
     assert scores["all"] == 0.75 and scores["head"] == 1 and scores["tail"] == 0.5 and scores["torso"] is None
     assert scores["country"] == 1 and scores["time zone"] == 0.5
+
+
+def test_the_surprise_of_several_accepted_answers_is_that_of_either(tmp_path):
+    """Against a model whose probabilities don't depend on the context."""
+    lines = ['{"prompt": "a", "answer": ["x", "yz"]}', '{"prompt": "b", "answer": "x"}']
+    (tmp_path / "mine.jsonl").write_text("\n".join(lines))
+    sentences = Sentences(facts.from_jsonl(tmp_path / "mine.jsonl"), tokenizer.byte_encoding())
+    torch.manual_seed(0)
+    log_p = torch.randn(sentences.encoding.n_vocab).log_softmax(-1)
+
+    class Constant(torch.nn.Linear):
+        def forward(self, tokens):
+            return log_p.expand(*tokens.shape, -1), None
+
+    def p(text):
+        return log_p[[*text.encode(), sentences.end]].sum().exp().item()
+
+    _, surprise = recall.ask(Constant(1, 1), sentences, np.array([[0, 0], [1, 0]]), questions=False)
+    assert surprise == pytest.approx([-np.log(p(" x") + p(" yz")), -np.log(p(" x"))], rel=1e-5)
+
+
+def test_bits_known_are_what_the_model_saves_beside_frequencies():
+    values = [[("a",), ("b",)], [("c",), ("d",), ("e",), ("f",)]]
+    codes = np.array([[0, 0], [0, 1], [0, 2], [1, 3]])
+    attributes = (facts.Attribute("one", ("{} is",)), facts.Attribute("two", ("{} has",)))
+    made = facts.FactSet(list("wxyz"), attributes, values, codes)
+    every = np.ones((4, 2), dtype=bool)
+    pairs = np.argwhere(every)
+    perfect = recall.bits_known(made, pairs, np.zeros(8), every)
+    assert perfect == pytest.approx(4 * 2 + 3 * np.log2(4 / 3) + 2)
+    # One bit lost on each fact of the first attribute is more than it holds; it counts as nothing.
+    surprise = np.where(pairs[:, 1] == 0, np.log(2), np.log(2) / 2)
+    assert recall.bits_known(made, pairs, surprise, every) == pytest.approx(4 * 1.5)
+    # Those asked stand for all: two facts of the second attribute that cost 1 and 3 bits.
+    some = np.array([[0, 1], [3, 1]])
+    assert recall.bits_known(made, some, np.log(2) * np.array([1.0, 3.0]), every) == 0
+    assert recall.bits_known(made, some[:1], np.array([np.log(2)]), every) == pytest.approx(4 * 1)

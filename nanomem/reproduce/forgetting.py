@@ -132,7 +132,8 @@ class Student:
     def knows(self, data: FactData, role_at_least: int) -> np.ndarray:
         """Which of the questions with such a role it answers: (n,) bool."""
         pairs = np.argwhere(data.facts.role >= role_at_least)
-        return recall.is_recalled(self.model, data.sentences, pairs, questions=True)
+        known, _ = recall.ask(self.model, data.sentences, pairs, questions=True)
+        return known
 
 
 def new_people(config: Config, encoding, people_seed: int, before: tuple[int, ...] = ()) -> FactData:
