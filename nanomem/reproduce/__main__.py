@@ -36,9 +36,10 @@ class Settings:
 
     arguments = f"({' | '.join(NAMES)}) "
     preset: str = setting(
-        "laptop", "laptop: 2 cores, an hour or two a command; gpu: one H100", tuple(PRESETS),
+        "laptop", "laptop: 2 cores, an hour or two a command; night: 2 cores, a night or two, what the page "
+        "shows; gpu: one H100", tuple(PRESETS),
         section="Reproduction")
-    data: str = setting("people", "what the facts are about", tuple(DATASETS))
+    data: str = setting("", "what the facts are about; by default what the preset is about", ("", *DATASETS))
     text: str = setting(
         "data/wikitext-103", "text to train on: shards that data/prepare.py made, or a text file", path=True)
     seeds: int = setting(3, "runs of each model of curves, table1, scaling, text and forgetting")
@@ -84,7 +85,8 @@ def reproduce(command, settings):
     recipe, data = preset.recipe, settings.data
     if command == "text":
         recipe, data = preset.text_recipe, settings.text
-    base = Config(**read_recipe(Config, cli.shipped("configs") / f"{recipe}.toml") | {"data": data})
+    base = Config(**read_recipe(Config, cli.shipped("configs") / f"{recipe}.toml"))
+    base.data = data or base.data
     base.vocab_size = open_data(base).encoding.n_vocab  # it counts in FLOPs
     console = Console(highlight=False, soft_wrap=True)
     out_dir = Path(settings.out_dir) / settings.preset
@@ -93,9 +95,10 @@ def reproduce(command, settings):
     rows = commands.COMMANDS[command](base, seeds, preset, trainer)
 
     name = command
-    for choice in ("data", "preset"):
-        if getattr(settings, choice) != getattr(Settings, choice):
-            name += f"-{getattr(settings, choice)}"
+    if base.data in DATASETS and base.data != Config.data:
+        name += f"-{base.data}"
+    if settings.preset == "gpu" or (settings.preset == "laptop" and settings.data):
+        name += f"-{settings.preset}"
     about = {"command": command_line(command, settings)} | trainer.provenance()
     results = about | {"seeds": seeds[:1] if command == "ablations" else seeds, "rows": rows}
     assets = Path(settings.assets)
@@ -103,7 +106,7 @@ def reproduce(command, settings):
     if command in figures.DRAWN:
         figures.draw(command, rows, assets / f"{name}.png")
     console.print(figures.markdown(rows))
-    if name == command and assets == Path(Settings.assets):
+    if assets == Path(Settings.assets):
         console.print("python -m nanomem.reproduce page puts it into docs/results.md")
 
 

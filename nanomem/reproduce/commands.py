@@ -6,6 +6,7 @@ was measured is a list with a number for each seed.
 import dataclasses
 import hashlib
 import json
+import statistics
 
 import torch
 
@@ -16,7 +17,7 @@ from nanomem.reproduce.pace import step_seconds
 from nanomem.reproduce.presets import Preset
 from nanomem.reproduce.runs import COMPUTATION, Run, Trainer, machine
 from nanomem.reproduce.sizing import at_flops, at_flops_if_possible, dense_of, flops
-from nanomem.reproduce.sweeps import choose_rates, named
+from nanomem.reproduce.sweeps import candidates, choose_rates, named, search
 
 
 def train_seeds(models: dict[str, Config], seeds: list[int], trainer: Trainer) -> dict[str, list[dict]]:
@@ -48,38 +49,41 @@ def describe(name: str, config: Config) -> dict:
 
 
 def measured(runs: list[dict], **metrics: str) -> dict:
-    """The columns of a model's runs: measured(runs, column=metric)."""
-    return {column: [run[metric] for run in runs] for column, metric in metrics.items()}
+    """The columns of a model's runs: measured(runs, column=metric). Without those that a run doesn't have."""
+    return {column: [run[metric] for run in runs]
+            for column, metric in metrics.items() if all(metric in run for run in runs)}
 
 
-RECALL = dict(recall="recall", recall_taught="recall_taught", loss="val_loss", recall_tail="recall_tail")
+RECALL = dict(recall="recall", recall_taught="recall_taught", answer_nll="answer_nll",
+              bits_known="bits_known", loss="val_loss", recall_tail="recall_tail")
 
 
 def table1(base: Config, seeds: list[int], preset: Preset, trainer: Trainer) -> list[dict]:
-    """Dense models, mixture, PEER, plain memory and Memory+, each at its best learning rate."""
-    numbers = base.memory_layer_numbers()
-    one_layer = str(numbers[len(numbers) // 2])
-    plain = base.replace(mem_gated=False, mem_qk_norm=False, mem_layers=one_layer)
-    models = {
-        "dense": base.replace(ffn="dense"),
-        "dense, 2x": dense_of(base, 2),
-        "dense, 4x": dense_of(base, 4),
-        "mixture of experts": base.replace(ffn="moe"),
-        "PEER": base.replace(ffn="peer"),
-        "plain memory": at_flops(plain, flops(base)),
-        "Memory+": base,
-    }
-    models = choose_rates(models, seeds, preset, trainer)
+    """Dense, dense of twice the FLOPs, the mixture and Memory+, each the best of four tries."""
+    models = search(candidates(base), trainer)
     results = train_seeds(models, seeds, trainer)
     seconds = measured_pace(models, trainer)
-    at_equal_time = train_equal_time(models, seconds, trainer)
+    ours = results["Memory+"]
     rows = []
     for name, config in models.items():
         row = describe(name, config) | measured(results[name], **RECALL)
         row["seconds"] = seconds[name] * config.max_iters
-        row["recall_equal_time"] = at_equal_time[name]["recall"]
+        if name != "Memory+" and len(results[name]) > 1:
+            row["behind_memory"] = paired(ours, results[name], "bits_known")
         rows.append(row)
     return rows
+
+
+def paired(ours: list[dict], theirs: list[dict], metric: str) -> dict:
+    """How far ours are ahead, seed by seed: {"mean": of the differences, "t", "p": of a paired two-sided
+    t-test, "n": seeds}.
+    """
+    from scipy.stats import ttest_rel
+
+    a, b = [run[metric] for run in ours], [run[metric] for run in theirs]
+    test = ttest_rel(a, b)
+    return {"mean": statistics.mean(a) - statistics.mean(b), "t": float(test.statistic),
+            "p": float(test.pvalue), "n": len(a)}
 
 
 def curves(base: Config, seeds: list[int], preset: Preset, trainer: Trainer) -> list[dict]:
@@ -121,17 +125,6 @@ def measured_pace(models, trainer):
         trainer.out_dir.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(step_seconds(models)))
     return read_json(path)
-
-
-def train_equal_time(models, seconds, trainer):
-    """Trains each model for as many steps as it does in the time that Memory+ takes: {name: metrics}."""
-    runs = {}
-    for name, config in models.items():
-        iters = max(1, round(config.max_iters * seconds["Memory+"] / seconds[name]))
-        runs[name] = Run(f"{name}, equal time", config.replace(max_iters=iters, eval_interval=iters))
-    runs["Memory+"] = named("Memory+", models["Memory+"])
-    metrics = trainer.train(list(runs.values()))
-    return {name: metrics[run.name] for name, run in runs.items()}
 
 
 def scaling(base: Config, seeds: list[int], preset: Preset, trainer: Trainer) -> list[dict]:

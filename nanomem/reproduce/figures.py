@@ -41,16 +41,32 @@ def markdown(rows: list[dict]) -> str:
     if "recall" in rows[0]:
         columns["recall, %"] = lambda row: percent(row["recall"])
         columns["taught wording, %"] = lambda row: percent(row["recall_taught"])
+    if "bits_known" in rows[0]:
+        columns["bits known, thousands"] = lambda row: ", ".join(f"{x / 1000:.1f}" for x in row["bits_known"])
+        columns["nats per answer"] = lambda row: f"{statistics.mean(row['answer_nll']):.3f}"
     columns["val loss"] = lambda row: f"{statistics.mean(row['loss']):.3f}"
     if "bits_per_byte" in rows[0]:
         columns["bits per byte, each seed"] = lambda row: ", ".join(f"{x:.3f}" for x in row["bits_per_byte"])
     if "bits_per_byte" in rows[0] or "recall_equal_time" in rows[0]:
         columns["learning rate"] = lambda row: f"{row['learning_rate']:g}"
+    if "bits_known" in rows[0] and "seconds" in rows[0]:
+        columns["Memory+ is ahead by"] = ahead_by
+        columns["learning rate"] = lambda row: f"{row['learning_rate']:g}"
+        columns["seconds"] = lambda row: f"{row['seconds']:.0f}"
     if "recall_equal_time" in rows[0]:
         columns["seconds"] = lambda row: f"{row['seconds']:.0f}"
         columns["recall at equal wall-clock, %"] = lambda row: f"{100 * row['recall_equal_time']:.1f}"
     cells = [[text_of(row) for text_of in columns.values()] for row in rows]
     return table(list(columns), cells)
+
+
+def ahead_by(row: dict) -> str:
+    """By how many bits Memory+ is ahead of a row, with the t-test over seeds."""
+    if "behind_memory" not in row:
+        return ""
+    test = row["behind_memory"]
+    p = f"p = {test['p']:.1g}" if test["p"] >= 1e-4 else "p < 0.0001"
+    return f"{test['mean'] / 1000:.1f} (t = {test['t']:.1f}, {p}, n = {test['n']})"
 
 
 def table(header: list[str], cells: list[list[str]]) -> str:

@@ -27,6 +27,7 @@ class Preset:
 
 
 PRESETS = {
+    "night": Preset("night", "wikitext-2", workers=2, threads=1, rates=(4e-3, 8e-3, 1.6e-2)),
     "laptop": Preset("laptop", "wikitext-2", workers=2, threads=1, rates=(4e-3, 8e-3, 1.6e-2)),
     "gpu": Preset("gpu", "gpu", workers=1, threads=0, rates=(5e-4, 1e-3, 2e-3)),
 }

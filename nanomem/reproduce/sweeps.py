@@ -5,6 +5,7 @@ import math
 from nanomem.config import Config
 from nanomem.reproduce.presets import Preset
 from nanomem.reproduce.runs import Run, Trainer
+from nanomem.reproduce.sizing import at_flops, dense_of, flops
 
 
 def at_rate(config: Config, rate: float) -> Config:
@@ -74,3 +75,47 @@ def named(name: str, config: Config) -> Run:
     """A Run whose name tells apart all runs of a model."""
     balance = f", balance={config.moe_balance:g}" if config.ffn == "moe" else ""
     return Run(f"{name}, lr={config.learning_rate:g}{balance}, seed={config.seed}", config)
+
+
+def candidates(base: Config) -> dict[str, list[Config]]:
+    """What is tried for each model of a table, four configs each: rates; for memory also the values' rate and
+    dropped lookups; for dense models more, narrower layers; for the mixture two experts per token, or few
+    experts.
+
+    All have the FLOPs of base or, "dense, 2x", twice as many.
+    """
+    other_dropout = 0.0 if base.mem_dropout else 0.2
+    dense, target = base.replace(ffn="dense"), flops(base)
+    wider = dense_of(base, 2)
+    more_layers = dict(n_layer=base.n_layer + 2, ffn_hidden=1)
+    moe = base.replace(ffn="moe")
+    rates = [base.learning_rate * factor for factor in (0.5, 1, 2)]
+    return {
+        "dense": [*rated(dense, rates), at_flops(dense.replace(**more_layers), target)],
+        "dense, 2x": [*rated(wider, rates), at_flops(wider.replace(**more_layers), 2 * target)],
+        "mixture of experts": [*rated(moe, rates[:2]), moe.replace(moe_k=2), moe.replace(moe_experts=16)],
+        "Memory+": [*rated(base, rates[1:]), base.replace(mem_lr=2 * base.mem_lr),
+                    base.replace(mem_dropout=other_dropout)],
+    }
+
+
+def rated(config: Config, rates: list[float]) -> list[Config]:
+    """The config with each of these peak learning rates; see `at_rate`."""
+    return [at_rate(config, rate) for rate in rates]
+
+
+def search(tries: dict[str, list[Config]], trainer: Trainer) -> dict[str, Config]:
+    """{name: the best of its configs}, by the validation loss after half of the updates, on a seed that no
+    table reports. For facts, that is the loss on questions that are neither taught nor reported.
+    """
+    runs = {}
+    for name, configs in tries.items():
+        for i, config in enumerate(configs):
+            half = config.replace(max_iters=config.max_iters // 2, seed=config.seed - 1)
+            runs[name, i] = Run(f"{name}, try {i}", half)
+    metrics = trainer.train(list(runs.values()), if_diverged={"val_loss": math.inf})
+    loss = lambda name, i: metrics[runs[name, i].name]["val_loss"]
+    best = {}
+    for name, configs in tries.items():
+        best[name] = configs[min(range(len(configs)), key=lambda i: loss(name, i))]
+    return best
