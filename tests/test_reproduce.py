@@ -130,13 +130,14 @@ def test_curves_follow_each_run(tiny, monkeypatch, tmp_path):
     reproduce(monkeypatch, tmp_path, "curves", "--data=world", "--seeds=2")
     rows = json.loads((tmp_path / "curves-world-laptop.json").read_text())["rows"]
     assert [row["model"] for row in rows] == [
-        "Memory+", "dense", "dense, 4x", "mixture of experts", "dense, four times as long"]
-    for row, updates in zip(rows, (4, 4, 4, 4, 16)):
+        "dense", "dense, 2x", "mixture of experts", "Memory+", "Memory+, twice as long",
+        "dense, twice as long"]
+    for row, updates in zip(rows, (4, 4, 4, 4, 8, 8)):
         assert row["tokens"] == [step * 4 * 64 for step in range(0, updates + 1, 2)]
-        for key in ("recall", "recall_taught"):
+        for key in ("recall", "recall_taught", "bits_known"):
             assert [len(curve) for curve in row[f"{key}_curve"]] == [len(row["tokens"])] * 2
             assert [curve[-1] for curve in row[f"{key}_curve"]] == row[key]
-    assert rows[4]["flops_per_token"] == rows[1]["flops_per_token"]
+    assert rows[4]["flops_per_token"] == rows[3]["flops_per_token"]
     assert (tmp_path / "curves-world-laptop.png").stat().st_size > 5000
 
 
@@ -246,8 +247,8 @@ def recipe(name):
 def without_training(trained):
     """A Trainer that notes the configs and trains nothing."""
 
-    def train(wanted):
-        trained.update({run.name: run.config for run in wanted})
+    def train(wanted, if_diverged=None):
+        trained.update({run.name: run.config for run in wanted if "try" not in run.name})
         metrics = dict(recall=0.5, recall_taught=0.5, recall_tail=0.5, val_loss=1.0)
         return {run.name: metrics for run in wanted}
 
@@ -255,12 +256,13 @@ def without_training(trained):
 
 
 @pytest.mark.parametrize("command, preset, seeds", [
-    ("scaling", "laptop", 3), ("scaling", "gpu", 3), ("ablations", "laptop", 1)])
+    ("scaling", "laptop", 3), ("scaling", "night", 3), ("scaling", "gpu", 3), ("layers", "night", 3),
+    ("ablations", "laptop", 1)])
 def test_every_model_of_a_command_can_be_made(command, preset, seeds):
     trained, base = {}, recipe(preset)
     function = commands.COMMANDS[command]
     rows = function(base, range(seeds), PRESETS[preset], without_training(trained))
-    assert len(rows) * seeds == len(trained) and len(rows) >= 6
+    assert len(rows) * seeds == len(trained) and len(rows) >= 4
     for config in trained.values():
         config.check()
     # Each change changes something besides the width that makes up for its FLOPs.
@@ -270,9 +272,10 @@ def test_every_model_of_a_command_can_be_made(command, preset, seeds):
         n_slots = [0] + [4**n for n in range(5, 11)]
         assert [row["slots"] for row in rows] == n_slots[:len(rows)]
     # The FLOPs are equal, except where a feed-forward layer has too few to give up.
-    ratios = {row["model"]: row["flops_per_token"] / flops(base) for row in rows}
+    target = flops(base) if command == "ablations" else rows[-1]["flops_per_token"]
+    ratios = {row["model"]: row["flops_per_token"] / target for row in rows}
     unequal = {name: ratio for name, ratio in ratios.items() if abs(ratio - 1) > 0.02}
-    assert set(unequal) <= {"1,048,576 slots", "layers 1,2", "layers 0,1,2", "keys of 128"}
+    assert set(unequal) <= {"layers 1,2", "layers 0,1,2", "keys of 128"}
     assert all(1 < ratio < 1.5 for ratio in unequal.values()), unequal
 
 
@@ -309,7 +312,7 @@ def test_a_sweep_continues_until_the_best_rate_is_inside():
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ([], "one of curves, table1, scaling, ablations, text, forgetting, slots, page; got nothing"),
+    ([], "one of curves, table1, scaling, layers, ablations, text, forgetting, slots, page; got nothing"),
     (["tables"], r"got tables \(did you mean table1\?\)"),
     (["table1", "--preset=phone"], "--preset must be one of night, laptop, gpu; got 'phone'"),
     (["table1", "--seeds=0"], "seeds must be 1 or more"),

@@ -1,17 +1,18 @@
 """
 The paper's claims, small: trains the models of a table or figure with train.py, and writes it.
 
-    python -m nanomem.reproduce curves       recall while training: Memory+, dense and mixture of experts
-    python -m nanomem.reproduce table1       dense models, mixture, PEER, plain memory and Memory+
-    python -m nanomem.reproduce scaling      recall against the number of slots, at equal FLOPs
+    python -m nanomem.reproduce table1       dense, dense of twice the FLOPs, mixture of experts and Memory+
+    python -m nanomem.reproduce curves       the same while training, and for twice as long
+    python -m nanomem.reproduce scaling      from 1k to 1M slots, at equal FLOPs
+    python -m nanomem.reproduce layers       one and three memory layers in a deeper model, at equal FLOPs
     python -m nanomem.reproduce ablations    Memory+ with one thing changed at a time
     python -m nanomem.reproduce text         dense, mixture and Memory+ on text (--text=data/wikitext-103)
     python -m nanomem.reproduce forgetting   what is forgotten while a model is taught new facts, by method
     python -m nanomem.reproduce slots        which slots facts use in a model (--run=out/people-memory)
     python -m nanomem.reproduce page         writes the tables of README and docs from assets/*.json
 
-- equal terms: the same facts, tokens, batches and tokenizer; each model's learning rate is the best of a
-  small sweep, by the loss on questions that are never reported
+- equal terms: the same facts, tokens, batches and tokenizer; each model has the best of a few tries, by the
+  loss on questions that are never reported
 - a finished run is a JSON file in assets/runs and is not trained again; one that was stopped continues
 - writes assets/NAME.json and NAME.png (pip install -e '.[plot]'); `page` draws all figures anew
 """
@@ -27,7 +28,7 @@ from nanomem.config import Config, keep_freed_memory
 from nanomem.datasets import DATASETS
 from nanomem.reproduce.presets import PRESETS
 
-NAMES = ("curves", "table1", "scaling", "ablations", "text", "forgetting", "slots", "page")
+NAMES = ("curves", "table1", "scaling", "layers", "ablations", "text", "forgetting", "slots", "page")
 
 
 @dataclass
@@ -177,11 +178,11 @@ def write_pages(assets):
 
     for path in page.write_pages(runs.ROOT, assets):
         print(path.relative_to(runs.ROOT))
-    for command in figures.DRAWN:
-        results = read_json(assets / f"{command}.json")
-        if results:
-            figures.draw(command, results["rows"], assets / f"{command}.png")
-            print(assets / f"{command}.png")
+    for path in sorted(assets.glob("*.json")):
+        command = path.stem.partition("-")[0]  # of curves-world: curves
+        if command in figures.DRAWN:
+            figures.draw(command, read_json(path)["rows"], path.with_suffix(".png"))
+            print(path.with_suffix(".png"))
 
 
 def command_line(command, settings):

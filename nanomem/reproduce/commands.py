@@ -16,8 +16,8 @@ from nanomem.model import GPT
 from nanomem.reproduce.pace import step_seconds
 from nanomem.reproduce.presets import Preset
 from nanomem.reproduce.runs import COMPUTATION, Run, Trainer, machine
-from nanomem.reproduce.sizing import at_flops, at_flops_if_possible, dense_of, flops
-from nanomem.reproduce.sweeps import candidates, choose_rates, named, search
+from nanomem.reproduce.sizing import at_flops, at_flops_if_possible, flops
+from nanomem.reproduce.sweeps import candidates, choose_rates, named, rated, search
 
 
 def train_seeds(models: dict[str, Config], seeds: list[int], trainer: Trainer) -> dict[str, list[dict]]:
@@ -87,30 +87,18 @@ def paired(ours: list[dict], theirs: list[dict], metric: str) -> dict:
 
 
 def curves(base: Config, seeds: list[int], preset: Preset, trainer: Trainer) -> list[dict]:
-    """Recall while training: Memory+, dense, dense of four times the FLOPs, the mixture, each at its best
-    learning rate, and the dense model trained four times as long.
-
-    To save time, rates are chosen in runs of half the length.
-    """
-    models = {
-        "Memory+": base,
-        "dense": base.replace(ffn="dense"),
-        "dense, 4x": dense_of(base, 4),
-        "mixture of experts": base.replace(ffn="moe"),
-    }
-    length = base.max_iters
-    half = {name: config.replace(max_iters=length // 2) for name, config in models.items()}
-    half = choose_rates(half, seeds[:1], preset, trainer)
-    models = {name: config.replace(max_iters=length) for name, config in half.items()}
-    dense = models["dense"]
-    models["dense, four times as long"] = dense.replace(max_iters=4 * dense.max_iters)
+    """Recall and bits while training: the models of table1, and Memory+ and dense trained twice as long."""
+    models = search(candidates(base), trainer)
+    for name in ("Memory+", "dense"):
+        config = models[name]
+        models[f"{name}, twice as long"] = config.replace(max_iters=2 * config.max_iters)
     results = train_seeds(models, seeds, trainer)
     rows = []
     for name, runs in runs_of(models, seeds).items():
         evaluations = [trainer.evaluations(run) for run in runs]
         row = describe(name, models[name]) | measured(results[name], **RECALL)
         row["tokens"] = [0] + [evaluation["tokens"] for evaluation in evaluations[0]]
-        for key in ("recall", "recall_taught"):
+        for key in ("recall", "recall_taught", "bits_known"):
             row[f"{key}_curve"] = [[0.0] + [found[key] for found in seed] for seed in evaluations]
         rows.append(row)
     return rows
@@ -128,23 +116,41 @@ def measured_pace(models, trainer):
 
 
 def scaling(base: Config, seeds: list[int], preset: Preset, trainer: Trainer) -> list[dict]:
-    """Memory+ from 1k to 1M slots, and the dense model of the same FLOPs.
-
-    The feed-forward layers get what fewer keys save. If the scores of more keys cost more than these layers
-    do, the model has more FLOPs than the others.
+    """Memory+ from 1k to 1M slots, and the dense model, all with the FLOPs of the largest: the feed-forward
+    layers get what fewer keys save.
     """
-    models = {"no memory": base.replace(ffn="dense")}
-    for n_keys in (32, 64, 128, 256, 512, 1024):
-        if n_keys >= base.mem_knn:
-            config = base.replace(mem_n_keys=n_keys)
-            same = n_keys == base.mem_n_keys
-            models[f"{n_keys**2:,} slots"] = config if same else at_flops_if_possible(config, flops(base))
+    sizes = [n_keys for n_keys in (32, 64, 128, 256, 512, 1024) if n_keys >= base.mem_knn]
+    target = flops(base.replace(mem_n_keys=sizes[-1]))
+    models = {"no memory": at_flops(base.replace(ffn="dense"), target)}
+    for n_keys in sizes:
+        models[f"{n_keys**2:,} slots"] = at_flops(base.replace(mem_n_keys=n_keys), target)
     results = train_seeds(models, seeds, trainer)
     rows = []
     for name, config in models.items():
         slots = {"slots": config.mem_n_keys**2 if config.ffn == "memory" else 0}
         rows.append(describe(name, config) | slots | measured(results[name], **RECALL))
     return rows
+
+
+def layers(base: Config, seeds: list[int], preset: Preset, trainer: Trainer) -> list[dict]:
+    """One and three memory layers in a model of six layers trained on half as many tokens, beside the dense
+    model; and three layers with a table of a third each instead of one that they share. Each has the better
+    of two rates.
+    """
+    six = base.replace(n_layer=6, max_iters=base.max_iters // 2)
+    three = six.replace(mem_layers="1,3,5")
+    apart = three.replace(mem_share_values=False, mem_n_keys=round(three.mem_n_keys / 3**0.5))
+    models = {
+        "dense": six.replace(ffn="dense"),
+        "one memory layer": six.replace(mem_layers="5"),
+        "three, one shared table": three,
+        "three, a table of a third each": apart,
+    }
+    rates = [base.learning_rate / 2, base.learning_rate]
+    tries = {name: rated(at_flops(config, flops(three)), rates) for name, config in models.items()}
+    models = search(tries, trainer)
+    results = train_seeds(models, seeds, trainer)
+    return [describe(name, config) | measured(results[name], **RECALL) for name, config in models.items()]
 
 
 def ablations(base: Config, seeds: list[int], preset: Preset, trainer: Trainer) -> list[dict]:
@@ -208,4 +214,5 @@ def text(base: Config, seeds: list[int], preset: Preset, trainer: Trainer) -> li
     return [describe(name, config) | measured(results[name], **columns) for name, config in models.items()]
 
 
-COMMANDS = {"curves": curves, "table1": table1, "scaling": scaling, "ablations": ablations, "text": text}
+COMMANDS = {"curves": curves, "table1": table1, "scaling": scaling, "layers": layers,
+            "ablations": ablations, "text": text}

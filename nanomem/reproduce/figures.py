@@ -9,6 +9,7 @@ BASELINE, MEMORY = "#8a9ba8", "#d9822b"  # colors
 TITLES = {
     "recall": "recall, questions never asked",
     "recall_taught": "recall, taught wording",
+    "bits_known": "bits known of the facts never asked",
     "loss": "validation loss (lower is better)",
     "bits_per_byte": "bits per byte of text (lower is better)",
 }
@@ -119,21 +120,23 @@ def draw(command: str, rows: list[dict], path: Path):
 
 
 def draw_curves(rows):
-    """Recall against tokens: a thick line for the mean of the seeds, a thin one for each."""
-    figure, axes = pyplot().subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
-    for axis, key in zip(axes, ("recall", "recall_taught")):
+    """What is known against tokens: a thick line for the mean of the seeds, a thin one for each."""
+    keys = ("recall", "bits_known") if "bits_known_curve" in rows[0] else ("recall", "recall_taught")
+    figure, axes = pyplot().subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for axis, key in zip(axes, keys):
         for row in rows:
             tokens = [point / 1e6 for point in row["tokens"]]
             color, style = CURVES[row["model"]]
             means = [statistics.mean(seeds) for seeds in zip(*row[f"{key}_curve"])]
-            label = row["model"].replace("4x", "four times the FLOPs")
+            label = row["model"].replace("4x", "four times the FLOPs").replace("2x", "twice the FLOPs")
             axis.plot(tokens, means, style, color=color, linewidth=2.5, label=label)
             for seed in row[f"{key}_curve"]:
                 axis.plot(tokens, seed, style, color=color, linewidth=0.7, alpha=0.6)
         axis.set_xlabel("million tokens of training")
         axis.set_title(TITLES[key], fontsize=10)
-        in_percent(axis.yaxis)
-        axis.set_ylim(0, 1)
+        axis.set_ylim(bottom=0)
+        if key != "bits_known":
+            in_percent(axis.yaxis)
         axis.grid(alpha=0.3)
     axes[1].legend(fontsize=8, title="thick: mean; thin: each seed", title_fontsize=8, loc="lower right")
     return figure
@@ -143,6 +146,9 @@ CURVES = {
     "Memory+": (MEMORY, "-"),
     "dense": (BASELINE, "-"),
     "dense, four times as long": (BASELINE, "--"),
+    "dense, twice as long": (BASELINE, "--"),
+    "Memory+, twice as long": (MEMORY, "--"),
+    "dense, 2x": ("#2f4858", "-"),
     "dense, 4x": ("#2f4858", "-"),
     "mixture of experts": ("#7a5195", "-"),
 }  # model -> color, line style
@@ -180,7 +186,8 @@ def draw_scaling(rows):
     figure, axes = pyplot().subplots(1, 3, figsize=(12, 3.6), layout="constrained")
     points = [row for row in rows if row["slots"]]
     n_slots = [row["slots"] for row in points]
-    for axis, key in zip(axes, ("recall", "recall_taught", "loss")):
+    second = "bits_known" if "bits_known" in rows[0] else "recall_taught"
+    for axis, key in zip(axes, ("recall", second, "loss")):
         means = [statistics.mean(row[key]) for row in points]
         axis.plot(n_slots, means, "o-", color=MEMORY, label="mean")
         for row in points:
@@ -192,7 +199,7 @@ def draw_scaling(rows):
             if times > 1.02:
                 axis.axvspan(row["slots"] / 1.5, row["slots"] * 1.5, color=BASELINE, alpha=0.2, linewidth=0,
                              label=f"{times:.2f} times the FLOPs")
-        if key != "loss":
+        if key.startswith("recall"):
             in_percent(axis.yaxis)
         axis.set_xscale("log", base=2)
         axis.set_xlabel("slots")
@@ -205,6 +212,8 @@ def draw_models(rows):
     """A bar for each model's mean, with a dot for each seed."""
     is_text = "bits_per_byte" in rows[0]
     keys = ("bits_per_byte",) if is_text else ("recall", "recall_taught")
+    if "bits_known" in rows[0]:
+        keys = ("recall", "bits_known")
     size = (5 + 4 * len(keys), 0.32 * len(rows) + 1.3)
     figure, axes = pyplot().subplots(1, len(keys), figsize=size, sharey=True, squeeze=False,
                                       layout="constrained")
@@ -219,8 +228,8 @@ def draw_models(rows):
             axis.margins(y=0.3)
         else:
             axis.barh(places, means, color=colors, label="mean")
-            in_percent(axis.xaxis)
-            axis.set_xlim(0, 1.02)
+            if key.startswith("recall"):
+                in_percent(axis.xaxis)
         axis.set_xlabel(TITLES[key])
         for place, row in zip(places, rows):
             is_first = place == 0
@@ -276,6 +285,7 @@ def in_percent(axis):
 DRAWN = {
     "curves": draw_curves,
     "table1": draw_models,
+    "layers": draw_models,
     "scaling": draw_scaling,
     "text": draw_models,
     "slots": draw_slots,

@@ -41,7 +41,8 @@ def filled(text: str, assets: Path) -> str:
 
 def place_text(name, assets):
     """What belongs in one place of a page."""
-    if name not in TABLES:
+    command = name.partition("-")[0]  # of table1-world: table1
+    if command not in TABLES:
         raise UserError(f"there is no table {name}; known are {', '.join(TABLES)}")
     path = assets / f"{name}.json"
     results = read_json(path)
@@ -49,7 +50,7 @@ def place_text(name, assets):
         raise UserError(f"{path} is missing; python -m nanomem.reproduce {name} makes it")
     if not isinstance(results, dict):
         raise UserError(f"{path} has another form; python -m nanomem.reproduce {name} makes it anew")
-    table = TABLES[name](results["rows"])
+    table = TABLES[command](results["rows"])
     return f"\n{table}\n{origin(results)}\n"
 
 
@@ -83,8 +84,9 @@ TABLES = {
     "curves": curves_table,
     "table1": figures.markdown,
     "scaling": figures.markdown,
+    "layers": figures.markdown,
     "ablations": figures.markdown,
     "text": figures.markdown,
     "slots": figures.slots_table,
     "forgetting": figures.forgetting_table,
-}  # name in a page and of a file in assets -> function of its rows
+}  # command -> function of its rows
