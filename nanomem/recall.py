@@ -84,6 +84,7 @@ def measure(
 
         "answer_nll": the mean surprise of an answer, in nats
         "bits_known": see `bits_known`
+        "bits": the most that could be
 
     select and report use questions about pairs that training never asked about, or report uses the wordings
     of facts.held_out; taught uses statements, about all pairs. A kind without pairs is left out. Every call
@@ -106,7 +107,8 @@ def measure(
         known, surprise = ask(model, wordings, pairs, questions, progress=report)
         measured[kind] = scores(wordings.facts, pairs, known) | {
             "answer_nll": float(surprise.mean()),
-            "bits_known": bits_known(wordings.facts, pairs, surprise, is_of_kind)}
+            "bits_known": bits_known(wordings.facts, pairs, surprise, is_of_kind),
+            "bits": bits_known(wordings.facts, pairs, 0 * surprise, is_of_kind)}
         done += len(pairs)
     return measured
 

@@ -577,6 +577,7 @@ def report_facts(job: Job, recalled: dict, console: Console):
             return
     if len(data.facts.attributes) > 1:
         console.print(recall_table(data, recalled))
+        console.print(in_bits(recalled))
     else:
         console.print(of_prompts(data.facts, share, "it was trained on, word for word"))
         if share < 0.01 and job.config.train == "values":
@@ -591,6 +592,13 @@ def round_up(number: float) -> int:
     """The next whole number with at most two digits before its zeros."""
     unit = 10 ** max(0, math.floor(math.log10(number)) - 1)
     return math.ceil(number / unit) * unit
+
+
+def in_bits(recalled: dict) -> str:
+    """A sentence that says how much of the answers never asked for a model knows, right or not quite."""
+    found = recalled["report"] if "report" in recalled else recalled["taught"]
+    return (f"It knows {found['bits_known']:,.0f} of the {found['bits']:,.0f} bits in answers that it was "
+            f"never asked for; an answer costs {found['answer_nll']:.2f} nats.")
 
 
 def of_prompts(fact_set: facts.FactSet, share: float, which: str) -> str:

@@ -92,6 +92,7 @@ def test_measure_asks_each_kind_of_pair_its_own_kind_of_sentence(world, monkeypa
     assert roles == [{facts.SELECT}, {facts.REPORT}, {facts.ASKED, facts.SELECT, facts.REPORT}]
     assert [len(pairs) for pairs, _ in asked] == [375, 375, 1500]
     assert [scores["answer_nll"] for scores in measured.values()] == [1.5] * 3
+    assert all(0 < scores["bits_known"] < scores["bits"] for scores in measured.values())
 
 
 def test_scores_are_means_over_subsets(world):

@@ -29,7 +29,8 @@ def reported(job, recalled):
 
 def scores(facts_set, share):
     names = [attribute.name for attribute in facts_set.attributes]
-    return dict.fromkeys([*names, "head", "torso", "tail", "all"], share)
+    in_bits = {"bits_known": 1234.5, "bits": 5678.0, "answer_nll": 1.25}
+    return dict.fromkeys([*names, "head", "torso", "tail", "all"], share) | in_bits
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +43,7 @@ def test_recall_is_shown_by_attribute_and_by_frequency_if_that_differs(world):
     said = reported(job_of(world, 10**5), recalled)
     assert "never asked" in said and "taught wording" in said and "always the most frequent" in said
     assert "time zone" in said and "75.0%" in said and "truth" in said and "too short" not in said
+    assert "It knows 1,234 of the 5,678 bits" in said and "costs 1.25 nats" in said
     assert "head" not in said  # all cities are mentioned equally often
     uneven = FactData(facts.world(20, zipf=1.0), world.encoding, 64)
     assert "│ head " in reported(job_of(uneven, 10**5), recalled)
