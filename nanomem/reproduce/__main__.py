@@ -28,7 +28,20 @@ from nanomem.config import Config, keep_freed_memory
 from nanomem.datasets import DATASETS
 from nanomem.reproduce.presets import PRESETS
 
-NAMES = ("curves", "table1", "scaling", "layers", "ablations", "text", "forgetting", "slots", "page")
+ON_FACTS = ("preset", "data", "seeds")
+USES = {
+    "curves": ON_FACTS,
+    "table1": ON_FACTS,
+    "scaling": ON_FACTS,
+    "layers": ON_FACTS,
+    "ablations": ON_FACTS,
+    "text": ("preset", "text", "seeds"),
+    "forgetting": ("seeds",),
+    "slots": ("run",),
+    "page": (),
+}  # command -> the settings that it uses, besides the folders
+FOLDERS = ("out_dir", "runs", "assets")
+NAMES = tuple(USES)
 
 
 @dataclass
@@ -43,7 +56,7 @@ class Settings:
     data: str = setting("", "what the facts are about; by default what the preset is about", ("", *DATASETS))
     text: str = setting(
         "data/wikitext-103", "text to train on: shards that data/prepare.py made, or a text file", path=True)
-    seeds: int = setting(3, "runs of each model of curves, table1, scaling, text and forgetting")
+    seeds: int = setting(3, "runs of each model")
     run: str = setting("out/people-memory", "folder of the trained model that slots looks into", path=True)
     out_dir: str = setting("out/reproduce", "folder for checkpoints and logs of the runs", path=True)
     runs: str = setting("assets/runs", "folder for the results of finished runs", path=True)
@@ -54,10 +67,15 @@ def main():
     """One command."""
     arguments = sys.argv[1:]
     command = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
-    settings = Settings(**parse(Settings, arguments))
+    given = parse(Settings, arguments)
+    settings = Settings(**given)
     if command not in NAMES:
         got = f"{command}{nearest(command, NAMES)}" if command else "nothing"
         raise UserError(f"expected what to reproduce, one of {', '.join(NAMES)}; got {got}")
+    for name in given:
+        takes = USES[command] + FOLDERS
+        if name not in takes:
+            raise UserError(f"--{name} does nothing for {command}, which takes --{', --'.join(takes)}")
     if settings.seeds < 1:
         raise UserError(f"seeds must be 1 or more, got {settings.seeds}")
     from nanomem.reproduce import figures
@@ -80,7 +98,7 @@ def reproduce(command, settings):
     from rich.console import Console
 
     from nanomem.data import open_data
-    from nanomem.reproduce import commands, figures, runs
+    from nanomem.reproduce import commands, figures
 
     preset = PRESETS[settings.preset]
     recipe, data = preset.recipe, settings.data
@@ -90,8 +108,7 @@ def reproduce(command, settings):
     base.data = data or base.data
     base.vocab_size = open_data(base).encoding.n_vocab  # it counts in FLOPs
     console = Console(highlight=False, soft_wrap=True)
-    out_dir = Path(settings.out_dir) / settings.preset
-    trainer = runs.Trainer(preset.workers, preset.threads, settings.runs, out_dir, console)
+    trainer = make_trainer(settings, console)
     seeds = list(range(base.seed, base.seed + settings.seeds))
     rows = commands.COMMANDS[command](base, seeds, preset, trainer)
 
@@ -101,7 +118,7 @@ def reproduce(command, settings):
     if settings.preset == "gpu" or (settings.preset == "laptop" and settings.data):
         name += f"-{settings.preset}"
     about = {"command": command_line(command, settings)} | trainer.provenance()
-    results = about | {"seeds": seeds[:1] if command == "ablations" else seeds, "rows": rows}
+    results = about | {"seeds": seeds, "rows": rows}
     assets = Path(settings.assets)
     save(results, assets / f"{name}.json")
     if command in figures.DRAWN:
@@ -115,16 +132,14 @@ def measure_forgetting(settings):
     """Trains the models to teach, teaches them by each method, and writes a table and a figure."""
     from rich.console import Console
 
-    from nanomem.reproduce import figures, forgetting, runs
+    from nanomem.reproduce import figures, forgetting
     from nanomem.reproduce.commands import runs_of
     from nanomem.reproduce.sizing import dense_of
 
-    preset = PRESETS["laptop"]
-    base = Config(**read_recipe(Config, cli.shipped("configs") / f"{preset.recipe}.toml"))
+    base = Config(**read_recipe(Config, cli.shipped("configs") / "laptop.toml"))
     dense = dense_of(base, 4).replace(learning_rate=4e-3, min_lr=4e-4)  # its best rate in `curves`
     console = Console(highlight=False, soft_wrap=True)
-    out_dir = Path(settings.out_dir) / settings.preset
-    trainer = runs.Trainer(preset.workers, preset.threads, settings.runs, out_dir, console)
+    trainer = make_trainer(settings, console)
     seeds = list(range(base.seed, base.seed + settings.seeds))
     memory, dense = runs_of({"Memory+": base, "dense, 4x": dense}, seeds).values()
     trainer.train(memory, with_checkpoints=True)
@@ -132,13 +147,21 @@ def measure_forgetting(settings):
     trained = {"memory": [(run.name, trainer.folder(run)) for run in memory],
                "dense": [(run.name, trainer.folder(run)) for run in dense]}
     taught = Path(settings.runs).with_name("teaching")
-    rows, commits = forgetting.forgetting(trained, seeds, taught, preset.workers, console)
+    rows, commits = forgetting.forgetting(trained, seeds, taught, trainer.workers, console)
     results = {"command": command_line("forgetting", settings)} | trainer.provenance()
     results |= {"commit": ", ".join(sorted(commits)), "seeds": seeds, "rows": rows}
     assets = Path(settings.assets)
     save(results, assets / "forgetting.json")
     figures.draw("forgetting", rows, assets / "forgetting.png")
     console.print(figures.forgetting_table(rows))
+
+
+def make_trainer(settings, console):
+    """What trains the runs of a preset."""
+    from nanomem.reproduce.runs import Trainer
+
+    preset, out_dir = PRESETS[settings.preset], Path(settings.out_dir) / settings.preset
+    return Trainer(preset.workers, preset.threads, settings.runs, out_dir, console)
 
 
 def save(results, path):

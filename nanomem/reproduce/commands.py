@@ -161,7 +161,6 @@ def ablations(base: Config, seeds: list[int], preset: Preset, trainer: Trainer) 
         config = at_flops_if_possible(base.replace(**change), flops(base))
         if config != unchanged:
             models[name] = config
-    seeds = seeds[:1]
     results = train_seeds(models, seeds, trainer)
     return [describe(name, config) | measured(results[name], **RECALL) for name, config in models.items()]
 
