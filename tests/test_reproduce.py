@@ -316,7 +316,7 @@ def test_a_sweep_continues_until_the_best_rate_is_inside():
     (["tables"], r"got tables \(did you mean table1\?\)"),
     (["table1", "--preset=phone"], "--preset must be one of night, laptop, gpu; got 'phone'"),
     (["table1", "--seeds=0"], "seeds must be 1 or more"),
-    (["forgetting", "--preset=night"], "--preset does nothing for forgetting, which takes --seeds, --out_dir"),
+    (["forgetting", "--preset=night"], "--preset does nothing for forgetting, which takes --seeds"),
 ])
 def test_wrong_command_lines(arguments, message, monkeypatch, tmp_path):
     with pytest.raises(UserError, match=message):
