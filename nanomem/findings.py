@@ -10,6 +10,7 @@ import base64
 import itertools
 import json
 import math
+import re
 import statistics
 from collections import Counter
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ MOST_ASKED = 2000  # facts of a kind, to measure recall
 SLOTS_OF_CHIP = 12  # of a token in a memory layer
 CHIPS_OF_QUESTION = 80
 ANSWER_TOKENS = 100  # that a model writes at most
-READS, MOST_BATCHES = 650_000, 40  # of the sample of training data
+READS, MOST_BATCHES = 1_000_000, 40  # of the sample of training data
 POINTS = 300  # of a curve
 
 CURVES = {
@@ -166,10 +167,12 @@ def read_metrics(folder: Path) -> list[dict]:
 def curves(folder: Path) -> list[dict]:
     """A curve for each figure of CURVES that a run has measured: its points [updates, value]."""
     records, found = read_metrics(folder), []
+    # Of facts without questions or other wordings, "recall" is that of the taught prompts.
+    has_questions = any("recall_select" in r or r.get("recall") != r.get("recall_taught") for r in records)
     for key, title in CURVES.items():
         points = [[record["iter"], record[key]] for record in records if is_finite(record.get(key))]
-        if key == "recall" and all(r.get("recall_taught") == r["recall"] for r in records if key in r):
-            continue  # of facts without questions, which have only taught prompts
+        if key == "recall" and not has_questions:
+            continue
         every = math.ceil(len(points) / POINTS)
         if points:
             thinned = points[:-1:every] + points[-1:]
@@ -344,8 +347,8 @@ def add_chips(trained: Trained, questions: list[dict], looked_up: list[dict], sh
 
 def token_text(encoding, tokens: list[int]) -> str:
     """Tokens as visible text; bytes that are no whole character as \\x escapes."""
-    content = encoding.decode_bytes(tokens)
-    return visible(content.decode(errors="backslashreplace").replace("\\\\x", "\\x")) or "␣"
+    shown = visible(encoding.decode_bytes(tokens).decode(errors="surrogateescape"))
+    return re.sub(r"\\udc([0-9a-f]{2})", r"\\x\1", shown) or "␣"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -366,12 +369,7 @@ class Texts:
 def memory(trained: Trained, questions: list[dict], share: float) -> dict:
     """The tables as pictures, and the slots of each memory layer that are read most."""
     layers, texts, counts = trained.model.memory_layers(), Texts(), trained.saved.counts()
-    sample = None
-    if trained.data is not None:
-        reads_per_token = sum(layer.heads * layer.knn for layer in layers.values())
-        per_batch = reads_per_token * trained.data.block_size * BATCH_SIZE
-        n_batches = max(2, READS // per_batch)
-        sample = Sample.of_training(trained.model, trained.data, min(MOST_BATCHES, n_batches), gates=True)
+    sample = sample_training(trained)
     most = round(MOST_SLOTS * share / len(layers))
     used = {number: layer.table for number, layer in layers.items()}
     tables, table_of = [], {}
@@ -388,6 +386,17 @@ def memory(trained: Trained, questions: list[dict], share: float) -> dict:
     return {"layers": list(layers), "table_of": [table_of[number] for number in layers], "tables": tables,
             "slots": details, "texts": list(texts.number_of), "sampled": sample.tokens.size if sample else 0,
             "updates": int(counts["updates"]) if counts else None}
+
+
+def sample_training(trained: Trained) -> Sample | None:
+    """About READS reads of the training data; None if that can't be opened."""
+    if trained.data is None:
+        return None
+    per_token = sum(layer.heads * layer.knn for layer in trained.model.memory_layers().values())
+    sequences = max(1, READS // (per_token * trained.data.block_size))
+    batch_size = min(BATCH_SIZE, sequences)
+    n_batches = min(MOST_BATCHES, sequences // batch_size)
+    return Sample.of_training(trained.model, trained.data, n_batches, batch_size, gates=True)
 
 
 def picture(trained, name, table, layers, counts, sample, most_cells) -> dict:
@@ -475,7 +484,7 @@ def add_readers(sample: Sample, layer: int, details: list[dict], texts: Texts):
         detail["clues"] = [[clue.relation, texts.number(words[clue.word]), round(clue.share, 3),
                             float(f"{clue.usual:.2g}"), round(clue.score, 2)]
                            for clue in clues[detail["slot"]]]
-        detail["contexts"] = [[texts.number(visible(text)), round(weight / total, 3)]
+        detail["contexts"] = [[texts.number(visible(text)), round(weight / total, 4)]
                               for text, weight in sample.contexts(layer, detail["slot"], 4)]
 
 

@@ -76,6 +76,8 @@ def number_words(encoding, tokens: np.ndarray) -> tuple[np.ndarray, list[str]]:
 
 def begins_word(word: bytes, piece: bytes) -> bool:
     """Whether the next piece of a text begins another word."""
+    if word.isspace():  # the blank that a word begins with
+        return False
     return piece[:1].isspace() or is_letter(word[-1]) != is_letter(piece[0])
 
 
@@ -132,8 +134,9 @@ class Sample:
 
     @classmethod
     def of_training(
-            cls, model: GPT, data, n_batches: int = 20, wanted: dict[int, Iterable[int]] | None = None,
-            gates: bool = False, track: Callable[[Iterable], Iterable] = iter) -> "Sample":
+            cls, model: GPT, data, n_batches: int = 20, batch_size: int = BATCH_SIZE,
+            wanted: dict[int, Iterable[int]] | None = None, gates: bool = False,
+            track: Callable[[Iterable], Iterable] = iter) -> "Sample":
         """What the model reads in n_batches batches of the training data.
 
         wanted: keep the reads of these slots of each layer only. gates: observe them too. track: gets the
@@ -142,7 +145,7 @@ class Sample:
         parts, all_tokens, seen, start = {}, [], {}, 0
         watching = watch_gates(model, seen) if gates else contextlib.nullcontext()
         with watching:
-            for tokens, looked_up in track(training_lookups(model, data, n_batches, BATCH_SIZE, START)):
+            for tokens, looked_up in track(training_lookups(model, data, n_batches, batch_size, START)):
                 for layer, (indices, weights) in looked_up.items():
                     hits = torch.ones_like(indices, dtype=torch.bool)            # (n, heads, knn)
                     if wanted is not None:

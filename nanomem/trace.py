@@ -73,7 +73,7 @@ def readers(model: GPT, data, slots: set, console: Console) -> dict:
     wanted = {layer: [slot for at, slot in slots if at == layer] for layer, _ in slots}
     tracked = functools.partial(
         track, description="searching the training data", total=N_BATCHES, console=console, transient=True)
-    sample = Sample.of_training(model, data, N_BATCHES, wanted, track=tracked)
+    sample = Sample.of_training(model, data, N_BATCHES, wanted=wanted, track=tracked)
     texts = {}
     for layer, slot in slots:
         texts[layer, slot] = [text for text, _ in sample.contexts(layer, slot, N_READERS)]
