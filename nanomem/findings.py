@@ -41,7 +41,7 @@ MOST_ASKED = 2000  # facts of a kind, to measure recall
 SLOTS_OF_CHIP = 12  # of a token in a memory layer
 CHIPS_OF_QUESTION = 80
 ANSWER_TOKENS = 100  # that a model writes at most
-READS, MOST_BATCHES = 1_000_000, 40  # of the sample of training data
+READS, MOST_BATCHES = 650_000, 40  # of the sample of training data
 POINTS = 300  # of a curve
 
 CURVES = {

@@ -340,7 +340,7 @@ def test_a_chip_is_pointed_at_and_a_slot_chosen(browser, folder, people):
     first = find(browser, ".slots button")[0]
     assert first.text.split("\n")[0] == str(slots[0][0])
     chip.click()
-    first.click()
+    find(browser, ".slots button")[0].click()
     assert find(browser, "#slot h3")[0].text == f"Slot {slots[0][0]}, as layer 0 reads it"
     assert "updates read it" in find(browser, "#slot")[0].text
     assert find(browser, "#table .marks") and len(find(browser, "#table .cross")) == 2
