@@ -31,17 +31,18 @@ from nanomem.optim import named_tables
 from nanomem.readers import BATCH_SIZE, Sample, favours, gates_of_readers, split_words, visible
 
 # Of a page, shared by its runs:
-MOST_QUESTIONS = 400
+MOST_QUESTIONS = 300
 MOST_CHARACTERS = 400_000  # of questions and answers
 MOST_CHIPS = 6000  # tokens or words with their slots, counted once for each memory layer
-MOST_SLOTS = 5000  # whose details are shown, counted once for each memory layer
+MOST_SLOTS = 8500  # whose details are shown, counted once for each memory layer
 MOST_CELLS = 1024**2  # of pictures of tables
 # Of a run:
 MOST_ASKED = 2000  # facts of a kind, to measure recall
-SLOTS_OF_CHIP = 12  # of a token in a memory layer
+SLOTS_OF_CHIP = 10  # of a token in a memory layer
 CHIPS_OF_QUESTION = 80
 ANSWER_TOKENS = 100  # that a model writes at most
 READS, MOST_BATCHES = 650_000, 40  # of the sample of training data
+HITS = 60  # of a slot, the heaviest, to show in context
 POINTS = 300  # of a curve
 
 CURVES = {
@@ -444,7 +445,7 @@ def in_base64(array: np.ndarray) -> str:
 
 
 def slot_details(trained, sample, questions, place, number, most, reads, texts) -> list[dict]:
-    """What is known of at most `most` slots of a memory layer, half of them for the questions' sake.
+    """What is known of at most `most` slots of a memory layer, three quarters of them for the questions' sake.
 
     place: the layer's place in chips. reads: how many updates read each slot of its table, if that is known.
     """
@@ -457,7 +458,7 @@ def slot_details(trained, sample, questions, place, number, most, reads, texts) 
         slots, group = np.unique(sample.reads[number].slots, return_inverse=True)
         weights = np.bincount(group, sample.reads[number].weights)
         in_sample = Counter(dict(zip(slots.tolist(), weights.tolist())))
-    chosen = [slot for slot, _ in in_questions.most_common(most // 2)]
+    chosen = [slot for slot, _ in in_questions.most_common(most * 3 // 4)]
     others = [slot for slot, _ in in_sample.most_common(2 * most) if slot not in in_questions]
     chosen = sorted(chosen + others[:most - len(chosen)])
     found = [{"slot": slot} for slot in chosen]
@@ -485,20 +486,21 @@ def add_readers(sample: Sample, layer: int, details: list[dict], texts: Texts):
                             float(f"{clue.usual:.2g}"), round(clue.score, 2)]
                            for clue in clues[detail["slot"]]]
         detail["contexts"] = [[texts.number(visible(text)), round(weight / total, 4)]
-                              for text, weight in sample.contexts(layer, detail["slot"], 4)]
+                              for text, weight in sample.contexts(layer, detail["slot"], 4, HITS)]
 
 
 def add_favours(trained, sample, layer, details, texts, at_once: int = 256):
     """Adds "favours": [token, what the slot adds to its logit] of the tokens it makes likelier than others,
     at the mean weight of its readers.
     """
+    slots = np.array([detail["slot"] for detail in details])
+    gates = gates_of_readers(sample, layer, slots)
     for begin in range(0, len(details), at_once):
-        part = details[begin:begin + at_once]
-        slots = np.array([detail["slot"] for detail in part])
-        added = favours(trained.model, layer, torch.from_numpy(slots), gates_of_readers(sample, layer, slots))
+        part = slice(begin, begin + at_once)
+        added = favours(trained.model, layer, torch.from_numpy(slots[part]), gates[part])
         added -= added.mean(dim=1, keepdim=True)                                 # (slots, vocab_size)
-        top = added.topk(min(6, added.shape[1]))
-        for detail, scores, tokens in zip(part, top.values.tolist(), top.indices.tolist()):
-            detail["favours"] = [[texts.number(token_text(trained.encoding, [token])),
-                                  round(score * (detail["weight"] or 1), 2)]
-                                 for token, score in zip(tokens, scores)]
+        top = added.topk(min(5, added.shape[1]))
+        for detail, scores, tokens in zip(details[part], top.values.tolist(), top.indices.tolist()):
+            scores = [round(score * (detail["weight"] or 1), 2) for score in scores]
+            names = [texts.number(token_text(trained.encoding, [token])) for token in tokens]
+            detail["favours"] = [list(pair) for pair in zip(names, scores)]

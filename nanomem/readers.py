@@ -162,11 +162,14 @@ class Sample:
         gates = {layer: torch.cat(found) for layer, found in seen.items()}
         return cls(data.encoding, np.concatenate(all_tokens), reads, gates)
 
-    def contexts(self, layer: int, slot: int, most: int = 5) -> list[tuple[str, float]]:
-        """The texts whose last tokens read a slot most, with the weight of each."""
+    def contexts(
+            self, layer: int, slot: int, most: int = 5, hits: int | None = None) -> list[tuple[str, float]]:
+        """The texts whose last tokens read a slot most, with the weight of each, from its heaviest `hits`
+        readers (N_HITS if it is None).
+        """
         weights, positions = self.reads[layer].of(slot)
-        total = Counter()
-        for weight, position in zip(weights[:N_HITS].tolist(), positions[:N_HITS].tolist()):
+        total, hits = Counter(), hits or N_HITS
+        for weight, position in zip(weights[:hits].tolist(), positions[:hits].tolist()):
             total[self.context(position)] += weight
         return total.most_common(most)
 
@@ -294,13 +297,13 @@ def favours(model: GPT, layer: int, slots: torch.Tensor, gates: torch.Tensor) ->
 
 def gates_of_readers(sample: Sample, layer: int, slots: np.ndarray) -> torch.Tensor:
     """The mean of the gates of each slot's readers, by their weights: (slots, v_dim). That of all tokens for
-    a slot that none of them read.
+    a slot that none of them read. slots: distinct, from low to high.
     """
-    gates = sample.gates[layer]
-    means = gates.mean(dim=0).repeat(len(slots), 1)
-    for i, slot in enumerate(slots.tolist()):
-        weights, positions = sample.reads[layer].of(slot)
-        if len(weights):
-            weights = torch.from_numpy(weights)
-            means[i] = weights @ gates[positions] / weights.sum()
-    return means
+    gates, reads = sample.gates[layer], sample.reads[layer].only(slots)
+    starts = torch.from_numpy(np.searchsorted(reads.slots, slots))
+    weights = torch.from_numpy(reads.weights)
+    positions = torch.from_numpy(reads.positions)
+    sums = F.embedding_bag(positions, gates, starts, per_sample_weights=weights, mode="sum")
+    total = torch.from_numpy(np.bincount(np.searchsorted(slots, reads.slots), reads.weights, len(slots)))
+    total = total.float()[:, None]                                               # (slots, 1)
+    return torch.where(total > 0, sums / total, gates.mean(dim=0))

@@ -189,7 +189,7 @@ def test_a_slots_updates_and_readers(folder, people):
         assert {detail["slot"]: detail["updates"] for detail in details} == {
             detail["slot"]: int(reads[detail["slot"]]) for detail in details}
         for detail in details:
-            assert detail["contexts"] and len(detail["favours"]) == 6
+            assert detail["contexts"] and len(detail["favours"]) == 5
             assert {clue[0] for clue in detail["clues"]} <= {"at", "before", "after"}
 
 
