@@ -445,7 +445,7 @@ def in_base64(array: np.ndarray) -> str:
 
 
 def slot_details(trained, sample, questions, place, number, most, reads, texts) -> list[dict]:
-    """What is known of at most `most` slots of a memory layer, three quarters of them for the questions' sake.
+    """What is known of at most `most` slots of a memory layer, three quarters of them read by questions.
 
     place: the layer's place in chips. reads: how many updates read each slot of its table, if that is known.
     """
