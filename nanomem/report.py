@@ -35,14 +35,16 @@ class Settings:
     device: str = setting("auto", "cpu, cuda, cuda:1, mps; auto: the first available of cuda, mps, cpu")
 
 
-def write(runs: Iterable[str | Path], path: str | Path, device: str = "cpu") -> Path:
-    """Writes a page about the runs in these folders, of train.py or exports, and returns its path.
+def write(runs: str | Path | Iterable[str | Path], path: str | Path, device: str = "cpu") -> Path:
+    """Writes a page about a run, or several, of train.py or exports, given by folder; returns its path.
 
     Raises UserError for a folder without a trained model, and if the file can't be written.
     """
     from nanomem import findings
     from nanomem.checkpoint import write_text
 
+    if isinstance(runs, (str, Path)):
+        runs = [runs]
     runs, path = [Path(run) for run in runs], Path(path)
     page = {"written": time.strftime("%Y-%m-%d %H:%M"),
             "runs": [findings.of_run(run, 1 / len(runs), device) for run in runs]}
