@@ -23,12 +23,13 @@ from nanomem import checkpoint, recall, run, teaching, tokenizer
 from nanomem.cli import UserError, defaults_beside, settings_of
 from nanomem.config import Config
 from nanomem.data import FactData, TextData, open_data
-from nanomem.facts import REPORT
+from nanomem.facts import REPORT, FactSet
 from nanomem.kinds import KINDS
 from nanomem.model import GPT
 from nanomem.observe import run_observed, slot_shares
 from nanomem.optim import named_tables
 from nanomem.readers import BATCH_SIZE, Sample, favours, gates_of_readers, split_words, visible
+from nanomem.sentences import Sentences
 
 # Of a page, shared by its runs:
 MOST_QUESTIONS = 300
@@ -39,7 +40,7 @@ MOST_CELLS = 1024**2  # of pictures of tables
 # Of a run:
 MOST_ASKED = 2000  # facts of a kind, to measure recall
 SLOTS_OF_CHIP = 10  # of a token in a memory layer
-CHIPS_OF_QUESTION = 80
+CHIPS_OF_QUESTION, LONGEST_CHIP = 80, 100  # LONGEST_CHIP: characters
 ANSWER_TOKENS = 100  # that a model writes at most
 READS, MOST_BATCHES = 650_000, 40  # of the sample of training data
 HITS = 60  # of a slot, the heaviest, to show in context
@@ -190,38 +191,62 @@ def is_finite(value) -> bool:
 # Questions
 
 
-def ask(trained: Trained, share: float) -> tuple[dict, list[dict], list[dict]]:
-    """(recall by attribute and frequency, questions, what each question's tokens read)."""
+@dataclass
+class Asked:
+    """What a model knows of one kind of prompts."""
+
+    title: str
+    sentences: Sentences
+    questions: bool  # whether the prompts are questions
+    pairs: np.ndarray  # (n, 2), of entity and attribute
+    known: np.ndarray  # (n,) bool
+
+
+def measure(trained: Trained) -> list[Asked]:
+    """What the model recalls: of questions or wordings that training never had, if there are any, and of
+    taught ones.
+    """
     facts, sentences = trained.data.facts, trained.data.sentences
-    kinds = {}  # title -> (sentences, which pairs, whether to ask questions)
+    kinds = [("taught wording", sentences, False, facts.role >= 0)]
     if sentences.held_out:
-        kinds["never taught wording"] = sentences.held_out, facts.held_out.role >= 0, False
+        every = facts.held_out.role >= 0
+        kinds.insert(0, ("never taught wording", sentences.held_out, False, every))
     elif (facts.role == REPORT).any():
-        kinds["never asked"] = sentences, facts.role == REPORT, True
-    kinds["taught wording"] = sentences, facts.role >= 0, False
-    columns, of_kind = [], {}
-    for title, (wordings, is_of_kind, questions) in kinds.items():
+        kinds.insert(0, ("never asked", sentences, True, facts.role == REPORT))
+    asked = []
+    for title, wordings, questions, is_of_kind in kinds:
         pairs = recall.choose_pairs(is_of_kind, MOST_ASKED)
         known, _ = recall.ask(trained.model, wordings, pairs, questions)
-        columns.append({"title": title, "asked": len(pairs)} | recall.scores(wordings.facts, pairs, known))
-        of_kind[title] = wordings, pairs, known, questions
+        asked.append(Asked(title, wordings, questions, pairs, known))
+    return asked
+
+
+def recall_table(facts: FactSet, asked: list[Asked]) -> dict:
+    """Recall by attribute and frequency: {"kinds": titles, "asked": how many prompts, "rows": [name, share
+    for each kind]}.
+    """
     names = [attribute.name for attribute in facts.attributes] if len(facts.attributes) > 1 else []
     if facts.frequency[0] > facts.frequency[-1]:
         names += ["head", "torso", "tail"]
-    rows = [[name, *(column.get(name) for column in columns)] for name in [*names, "all"]]
-    table = {"kinds": [column["title"] for column in columns],
-             "asked": [column["asked"] for column in columns], "rows": rows}
+    scores = [recall.scores(kind.sentences.facts, kind.pairs, kind.known) for kind in asked]
+    rows = [[name, *(of_kind.get(name) for of_kind in scores)] for name in [*names, "all"]]
+    counts = [len(kind.pairs) for kind in asked]
+    return {"kinds": [kind.title for kind in asked], "asked": counts, "rows": rows}
 
-    title, (wordings, pairs, known, questions) = next(iter(of_kind.items()))
-    chosen = choose(known, round(MOST_QUESTIONS * share))
-    shown, sequences = answered(trained, wordings, pairs[chosen], known[chosen], questions, share)
-    n_right = sum(question["right"] for question in shown)
-    table["shown"] = (
-        f"{len(shown):,} of {len(pairs):,} questions ({title}): {len(shown) - n_right:,} of the "
-        f"{(~known).sum():,} wrong ones, {n_right:,} of the {known.sum():,} right ones")
+
+def ask(trained: Trained, share: float) -> tuple[dict, list[dict], list[dict]]:
+    """(recall by attribute and frequency, questions, what each question's tokens read)."""
+    asked = measure(trained)
+    table, kind = recall_table(trained.data.facts, asked), asked[0]
+    chosen = choose(kind.known, round(MOST_QUESTIONS * share))
+    shown, sequences = answered(trained, kind, chosen, share)
     looked_up = look(trained.model, sequences)
     for question, found in zip(shown, looked_up):
         question["confidence"] = round(found["probability"], 4)
+    n_right, n_known = sum(question["right"] for question in shown), kind.known.sum()
+    table["shown"] = (
+        f"{len(shown):,} of {len(kind.known):,} questions ({kind.title}): {len(shown) - n_right:,} of the "
+        f"{len(kind.known) - n_known:,} wrong ones, {n_right:,} of the {n_known:,} right ones")
     return table, shown, looked_up
 
 
@@ -234,13 +259,14 @@ def choose(known: np.ndarray, most: int) -> np.ndarray:
 
 
 def answered(
-        trained: Trained, sentences, pairs: np.ndarray, known: np.ndarray, questions: bool, share: float
-) -> tuple[list[dict], list[dict]]:
-    """(questions with the model's answer and the truth, their tokens), as far as the texts fit the page."""
-    facts, shown, sequences = sentences.facts, [], []
-    for (e, a), is_right in zip(pairs.tolist(), known.tolist()):
+        trained: Trained, kind: Asked, chosen: np.ndarray, share: float) -> tuple[list[dict], list[dict]]:
+    """(the chosen questions with the model's answer and the truth, their tokens), as far as the texts fit the
+    page.
+    """
+    sentences, facts, shown, sequences = kind.sentences, kind.sentences.facts, [], []
+    for (e, a), is_right in zip(kind.pairs[chosen].tolist(), kind.known[chosen].tolist()):
         attribute, accepted = facts.attributes[a], sentences.answers(e, a)
-        wordings = attribute.questions if questions else attribute.statements
+        wordings = attribute.questions if kind.questions else attribute.statements
         wording = wordings[e % len(wordings)]
         shown.append({"prompt": wording.replace("{}", facts.entities[e]), "about": attribute.name,
                       "truth": list(facts.answers(e, a)), "right": is_right})
@@ -341,6 +367,8 @@ def add_chips(trained: Trained, questions: list[dict], looked_up: list[dict], sh
                 top = slot_shares(indices[begin:stop], weights[begin:stop]).most_common(SLOTS_OF_CHIP)
                 slots.append([number for slot, weight in top for number in (slot, round(1000 * weight))])
             text = token_text(trained.encoding, found["tokens"][begin:stop])
+            if len(text) > LONGEST_CHIP:
+                text = text[:LONGEST_CHIP] + "…"
             chips.append([text, int(begin >= found["start"]), slots])
             left -= 1
         question["chips"] = chips

@@ -22,6 +22,7 @@ from nanomem.observe import training_lookups
 START = 10**9  # of the sample: far from the sequences that a model was trained on
 BATCH_SIZE = 16
 N_HITS = 300  # of a slot to look at for contexts, the heaviest
+LONGEST_WORD = 60  # characters of a word to show
 WINDOW = 6  # words before a token that may explain why it reads a slot
 ENOUGH_READERS = 8  # a clue about a slot with this many readers counts half
 
@@ -71,7 +72,7 @@ def number_words(encoding, tokens: np.ndarray) -> tuple[np.ndarray, list[str]]:
                 start, word = place, b""
             word += piece
         row[start:] = known.setdefault(word.strip(), len(known))
-    return numbers, [visible(word.decode(errors="replace")) for word in known]
+    return numbers, [visible(word.decode(errors="replace")[:LONGEST_WORD]) for word in known]
 
 
 def begins_word(word: bytes, piece: bytes) -> bool:

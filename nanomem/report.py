@@ -46,13 +46,18 @@ def write(runs: str | Path | Iterable[str | Path], path: str | Path, device: str
     if isinstance(runs, (str, Path)):
         runs = [runs]
     runs, path = [Path(run) for run in runs], Path(path)
+    check_writable(path)
     page = {"written": time.strftime("%Y-%m-%d %H:%M"),
             "runs": [findings.of_run(run, 1 / len(runs), device) for run in runs]}
-    if path.is_dir() or not path.parent.is_dir():
-        raise UserError(f"{path} must be a file in a folder that exists")
     template = TEMPLATE.read_text(encoding="utf-8")
     write_text(path, template.replace(DATA, as_json(page)))
     return path
+
+
+def check_writable(path: Path):
+    """Raises UserError if there can't be a file of this name."""
+    if path.is_dir() or not path.parent.is_dir():
+        raise UserError(f"{path} must be a file in a folder that exists")
 
 
 def as_json(value) -> str:
@@ -76,18 +81,23 @@ def folders_of(arguments: list[str]) -> list[Path]:
     folders = []
     for argument in arguments:
         folder = Path(expand(argument))
-        if not folder.is_dir():
-            what = "is no folder" if folder.exists() else "doesn't exist"
-            beside = folder.parent if folder.exists() else close_to(folder)
+        if not has_model(folder):
+            problem = "has no trained model" if folder.is_dir() else "is no folder"
+            beside = folder.parent if has_model(folder.parent) else close_to(folder)
             hint = f" (did you mean {beside}?)" if beside else ""
-            raise UserError(f"{argument} {what}{hint}; expected the folder of a run or an export")
+            raise UserError(f"{argument} {problem}{hint}; expected the folder of a run or an export")
         if folder in folders:
             raise UserError(f"{argument} is there twice")
         folders.append(folder)
     return folders
 
 
-def close_to(folder: Path) -> Path | str | None:
+def has_model(folder: Path) -> bool:
+    """Whether a folder looks like that of a run or an export, for an answer before the slow imports."""
+    return (folder / "model.safetensors").exists() or any(folder.glob("checkpoint-*"))
+
+
+def close_to(folder: Path) -> Path | None:
     """The run with the name most similar to a folder's, beside it or in out/."""
     beside = {path.parent.name: path.parent for path in folder.parent.glob("*/checkpoint-*")}
     runs = beside or {Path(run).name: Path(run) for run in known_runs()}
@@ -100,14 +110,14 @@ def main():
     arguments = sys.argv[1:]
     settings = Settings(**parse(Settings, [text for text in arguments if text.startswith("-")]))
     folders = folders_of([text for text in arguments if not text.startswith("-")])
+    path = folders[0] / "report.html" if settings.out == "auto" else Path(settings.out)
+    check_writable(path)
 
     from rich.console import Console
 
     from nanomem.config import keep_freed_memory, pick_device
-    from nanomem.run import PAGE
 
     keep_freed_memory()
-    path = folders[0] / PAGE if settings.out == "auto" else Path(settings.out)
     console = Console(highlight=False, markup=False, emoji=False)
     started = time.perf_counter()
     with console.status("looking into the runs"):

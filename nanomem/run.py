@@ -94,9 +94,6 @@ class Job:
         self.saved_step = self.step
 
 
-PAGE = "report.html"  # in a run's folder: what `python -m nanomem.report` writes
-
-
 # ------------------------------------------------------------------------------------------------
 # Settings and folder
 
@@ -325,7 +322,8 @@ def make_room(out_dir: Path, console: Console):
 
     Nothing is overwritten, and other files there are not touched.
     """
-    names = ("config.json", "metrics.jsonl", "tokenizer.tiktoken", export.FILE, PAGE)
+    names = ("config.json", "metrics.jsonl", "tokenizer.tiktoken", export.FILE,
+             "report.html")
     files = [path for path in (out_dir / name for name in names) if path.exists()]
     checkpoints = checkpoint.folders(out_dir)
     is_empty_run = files == [out_dir / name for name in names[:3]] and not files[1].stat().st_size

@@ -276,9 +276,9 @@ def test_the_command_writes_into_the_runs_folder(folder, monkeypatch, capsys):
 
 @pytest.mark.parametrize("arguments, message", [
     ([], "expected folders of runs, such as"),
-    (["people-memry"], r"people-memry doesn't exist \(did you mean .*people-memory\?\)"),
+    (["people-memry"], r"people-memry is no folder \(did you mean .*people-memory\?\)"),
     (["people-memory/config.json"], r"config.json is no folder \(did you mean .*people-memory\?\)"),
-    (["people-memory/checkpoint-10"], r"no checkpoint in .*-10 \(did you mean people-memory\?\); RUN must"),
+    (["people-memory/checkpoint-10"], r"checkpoint-10 has no trained model \(did you mean people-memory\?\)"),
     (["people-memory", "people-memory"], "people-memory is there twice"),
     (["people-memory", "--ouput=x"], r"unknown setting --ouput \(did you mean out"),
     (["people-memory", "--out=nowhere/page.html"], "page.html must be a file in a folder that exists"),
