@@ -111,7 +111,7 @@ def open_run(config: SampleConfig) -> Trained:
     """The model of the run or export in config.out_dir. Raises UserError if there is none."""
     out_dir = latest_run() if config.out_dir == "auto" else Path(config.out_dir)
     device = pick_device(config.device)
-    found = teaching.find(out_dir, "out_dir")
+    found = teaching.find(out_dir, "--out_dir")
     for problem in found.refused.values():
         console.print(f"{problem}: using {found.files}", soft_wrap=True)
     run = found.config

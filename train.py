@@ -359,7 +359,9 @@ def main(given: dict):
     else:
         run.report_text(job, console)
     run.report_teaching(job, console)
-    console.print(f"Talk to it: python sample.py --out_dir={shlex.quote(str(job.out_dir))}", soft_wrap=True)
+    folder = shlex.quote(str(job.out_dir))
+    console.print(f"Talk to it: python sample.py --out_dir={folder}", soft_wrap=True)
+    console.print(f"See what it learnt, as a page: python -m nanomem.report {folder}", soft_wrap=True)
     sharding.stop()
 
 

@@ -20,6 +20,7 @@ import os
 import shutil
 import socket
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -284,14 +285,22 @@ COUNTS = ("reads.", "updates")  # how the names of counts begin; see teaching.py
 
 def read_counts(folder: Path) -> dict[str, torch.Tensor]:
     """The counts in a checkpoint or an export; {} if it has none. Raises UserError for a damaged file."""
-    counts = {}
+    return read_tensors(folder, lambda name: name.startswith(COUNTS))
+
+
+def read_tensors(folder: Path, is_wanted: Callable[[str], bool]) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint or an export whose names are wanted, of those that are in one piece.
+
+    Raises UserError for a damaged file.
+    """
+    found = {}
     for path in sorted(Path(folder).glob("*.safetensors")):
         try:
             with safe_open(path, framework="pt") as file:
-                counts |= {name: file.get_tensor(name) for name in file.keys() if name.startswith(COUNTS)}
+                found |= {name: file.get_tensor(name) for name in file.keys() if is_wanted(name)}
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} can't be loaded ({error})") from None
-    return counts
+    return found
 
 
 def load(folder: Path, model: torch.nn.Module, optimizers: list = (), prefix: str = "model."):

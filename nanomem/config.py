@@ -9,9 +9,13 @@ Every setting of train.py with its default.
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import math
 import os
+import platform
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from nanomem import datasets, kinds
 from nanomem.cli import UserError, check_limits, sections, setting
@@ -291,6 +295,20 @@ def pick_device(name: str):
     if device.type == "cuda" and device.index:
         torch.cuda.set_device(device)
     return device
+
+
+@functools.cache
+def machine() -> str:
+    """A few words about this machine: its GPU, or its CPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        name = model.group(1).strip() if model else name
+    return f"{os.cpu_count()} cores, {name}"
 
 
 def machine_memory(device) -> float:

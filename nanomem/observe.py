@@ -1,11 +1,13 @@
 """
-What memory layers read: observers that are called at each lookup, and a measure of how evenly the slots are
-used.
+What memory layers read: observers that are called at each lookup, the lookups of given tokens and of the
+training data, and a measure of how evenly the slots are used.
 """
 
 import contextlib
 import functools
 import math
+from collections import Counter
+from collections.abc import Iterator
 
 import torch
 
@@ -28,11 +30,13 @@ def observe_lookups(model: torch.nn.Module, observer):
 
 
 @torch.no_grad()
-def lookups_of(model: torch.nn.Module, tokens: torch.Tensor) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
-    """What a GPT's memory layers read for tokens (batch, time) int64: {layer number: (indices, weights)}.
+def run_observed(
+        model: torch.nn.Module, tokens: torch.Tensor
+) -> tuple[torch.Tensor, dict[int, tuple[torch.Tensor, torch.Tensor]]]:
+    """(the logits of a GPT for tokens (batch, time) int64, what its memory layers read for them).
 
-    indices (n, heads, knn) int64 and weights (n, heads, knn) float32, for the n = batch * time tokens, on the
-    CPU; a head's weights add up to 1.
+    The second is {layer number: (indices, weights)}: indices (n, heads, knn) int64 and weights
+    (n, heads, knn) float32, for the n = batch * time tokens, on the CPU; a head's weights add up to 1.
     """
     number_of = {layer: number for number, layer in model.memory_layers().items()}
     seen = {}
@@ -41,8 +45,33 @@ def lookups_of(model: torch.nn.Module, tokens: torch.Tensor) -> dict[int, tuple[
         seen[number_of[layer]] = indices.cpu(), weights.float().cpu()
 
     with observe_lookups(model, keep):
-        model(tokens)
-    return seen
+        logits, _ = model(tokens)
+    return logits, seen
+
+
+def lookups_of(model: torch.nn.Module, tokens: torch.Tensor) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+    """What a GPT's memory layers read for tokens (batch, time) int64: the second of `run_observed`."""
+    return run_observed(model, tokens)[1]
+
+
+def training_lookups(
+        model: torch.nn.Module, data, n_batches: int, batch_size: int, start: int = 0
+) -> Iterator[tuple[torch.Tensor, dict]]:
+    """Yields batches of the training data, from sequence `start` on: tokens (batch_size, time), and what
+    `lookups_of` returns for them.
+    """
+    device = next(model.parameters()).device
+    for i in range(n_batches):
+        tokens, _ = data.batch("train", start + i * batch_size, batch_size)
+        yield tokens, lookups_of(model, tokens.to(device))
+
+
+def slot_shares(indices: torch.Tensor, weights: torch.Tensor) -> Counter:
+    """{slot: its share of the weight} in lookups (..., knn) of some tokens and heads: they add up to 1."""
+    total, n_lookups = Counter(), indices[..., 0].numel()
+    for slot, weight in zip(indices.flatten().tolist(), weights.flatten().tolist()):
+        total[slot] += weight / n_lookups
+    return total
 
 
 class SlotUsage:

@@ -26,7 +26,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from nanomem import checkpoint, export, facts, optim, sharding, teaching, tokenizer
 from nanomem.cli import UserError
-from nanomem.config import Config, machine_memory
+from nanomem.config import Config, machine, machine_memory
 from nanomem.data import INDEX, FactData, TextData, open_data, open_tokenizer
 from nanomem.kinds import KINDS
 from nanomem.model import GPT
@@ -86,7 +86,7 @@ class Job:
         header = {"config": dataclasses.asdict(self.config), "data": self.data.digest(),
                   "iteration": self.step, "position": self.position, "elapsed_s": self.seconds(),
                   "launch": sharding.launch(), "earlier": [old.saved() for old in self.earlier],
-                  "ended": self.ended}
+                  "ended": self.ended, "machine": machine()}
         counts = None
         if self.counts is not None:
             counts = teaching.count(self.model, self.optimizers, self.step, self.counts)
@@ -195,7 +195,7 @@ def model_to_teach(
         init_from = saved.get("init_from") if isinstance(saved, dict) else None
     if header or not init_from:
         return None
-    trained = teaching.find(init_from, "init_from")
+    trained = teaching.find(init_from, "--init_from")
     for problem in trained.refused.values():
         console.print(f"{problem}: using {trained.files}", soft_wrap=True)
     return trained
@@ -322,7 +322,8 @@ def make_room(out_dir: Path, console: Console):
 
     Nothing is overwritten, and other files there are not touched.
     """
-    names = ("config.json", "metrics.jsonl", "tokenizer.tiktoken", export.FILE)
+    names = ("config.json", "metrics.jsonl", "tokenizer.tiktoken", export.FILE,
+             "report.html")
     files = [path for path in (out_dir / name for name in names) if path.exists()]
     checkpoints = checkpoint.folders(out_dir)
     is_empty_run = files == [out_dir / name for name in names[:3]] and not files[1].stat().st_size

@@ -54,9 +54,10 @@ class SavedModel:
         return checkpoint.read_counts(self.files) or None
 
 
-def find(folder: str | Path, option: str) -> SavedModel:
-    """The trained model in a folder. Raises UserError, naming the option that names the folder, if there is
-    none.
+def find(folder: str | Path, name: str) -> SavedModel:
+    """The trained model in a folder. Raises UserError if there is none.
+
+    name: what the message calls the folder's place on the command line, such as --init_from.
     """
     folder = Path(folder)
     if (folder / export.FILE).exists():
@@ -64,7 +65,7 @@ def find(folder: str | Path, option: str) -> SavedModel:
     files, header, refused = checkpoint.newest(folder)
     if header is None:
         raise UserError(
-            f"{checkpoint.none_in(folder)}; --{option} must name the folder of a run or an export")
+            f"{checkpoint.none_in(folder)}; {name} must name the folder of a run or an export")
     config = Config.from_saved(header["config"], folder)
     return SavedModel(folder, files, "model.", config, header["iteration"], refused)
 

@@ -2,7 +2,7 @@
 Which memory slots a prompt and its answer read, and what else reads them: sample.py --trace.
 """
 
-from collections import Counter
+import functools
 
 import torch
 from rich.console import Console
@@ -11,11 +11,11 @@ from rich.table import Table
 
 from nanomem.data import FactData, TextData
 from nanomem.model import GPT
-from nanomem.observe import lookups_of
+from nanomem.observe import lookups_of, slot_shares
+from nanomem.readers import Sample, split_words, visible
 
-N_BATCHES, BATCH_SIZE = 20, 16  # of training data in which to look for readers of a slot
+N_BATCHES = 20  # of training data in which to look for readers of a slot
 N_SLOTS, N_READERS = 3, 5  # to show
-N_HITS = 300  # of a slot to look at, the heaviest
 
 
 def show(
@@ -43,11 +43,7 @@ def show(
     for start, stop in words:
         cells = []
         for layer, (slots, weights) in looked_up.items():
-            total = Counter()
-            for slot, weight in zip(slots[start:stop].flatten().tolist(),
-                                    weights[start:stop].flatten().tolist()):
-                total[slot] += weight / (stop - start) / shape.mem_heads
-            top = total.most_common(N_SLOTS)
+            top = slot_shares(slots[start:stop], weights[start:stop]).most_common(N_SLOTS)
             cells.append(" ".join(f"{slot}:{weight:.0%}" for slot, weight in top))  # wraps between entries
             heaviest.add((layer, top[0][0]))
         table.add_row(visible(data.encoding.decode(tokens[0, start:stop].tolist())), *cells)
@@ -69,58 +65,16 @@ def show_readers(model, data, slots, console):
     console.print(table)
 
 
-def split_words(encoding, tokens: list[int], prompt_length: int | None) -> list[tuple[int, int]]:
-    """(start, stop) of each token; if tokens are bytes, of each word. A word begins with a blank, or where
-    the answer begins.
-    """
-    starts = []
-    for place, token in enumerate(tokens):
-        is_special = token == encoding.eot_token
-        after_special = place > 0 and tokens[place - 1] == encoding.eot_token
-        begins = is_special or after_special or encoding.decode_single_token_bytes(token)[:1].isspace()
-        if place in (0, prompt_length) or begins or not is_of_bytes(encoding):
-            starts.append(place)
-    return list(zip(starts, starts[1:] + [len(tokens)]))
-
-
-def is_of_bytes(encoding) -> bool:
-    """Whether each token is a byte."""
-    return encoding.n_vocab <= 257
-
-
 def readers(model: GPT, data, slots: set, console: Console) -> dict:
     """Which tokens of the training data read these slots most: {(layer, slot): texts, the heaviest first}.
 
     A text is a token after the few before it.
     """
-    before = 14 if is_of_bytes(data.encoding) else 3  # tokens of context
-    device = next(model.parameters()).device
-    wanted = {layer: torch.tensor([slot for at, slot in slots if at == layer]) for layer, _ in slots}
-    sequences, found = [], {layer: [] for layer in wanted}
-    for i in track(range(N_BATCHES), "searching the training data", console=console, transient=True):
-        start = 10**9 + i * BATCH_SIZE  # far from the sequences it was trained on
-        x, _ = data.batch("train", start, BATCH_SIZE)
-        for layer, (indices, weights) in lookups_of(model, x.to(device)).items():
-            hits = torch.isin(indices, wanted[layer])                            # (n, heads, knn)
-            positions = hits.nonzero()[:, 0] + i * x.numel()  # in all batches' tokens
-            found[layer].append((indices[hits], weights[hits], positions))
-        sequences.append(x)
-    sequences = torch.cat(sequences)
-
+    wanted = {layer: [slot for at, slot in slots if at == layer] for layer, _ in slots}
+    tracked = functools.partial(
+        track, description="searching the training data", total=N_BATCHES, console=console, transient=True)
+    sample = Sample.of_training(model, data, N_BATCHES, wanted=wanted, track=tracked)
     texts = {}
     for layer, slot in slots:
-        indices, weights, positions = map(torch.cat, zip(*found[layer]))
-        weights, positions = weights[indices == slot], positions[indices == slot]
-        top = weights.topk(min(N_HITS, len(weights))).indices
-        total = Counter()
-        for weight, position in zip(weights[top].tolist(), positions[top].tolist()):
-            sequence, column = divmod(position, sequences.shape[1])
-            context = sequences[sequence, max(0, column - before):column + 1].tolist()
-            total[data.encoding.decode(context).split("<|endoftext|>")[-1]] += weight
-        texts[layer, slot] = [text for text, _ in total.most_common(N_READERS)]
+        texts[layer, slot] = [text for text, _ in sample.contexts(layer, slot, N_READERS)]
     return texts
-
-
-def visible(text: str) -> str:
-    """Text with its line ends and other control characters written out, as in a Python string."""
-    return repr(text.strip(" "))[1:-1]

@@ -420,7 +420,7 @@ for optimizer in nanomem.optim.build_optimizer(layer):
 
 
 @pytest.mark.slow
-def test_an_installed_nanomem_has_its_kernels_and_facts(tmp_path):
+def test_an_installed_nanomem_has_its_kernels_facts_and_page(tmp_path):
     listing = ["git", "ls-files", "-z"]
     names = subprocess.run(listing, cwd=runs.ROOT, capture_output=True, text=True, check=True).stdout
     source = tmp_path / "source"
@@ -441,3 +441,4 @@ print(json.dumps([nanomem.__file__, nanomem.kernels.__file__, *names]))
     package, kernels, person, city = json.loads(run_program(program, tmp_path / "site", tmp_path))
     assert package.startswith(str(tmp_path)) and kernels.startswith(str(tmp_path))
     assert person and city == "Shanghai"
+    assert (tmp_path / "site" / "nanomem" / "report.html").exists()

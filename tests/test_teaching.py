@@ -302,7 +302,7 @@ def test_a_fact_corrected_in_an_earlier_round_is_neither_asked_nor_rehearsed_as_
     earlier = [{"data": str(tmp_path / f"{name}.jsonl"), "n_entities": 4, "people_seed": 0, "zipf": 0.0,
                 "seed": 1} for name in ("first", "second")]
     config = Config(data=str(tmp_path / "third.jsonl"), earlier=earlier)
-    path = teaching.find(base, "init_from").tokenizer()
+    path = teaching.find(base, "--init_from").tokenizer()
     new = open_data(config, path)
     first, second = teaching.open_earlier(config, new, path, 100, Console(quiet=True))
     assert [first.number, second.number] == [0, 1]
@@ -353,7 +353,7 @@ def test_values_of_a_dense_model_and_counts_that_are_missing(base, tmp_path):
     runs.train(dense, "--ffn=dense", "--max_iters=1")
     _, err = teach(dense, tmp_path / "run", "--train=values", code=2)
     assert "train=values needs memory tables, and ffn=dense has none" in err
-    trained = teaching.find(base, "init_from")
+    trained = teaching.find(base, "--init_from")
     model = GPT(trained.config)
     trained.load(model)
     export.save(tmp_path / "old", model, tokenizer.load(trained.tokenizer()), trained.config)

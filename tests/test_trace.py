@@ -7,7 +7,7 @@ import runs
 import torch
 from rich.console import Console
 
-from nanomem import facts, tokenizer, trace
+from nanomem import facts, readers, tokenizer, trace
 from nanomem.cli import shipped
 from nanomem.config import GPTConfig
 from nanomem.data import FactData
@@ -57,7 +57,7 @@ def test_by_default_the_end_of_the_question_and_the_answer_are_shown(model, data
 def test_readers_are_the_tokens_with_most_weight(model, data, monkeypatch):
     total = Counter()  # (slot, text) -> weight
     for i in range(trace.N_BATCHES):
-        x, _ = data.batch("train", 10**9 + i * trace.BATCH_SIZE, trace.BATCH_SIZE)
+        x, _ = data.batch("train", 10**9 + i * readers.BATCH_SIZE, readers.BATCH_SIZE)
         slots, weights = [found.flatten(1) for found in lookups_of(model, x)[0]]
         for position in range(x.numel()):
             sequence, column = divmod(position, 64)
@@ -69,7 +69,7 @@ def test_readers_are_the_tokens_with_most_weight(model, data, monkeypatch):
     for slot, _ in total:
         reads[slot] += 1
     rare = min(reads, key=reads.get)
-    monkeypatch.setattr(trace, "N_HITS", 10**6)
+    monkeypatch.setattr(readers, "N_HITS", 10**6)
     found = trace.readers(model, data, {(0, rare), (1, 0)}, Console(quiet=True))[0, rare]
     expected = [text for (slot, text), _ in total.most_common() if slot == rare]
     assert found == expected[:trace.N_READERS] and found

@@ -84,7 +84,7 @@ class Student:
     """A trained model that is taught by one method."""
 
     def __init__(self, folder: str, method: Method, rate: float):
-        trained = teaching.find(folder, "run")
+        trained = teaching.find(folder, "--run")
         self.config, self.method = trained.config, method
         self.model = GPT(self.config)
         trained.load(self.model)

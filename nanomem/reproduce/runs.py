@@ -13,7 +13,6 @@ import functools
 import hashlib
 import json
 import os
-import platform
 import re
 import subprocess
 import sys
@@ -28,7 +27,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from nanomem import checkpoint
 from nanomem.checkpoint import read_json, write_text
 from nanomem.cli import UserError
-from nanomem.config import DESCRIBES_DATA, Config
+from nanomem.config import DESCRIBES_DATA, Config, machine
 from nanomem.data import open_data
 from nanomem.reproduce.sizing import flops
 from nanomem.run import DIVERGED
@@ -286,15 +285,3 @@ def git(*arguments):
 def torch_version() -> str:
     """torch's version, without what it was built for."""
     return torch.__version__.partition("+")[0]
-
-
-@functools.cache
-def machine() -> str:
-    """A few words about this machine: its GPU, or its CPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-        name = model.group(1).strip() if model else name
-    return f"{os.cpu_count()} cores, {name}"

@@ -14,7 +14,7 @@ from nanomem.cli import UserError
 from nanomem.config import Config
 from nanomem.data import open_data
 from nanomem.model import GPT
-from nanomem.observe import SlotUsage, lookups_of, observe_lookups
+from nanomem.observe import SlotUsage, lookups_of, slot_shares, training_lookups
 
 
 def slots(run: str, n_facts: int = 100, n_batches: int = 20) -> tuple[list[dict], int]:
@@ -54,21 +54,20 @@ def load(run):
     return model, data, config, header["iteration"]
 
 
-@torch.no_grad()
 def measure_usage(model, data, batch_size, n_batches):
     """A row for each memory layer, with how evenly it reads its slots."""
-    usage = {layer: SlotUsage() for layer in model.memory_layers().values()}
-    with observe_lookups(model, lambda layer, *lookups: usage[layer](layer, *lookups)):
-        for i in range(n_batches):
-            inputs, _ = data.batch("train", i * batch_size, batch_size)
-            model(inputs)
+    layers = model.memory_layers()
+    usage = {number: SlotUsage() for number in layers}
+    for _, looked_up in training_lookups(model, data, n_batches, batch_size):
+        for number, lookups in looked_up.items():
+            usage[number](layers[number], *lookups)
     rows = []
-    for number, layer in model.memory_layers().items():
-        (weight,) = usage[layer].weight.values()
+    for number in layers:
+        (weight,) = usage[number].weight.values()
         rows.append({
             "layer": number,
-            "share used": usage[layer].usage(),
-            "kl": usage[layer].kl(),
+            "share used": usage[number].usage(),
+            "kl": usage[number].kl(),
             "weights": weights_by_rank(weight),
         })
     return rows
@@ -135,13 +134,4 @@ def overlap(one: tuple, other: tuple) -> float:
 
     one, other: (indices (heads, knn), weights (heads, knn)). From 0 to 1 per head; the mean over heads.
     """
-    heads = len(one[0])
-    return (slot_weights(*one) & slot_weights(*other)).total() / heads
-
-
-def slot_weights(indices, weights):
-    """{slot: its weight, summed over heads}."""
-    total = Counter()
-    for slot, weight in zip(indices.flatten().tolist(), weights.flatten().tolist()):
-        total[slot] += weight
-    return total
+    return (slot_shares(*one) & slot_shares(*other)).total()
