@@ -63,7 +63,7 @@ def origin(results: dict) -> str:
         parts.append(f"{noun} {', '.join(map(str, results['seeds']))}")
     if results["minutes"]:
         parts.append(f"{results['minutes']} minutes of training")
-    if "updates" in results:
+    if results.get("updates"):  # an export does not say
         parts.append(f"a model trained for {results['updates']:,} updates")
     return f"({'; '.join(parts)})\n"
 

@@ -4,14 +4,12 @@ those of its question, of other facts and of other entities.
 """
 
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from nanomem import checkpoint
+from nanomem import teaching
 from nanomem.cli import UserError
-from nanomem.config import Config
 from nanomem.data import open_data
 from nanomem.model import GPT
 from nanomem.observe import SlotUsage, lookups_of, slot_shares, training_lookups
@@ -41,17 +39,14 @@ def slots(run: str, n_facts: int = 100, n_batches: int = 20) -> tuple[list[dict]
 
 def load(run):
     """(model, data, config, iteration) of a trained run's newest checkpoint."""
-    folder, header, _ = checkpoint.newest(Path(run))
-    if header is None:
-        raise UserError(f"--run={run} has no checkpoint; python train.py makes one")
-    config = Config.from_saved(header["config"], run)
-    data = open_data(config, Path(run) / "tokenizer.tiktoken")
-    model = GPT(config).eval()
-    checkpoint.load(folder, model)
+    trained = teaching.find(run, "--run")
+    config = trained.config
+    data, model = open_data(config, trained.tokenizer()), GPT(config).eval()
+    trained.load(model)
     if not data.facts or not model.memory_layers():
         raise UserError(f"--run={run} must be a run with facts and with memory layers, "
                         f"got data={config.data} and ffn={config.ffn}")
-    return model, data, config, header["iteration"]
+    return model, data, config, trained.iteration
 
 
 def measure_usage(model, data, batch_size, n_batches):
