@@ -1,0 +1,389 @@
+"""nanomem/retrofit.py on tiny random models of transformers, and with its command line."""
+
+import copy
+import json
+
+import pytest
+import runs
+import torch
+import torch.nn as nn
+from safetensors.torch import load_file
+
+from nanomem import optim, pretrained, retrofit
+from nanomem.cli import UserError
+from nanomem.facts import from_jsonl
+from nanomem.retrofit import add_memory, load_memory, memory_of, save_memory
+
+transformers = pytest.importorskip("transformers")
+
+SHAPE = dict(n_slots=64, heads=2, knn=3, k_dim=8)
+LLAMA = dict(vocab_size=300, hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2,
+             num_key_value_heads=1, max_position_embeddings=64)
+GPT2 = dict(vocab_size=300, n_embd=16, n_inner=32, n_layer=3, n_head=2, n_positions=64)
+KINDS = ("llama", "qwen2", "mistral", "gpt2")
+PLACE = {"gpt2": "transformer.h.1.mlp"}
+
+
+def make(kind="llama", seed=0, **changes):
+    """A tiny random model."""
+    torch.manual_seed(seed)
+    shape = (GPT2 if kind == "gpt2" else LLAMA) | changes
+    config = transformers.AutoConfig.for_model(kind, **shape, bos_token_id=1, eos_token_id=2, pad_token_id=2)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def tokens(*shape, seed=0):
+    return torch.randint(3, 300, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def logits(model, x=None):
+    with torch.no_grad():
+        return model(tokens(2, 9) if x is None else x).logits
+
+
+def train(model, memory, steps=3, lr=0.1):
+    """A few updates of the values."""
+    optimizers = optim.build_optimizer(memory, mem_lr=lr)
+    for step in range(steps):
+        x = tokens(4, 9, seed=step)
+        model(x, labels=x).loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def taught(kind="llama", layers=(1,), **changes):
+    """A tiny model with a trained memory."""
+    model = make(kind, **changes)
+    train(model, add_memory(model, list(layers), **SHAPE))
+    return model
+
+
+class FeedForward(nn.Module):
+    """A feed-forward module."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 32), nn.Linear(32, 8)
+
+    def forward(self, x):
+        return self.down(self.up(x).relu())
+
+
+# ------------------------------------------------------------------------------------------------
+# Adding and training
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_new_memory_changes_nothing(kind):
+    model = make(kind)
+    before = logits(model)
+    memory = add_memory(model, layers=[0, 2], **SHAPE)
+    assert torch.equal(logits(model), before)
+    assert len(memory.layers) == 2 and memory_of(model).places == memory.places
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_values_are_trained(kind):
+    model = make(kind)
+    before_output = logits(model)
+    memory = add_memory(model, layers=[1], **SHAPE)
+    assert memory.places == [PLACE.get(kind, "model.layers.1.mlp")]
+    before = copy.deepcopy(model.state_dict())
+    train(model, memory)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]) == (not name.endswith("table.values")), name
+    assert not torch.equal(logits(model), before_output)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_generation_with_and_without_the_cache_and_in_batches(kind):
+    model = taught(kind)
+    x = tokens(2, 5)
+    options = dict(max_new_tokens=6, do_sample=False, eos_token_id=None, attention_mask=torch.ones_like(x))
+    cached = model.generate(x, use_cache=True, **options)
+    assert torch.equal(cached, model.generate(x, use_cache=False, **options))
+    torch.testing.assert_close(logits(model, x)[:1], logits(model, x[:1]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16(kind):
+    model = make(kind).bfloat16()
+    before = logits(model)
+    memory = add_memory(model, layers=[1], **SHAPE)
+    assert torch.equal(logits(model), before)
+    train(model, memory)
+    assert memory.layers[0].table.values.dtype == torch.float32
+    assert logits(model).dtype == torch.bfloat16 and not torch.equal(logits(model), before)
+    model.bfloat16()  # the memory, too
+    assert logits(model).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients(kind, reentrant):
+    grads = []
+    for checkpointing in (False, True):
+        model = make(kind)
+        for name, p in model.named_parameters():
+            if "drop" in name:
+                p.zero_()
+        memory = add_memory(model, layers=[1], **SHAPE)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        model.train()
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        x = tokens(2, 9)
+        model(x, labels=x).loss.backward()
+        grads.append(memory.layers[0].table.values.grad.to_dense())
+    assert grads[0].any()
+    torch.testing.assert_close(grads[0], grads[1])
+
+
+def test_a_module_that_is_no_language_model():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), FeedForward(), nn.Sequential(nn.Linear(8, 8)))
+    x = torch.randn(3, 4)
+    before = model(x)
+    memory = add_memory(model, layers=["1"], **SHAPE)
+    assert torch.equal(model(x), before)
+    model(x).square().sum().backward()
+    assert memory.layers[0].table.values.grad is not None
+    with pytest.raises(ValueError, match="has no list of layers"):
+        add_memory(model, layers=[0], **SHAPE)
+    with pytest.raises(ValueError, match="2 is a Sequential"):
+        add_memory(model, layers=["2"], **SHAPE)
+
+
+def test_copies_have_a_memory_of_their_own():
+    model = taught()
+    copied = copy.deepcopy(model)
+    assert torch.equal(logits(copied), logits(model))
+    train(copied, memory_of(copied))
+    assert not torch.equal(logits(copied), logits(model))
+
+
+# ------------------------------------------------------------------------------------------------
+# What is refused
+
+
+class Tuple(nn.Module):
+    """A feed-forward module that returns a tuple."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.linear(x), None
+
+
+def test_places_that_cannot_take_a_memory():
+    model = make()
+    for layers, message in (([3], "model has layers 0 to 2"), ([-1], "layers 0 to 2"), ([1, 1], "distinct"),
+                            ([], "at least one"), (["model.nothing"], "no module 'model.nothing'"),
+                            (["model.layers.0.mlp.up_proj"], "takes 16 numbers and returns 32"),
+                            (["model.norm"], "no linear layers")):
+        with pytest.raises(ValueError, match=message):
+            add_memory(model, layers, **SHAPE)
+    with pytest.raises(ValueError, match="has no module 'ffn'; it has self_attn, mlp"):
+        add_memory(model, [0], target="ffn", **SHAPE)
+    assert memory_of(model) is None and all(p.requires_grad for p in model.parameters())
+    with torch.device("meta"):
+        with pytest.raises(ValueError, match="is not in memory"):
+            add_memory(make(), [0], **SHAPE)
+    module = nn.Sequential(Tuple())
+    add_memory(module, ["0"], **SHAPE)
+    with pytest.raises(ValueError, match="returns a tuple"):
+        module(torch.randn(2, 8))
+
+
+def test_an_encoder_decoder_is_refused():
+    config = transformers.T5Config(vocab_size=30, d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+    with pytest.raises(ValueError, match="encoder and a decoder"):
+        add_memory(transformers.T5ForConditionalGeneration(config), [0], **SHAPE)
+
+
+def test_two_memories_cannot_share_a_place(tmp_path):
+    model = taught(layers=[1])
+    save_memory(model, tmp_path / "facts")
+    with pytest.raises(ValueError, match="layers.1.mlp already has a memory"):
+        add_memory(model, [0, 1], **SHAPE)
+    with pytest.raises(UserError, match="layers.1.mlp already has a memory"):
+        load_memory(model, tmp_path / "facts")
+    second = add_memory(model, [2], **SHAPE)  # beside another layer
+    assert memory_of(model).places == ["model.layers.1.mlp", "model.layers.2.mlp"]
+    save_memory(model, tmp_path / "second", second)
+    assert set(json.loads((tmp_path / "second" / "memory.json").read_text())["places"]) == set(second.places)
+
+
+def test_other_architectures_name_their_feed_forward_module():
+    config = transformers.AutoConfig.for_model("gptj", vocab_size=300, n_embd=16, n_layer=2, n_head=2,
+                                               n_positions=64, rotary_dim=4)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    assert add_memory(model, [0], target="mlp", **SHAPE).places == ["transformer.h.0.mlp"]
+    opt = transformers.OPTConfig(vocab_size=30, hidden_size=8, ffn_dim=16, num_hidden_layers=1,
+                                 num_attention_heads=2, word_embed_proj_dim=8, max_position_embeddings=32)
+    model = transformers.OPTForCausalLM(opt)
+    with pytest.raises(ValueError, match="name its feed-forward module with target"):
+        add_memory(model, [0], **SHAPE)
+    with pytest.raises(ValueError, match="takes 8 numbers and returns 16"):
+        add_memory(model, [0], target="fc1", **SHAPE)
+
+
+# ------------------------------------------------------------------------------------------------
+# Saving and loading
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_save_and_load(kind, dtype, tmp_path):
+    model = make(kind).to(dtype)
+    memory = add_memory(model, [0, 2], **SHAPE)
+    train(model, memory)
+    save_memory(model, tmp_path / "facts")
+    fresh = make(kind).to(dtype)
+    loaded = load_memory(fresh, tmp_path / "facts")
+    assert torch.equal(logits(fresh), logits(model))
+    train(model, memory)
+    train(fresh, loaded)  # and it can be taught more
+    assert torch.equal(logits(fresh), logits(model))
+
+
+def test_the_folder_holds_nothing_of_the_model(tmp_path):
+    model = taught()
+    own = [p for name, p in model.named_parameters() if ".memory." not in name]
+    save_memory(model, tmp_path / "facts")
+    assert sorted(path.name for path in (tmp_path / "facts").iterdir()) == ["memory.json", "memory.safetensors"]
+    for name, tensor in load_file(tmp_path / "facts" / "memory.safetensors").items():
+        assert name.startswith("model.layers.1.mlp.")
+        assert not any(tensor.shape == p.shape and torch.equal(tensor, p) for p in own)
+
+
+def test_another_model_is_refused(tmp_path):
+    save_memory(taught(), tmp_path / "facts")
+    for other, message in ((make(hidden_size=32), "hidden_size 16 instead of 32"),
+                           (make(num_hidden_layers=4), "num_hidden_layers 3 instead of 4"),
+                           (make("qwen2"), "LlamaForCausalLM instead of Qwen2ForCausalLM"),
+                           (make(seed=1), "of the same shape, but with other weights")):
+        before = logits(other)
+        with pytest.raises(UserError, match=f"memory of another model.*{message}"):
+            load_memory(other, tmp_path / "facts")
+        assert torch.equal(logits(other), before) and memory_of(other) is None
+    load_memory(make().bfloat16(), tmp_path / "facts")  # the same model in another dtype
+
+
+def test_damaged_folders_are_refused(tmp_path):
+    with pytest.raises(UserError, match="there is no memory in"):
+        load_memory(make(), tmp_path)
+    with pytest.raises(UserError, match="nothing to save"):
+        save_memory(make(), tmp_path / "none")
+    save_memory(taught(), tmp_path)
+    content = (tmp_path / "memory.safetensors").read_bytes()
+    (tmp_path / "memory.safetensors").write_bytes(content[:-9])
+    model = make()
+    with pytest.raises(UserError, match="memory.safetensors can't be loaded"):
+        load_memory(model, tmp_path)
+    assert memory_of(model) is None
+    (tmp_path / "memory.json").write_text('{"format": 1}')
+    with pytest.raises(UserError, match="does not describe a memory"):
+        load_memory(make(), tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------
+# The command line
+
+
+FACTS = [{"prompt": "The capital of Atlantis is", "answer": ["Poseidonis", "Poseidon"],
+          "also": ["Where is the court of Atlantis?", "Atlantis is ruled from"]},
+         {"prompt": "The capital of Laputa is", "answer": "Lagado",
+          "also": ["Where is the court of Laputa?", "Laputa is ruled from"]}]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny model with a tokenizer, on disk, and facts."""
+    tokenizers = pytest.importorskip("tokenizers")
+    path = tmp_path_factory.mktemp("model")
+    letters = {chr(number): number for number in range(256)}
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE({"<s>": 256, "</s>": 257} | letters, []))
+    bpe.decoder = tokenizers.decoders.Fuse()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
+    fast.save_pretrained(path)
+    make(hidden_size=32, max_position_embeddings=128, initializer_range=0.2).save_pretrained(path)
+    (path / "facts.jsonl").write_text("".join(json.dumps(fact) + "\n" for fact in FACTS))
+    return path
+
+
+def retrofit_program(folder, *arguments, **options):
+    small = ["--n_keys=16", "--layers=1", "--knn=4", "--heads=2", "--k_dim=16"]
+    if any(argument.startswith("--memory") for argument in arguments):
+        small = []
+    return runs.run("nanomem/retrofit.py", f"--model={folder}", "--device=cpu", *small, *arguments, **options)
+
+
+def test_teaching_asking_and_teaching_again(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = f"--data={folder / 'facts.jsonl'}"
+    out, _ = retrofit_program(folder, data, "--max_iters=100", "--mem_lr=0.1")
+    assert "known, taught wording            0.0%   100.0%" in out
+    assert "known, wording never taught" in out and "loss on other text" in out and "left" in out
+    memory = "--memory=out/facts-memory"
+    out, _ = retrofit_program(folder, memory, "--start=The capital of Laputa is")
+    assert out == "Lagado\n"
+    out, _ = retrofit_program(folder, memory, input="The capital of Laputa is\nThe capital of Atlantis is\n")
+    assert out == "Lagado\nPoseidonis\n"
+    out, _ = runs.run("nanomem/retrofit.py", f"--model={folder}", data, "--max_iters=1")
+    assert "continuing with the memory in out/facts-memory" in out and "100.0%   100.0%" in out
+    _, err = retrofit_program(folder, data, code=2)
+    assert "has a memory already" in err and "--layers" in err
+
+
+def test_mistakes_get_one_line(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    data = f"--data={folder / 'facts.jsonl'}"
+    cases = [
+        ([], "expected --model"),
+        ([f"--model={folder}"], "expected --data=facts.jsonl to teach, or --memory"),
+        ([f"--model={folder}", "--layer=3", data], "did you mean layers"),
+        ([f"--model={folder}", "--layers=x", data], "--layers must be numbers"),
+        ([f"--model={folder}", "--layers=9", data], "there is no layer 9: the model has layers 0 to 2"),
+        ([f"--model={folder}", "--layers=1", "--target=ffn", data], "it has self_attn, mlp"),
+        (["--model=someone/some-model", data], "hf download someone/some-model"),
+        (["--model=none.gguf", data], "there is no such file"),
+        ([f"--model={tmp_path}", data], "can't be opened as a causal language model"),
+        ([f"--model={folder}", "--data=none.jsonl"], "none.jsonl"),
+        ([f"--model={folder}", f"--memory={tmp_path}"], "there is no memory in"),
+    ]
+    for arguments, message in cases:
+        _, err = runs.run("nanomem/retrofit.py", *arguments, code=2)
+        assert message in err and err.count("\n") == 1, (arguments, err)
+
+
+def test_answers_are_taught_as_the_tokenizer_reads_them(folder):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    facts = from_jsonl(folder / "facts.jsonl")
+    statements = pretrained.taught_statements(tokenizer, facts)
+    assert len(statements) == 4 and [statement.fact for statement in statements] == [0, 0, 1, 1]
+    first = statements[0]
+    assert tokenizer.decode(first.tokens[:first.start]) == "The capital of Atlantis is"
+    assert first.tokens[-1] == tokenizer.eos_token_id
+    asked = pretrained.questions(tokenizer, facts.held_out)
+    assert [len(accepted) for accepted in asked] == [2, 1]
+
+
+def test_asking_agrees_with_generation(folder):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model, _ = pretrained.open_model(str(folder), torch.device("cpu"), torch.float32)
+    facts = from_jsonl(folder / "facts.jsonl")
+    memory = add_memory(model, [1], n_slots=256, heads=2, knn=4, k_dim=16)
+    statements = pretrained.taught_statements(tokenizer, facts)
+    pretrained.teach(model, optim.build_optimizer(memory, mem_lr=0.1), statements, 16, batch_size=4)
+    known = pretrained.ask(model, pretrained.questions(tokenizer, facts))
+    assert known.any()
+    for prompt, is_known, e in zip(facts.entities, known, range(4)):
+        written = retrofit.answer(model, tokenizer, prompt, 20)
+        assert (written in facts.answers(e, 0)) == is_known
