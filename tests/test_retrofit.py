@@ -257,7 +257,8 @@ def test_the_folder_holds_nothing_of_the_model(tmp_path):
     model = taught()
     own = [p for name, p in model.named_parameters() if ".memory." not in name]
     save_memory(model, tmp_path / "facts")
-    assert sorted(path.name for path in (tmp_path / "facts").iterdir()) == ["memory.json", "memory.safetensors"]
+    files = {path.name for path in (tmp_path / "facts").iterdir()}
+    assert files == {"memory.json", "memory.safetensors"}
     for name, tensor in load_file(tmp_path / "facts" / "memory.safetensors").items():
         assert name.startswith("model.layers.1.mlp.")
         assert not any(tensor.shape == p.shape and torch.equal(tensor, p) for p in own)
@@ -387,3 +388,50 @@ def test_asking_agrees_with_generation(folder):
     for prompt, is_known, e in zip(facts.entities, known, range(4)):
         written = retrofit.answer(model, tokenizer, prompt, 20)
         assert (written in facts.answers(e, 0)) == is_known
+
+
+# ------------------------------------------------------------------------------------------------
+# reproduce retrofit
+
+
+def test_reproduce_retrofit(folder, tmp_path, monkeypatch):
+    pytest.importorskip("peft")
+    pytest.importorskip("matplotlib")
+    from rich.console import Console
+
+    from nanomem.reproduce import figures
+    from nanomem.reproduce import retrofit as reproduce
+
+    methods = {"memory": reproduce.Method("memory", (0.1, 0.2), layers=(1,)),
+               "LoRA": reproduce.Method("lora", (1e-3,), rank=2),
+               "everything": reproduce.Method("all", (1e-3,))}
+    short = dict(METHODS=methods, IN_ROUNDS=("memory", "LoRA"), EVALUATED_AT=(1, 2), ROUNDS=2, ROUND_FACTS=4,
+                 ROUND_UPDATES=1, SWEEP_FACTS=4, N_FACTS=5, MOST_ASKED=4)
+    for name, value in short.items():
+        monkeypatch.setattr(reproduce, name, value)
+    monkeypatch.setattr(reproduce, "KNOWN_BEFORE", (("A", "b"), ("C", "d")))
+    teacher = reproduce.Teacher(
+        str(folder), "Some other text." * 9, tmp_path / "retrofit", Console(quiet=True))
+    rows, _ = reproduce.retrofit(teacher, seeds=[1])
+    assert [row["model"] for row in rows] == list(methods)
+    assert len(rows[0]["curves"][0]) == 2 and len(rows[0]["rounds_first"][0]) == 2
+    assert len(list((tmp_path / "retrofit").iterdir())) == 4 + 3 + 2
+    assert "| LoRA | 0.001 | never |" in figures.retrofit_table(rows)
+    figures.draw("retrofit", rows, tmp_path / "retrofit.png")
+    teacher.opened = "not needed: all runs are finished"
+    assert reproduce.retrofit(teacher, seeds=[1])[0] == rows
+    whole = {"taught": 0.9, "held_out": 0.2, "loss": 0.1}, {"taught": 1.0, "held_out": 0.4, "loss": 0.3}
+    assert reproduce.at_enough(whole, "loss") == pytest.approx(0.2)
+    assert reproduce.at_enough(whole[:1], "loss") is None
+
+
+def test_invented_facts_have_six_taught_wordings_and_two_others(folder):
+    from nanomem.reproduce import retrofit as reproduce
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    lesson, names = reproduce.invented(tokenizer, 20, seed=1)
+    assert len(lesson.taught) == 120 and len(lesson.held_out) == 40 and len(names) == 5
+    others = reproduce.invented(tokenizer, 20, seed=2, taken=frozenset(names))[1]
+    assert not names & others
+    taught = {tokenizer.decode(statement.tokens) for statement in lesson.taught}
+    assert not taught & {tokenizer.decode(statement.tokens) for statement in lesson.held_out}

@@ -7,6 +7,7 @@ The paper's claims, small: trains the models of a table or figure with train.py,
     python -m nanomem.reproduce ablations    Memory+ with one thing changed at a time
     python -m nanomem.reproduce text         dense, mixture and Memory+ on text (--text=data/wikitext-103)
     python -m nanomem.reproduce forgetting   what is forgotten while a model is taught new facts, by method
+    python -m nanomem.reproduce retrofit     facts taught to a pretrained model (--model=NAME), by method
     python -m nanomem.reproduce slots        which slots facts use in a model (--run=out/people-memory)
     python -m nanomem.reproduce page         writes the tables of README and docs from assets/*.json
 
@@ -27,7 +28,7 @@ from nanomem.config import Config, keep_freed_memory
 from nanomem.datasets import DATASETS
 from nanomem.reproduce.presets import PRESETS
 
-NAMES = ("curves", "table1", "scaling", "ablations", "text", "forgetting", "slots", "page")
+NAMES = ("curves", "table1", "scaling", "ablations", "text", "forgetting", "retrofit", "slots", "page")
 
 
 @dataclass
@@ -42,7 +43,10 @@ class Settings:
     data: str = setting("", "what the facts are about; by default what the preset is about", ("", *DATASETS))
     text: str = setting(
         "data/wikitext-103", "text to train on: shards that data/prepare.py made, or a text file", path=True)
-    seeds: int = setting(3, "runs of each model of curves, table1, scaling, text and forgetting")
+    seeds: int = setting(3, "runs of each model of curves, table1, scaling, text, forgetting and retrofit")
+    model: str = setting("", "the pretrained model of retrofit: a name, a folder or a .gguf file")
+    held_out: str = setting(
+        "", "a text on which retrofit measures the loss; by default a short one that comes along", path=True)
     run: str = setting("out/people-memory", "folder of the trained model that slots looks into", path=True)
     out_dir: str = setting("out/reproduce", "folder for checkpoints and logs of the runs", path=True)
     runs: str = setting("assets/runs", "folder for the results of finished runs", path=True)
@@ -68,6 +72,8 @@ def main():
         look_into_slots(settings)
     elif command == "forgetting":
         measure_forgetting(settings)
+    elif command == "retrofit":
+        measure_retrofit(settings)
     elif command == "page":
         write_pages(Path(settings.assets))
     else:
@@ -138,6 +144,37 @@ def measure_forgetting(settings):
     save(results, assets / "forgetting.json")
     figures.draw("forgetting", rows, assets / "forgetting.png")
     console.print(figures.forgetting_table(rows))
+
+
+def measure_retrofit(settings):
+    """Teaches a pretrained model invented facts by each method, and writes a table and a figure."""
+    from rich.console import Console
+
+    from nanomem.facts import read_text
+    from nanomem.prose import TEXT
+    from nanomem.reproduce import figures, retrofit, runs
+
+    if not settings.model:
+        raise UserError("retrofit needs --model: the name of a pretrained model, a folder or a .gguf file")
+    text = read_text(settings.held_out) if settings.held_out else TEXT
+    console = Console(highlight=False, soft_wrap=True)
+    finished = Path(settings.runs).with_name("retrofit")
+    teacher = retrofit.Teacher(settings.model, text, finished, console)
+    seeds = list(range(Config.seed, Config.seed + settings.seeds))
+    rows, commits = retrofit.retrofit(teacher, seeds)
+    results = {
+        "command": f"{command_line('retrofit', settings)} --model={Path(settings.model).name}",
+        "commit": ", ".join(sorted(commits)),
+        "machine": f"{runs.machine()}; torch {runs.torch_version()}",
+        "seeds": seeds,
+        "minutes": 0,
+        "text": Path(settings.held_out).name or "the one that comes along",
+        "rows": rows,
+    }
+    assets = Path(settings.assets)
+    save(results, assets / "retrofit.json")
+    figures.draw("retrofit", rows, assets / "retrofit.png")
+    console.print(figures.retrofit_table(rows))
 
 
 def save(results, path):

@@ -1,5 +1,5 @@
 """
-Writes the tables of README.md, docs/results.md and docs/teaching.md from assets/*.json.
+Writes the tables of README.md and of pages in docs from assets/*.json.
 
 A page says where a table goes, and what is between these two lines is replaced:
 
@@ -15,7 +15,7 @@ from nanomem.checkpoint import read_json, write_text
 from nanomem.cli import UserError
 from nanomem.reproduce import figures
 
-PAGES = ("README.md", "docs/results.md", "docs/teaching.md")
+PAGES = ("README.md", "docs/results.md", "docs/teaching.md", "docs/retrofit.md")
 PLACE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -87,4 +87,5 @@ TABLES = {
     "text": figures.markdown,
     "slots": figures.slots_table,
     "forgetting": figures.forgetting_table,
+    "retrofit": figures.retrofit_table,
 }  # name in a page and of a file in assets -> function of its rows
