@@ -43,11 +43,12 @@ class Settings:
     target: str = setting("mlp", "name of the feed-forward module inside a layer")
 
     slots: str = setting(
-        "all", "all: teach every slot; shared: only those that the wordings of a fact have in common",
-        choices=("all", "shared"), section="Teaching")
-    mem_lr: float = setting(5e-2, "learning rate of the values", least=0)
-    batch_size: int = setting(16, "statements per update", least=1)
-    max_iters: int = setting(1000, "updates at most", least=1)
+        "shared", "shared: teach only slots that a fact's wordings have in common and few other facts read; "
+        "all: every slot", choices=("shared", "all"), section="Teaching")
+    mem_lr: float = setting(
+        0.0, "learning rate of the values; 0: 0.2 for shared slots, 0.05 for all", least=0)
+    batch_size: int = setting(8, "statements per update", least=1)
+    max_iters: int = setting(3000, "updates at most", least=1)
     stop_at: float = setting(1.0, "share of the taught statements at whose recall teaching stops", least=0)
     seed: int = setting(1337, "random seed of keys, queries and the order of statements", least=0)
     device: str = setting("auto", "cpu, cuda, cuda:1, mps; auto: the first available of cuda, mps, cpu")
@@ -175,6 +176,11 @@ def memory_of(model: nn.Module) -> Memory | None:
     return Memory(list(found), list(found.values())) if found else None
 
 
+def sample_passages(tokenizer) -> Tensor:
+    """A short text in passages of 32 tokens, (n, 32) int64: for `centre_queries` and `restrict`."""
+    return pretrained.windows(tokenizer, SAMPLE, 32)
+
+
 @torch.no_grad()
 def centre_queries(model: nn.Module, memory: Memory, tokens: Tensor):
     """Subtracts from what queries are made of its mean over a text, tokens (n, time). For new memories only.
@@ -196,6 +202,20 @@ def centre_queries(model: nn.Module, memory: Memory, tokens: Tensor):
     for place, layer in zip(memory.places, memory.layers):
         mean = torch.stack(inputs[place]).mean(dim=0).to(layer.query_proj.weight.dtype)     # (dim,)
         layer.query_proj.bias.copy_(-layer.query_proj.weight @ mean)
+
+
+def restrict(optimizers: list, model: nn.Module, memory: Memory, statements: list, text: Tensor):
+    """Makes RowAdam, the last of the optimizers, teach only the slots that a fact's wordings share.
+
+    statements, text: as for pretrained.slots_to_teach. Raises UserError if there are none.
+    """
+    n_chosen = 0
+    for table, chosen in pretrained.slots_to_teach(model, memory, statements, text).items():
+        optimizers[-1].row_scale[table.values] = chosen.float().to(table.values.device)
+        n_chosen += chosen.sum().item()
+    if not n_chosen:
+        raise UserError("the wordings share no slots that other facts and ordinary text don't read; "
+                        "a larger --n_keys has more, and --slots=all teaches every slot")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -448,14 +468,15 @@ def teach(settings: Settings, given: dict, console: Console):
     text = read_text(settings.text) if settings.text else TEXT
     folder = Path(settings.memory or f"out/{Path(settings.data).stem}-memory")
     model, tokenizer = open_model(settings)
-    sample_text = pretrained.windows(tokenizer, SAMPLE, 64)
+    sample_text = sample_passages(tokenizer)
     memory = open_memory(model, settings, given, folder, sample_text, console)
     asked = questions_of(tokenizer, facts)
     windows = pretrained.windows(tokenizer, text)
     with console.status("asking what it knows already"):
         before = measure(model, asked, windows)
     statements = pretrained.taught_statements(tokenizer, facts)
-    optimizers = optim.build_optimizer(memory, mem_lr=settings.mem_lr)
+    mem_lr = settings.mem_lr or {"shared": 0.2, "all": 0.05}[settings.slots]
+    optimizers = optim.build_optimizer(memory, mem_lr=mem_lr)
     if settings.slots == "shared":
         with console.status("looking which slots wordings share"):
             restrict(optimizers, model, memory, statements, sample_text)
@@ -498,12 +519,6 @@ def open_memory(model, settings, given, folder, sample_text, console) -> Memory:
     centre_queries(model, memory, sample_text)
     console.print(f"a memory of {settings.n_keys**2:,} slots beside each of {', '.join(memory.places)}")
     return memory
-
-
-def restrict(optimizers: list, model: nn.Module, memory: Memory, statements: list, text: Tensor):
-    """Makes RowAdam teach only the slots that the wordings of a fact share: pretrained.slots_to_teach."""
-    for table, chosen in pretrained.slots_to_teach(model, memory, statements, text).items():
-        optimizers[-1].row_scale[table.values] = chosen.float().to(table.values.device)
 
 
 def questions_of(tokenizer, facts: FactSet) -> dict:
