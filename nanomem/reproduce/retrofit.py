@@ -13,6 +13,7 @@ import hashlib
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 from torch import Tensor
@@ -148,8 +149,10 @@ def invented(tokenizer, n_facts: int, seed: int, taken: frozenset[str] = frozens
 
 
 def share_known(model: nn.Module, statements: list[Statement]) -> float:
-    """The share of at most MOST_ASKED statements, evenly chosen, that a model answers."""
-    chosen = statements[:: -(-len(statements) // MOST_ASKED)]
+    """The share of at most MOST_ASKED statements, chosen at random, that a model answers."""
+    # Every n-th statement could all be of the same wording.
+    order = np.random.default_rng(0).permutation(len(statements))[:MOST_ASKED]
+    chosen = [statements[i] for i in order]
     return float(pretrained.ask(model, [[statement] for statement in chosen]).mean())
 
 
