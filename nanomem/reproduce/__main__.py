@@ -8,6 +8,7 @@ The paper's claims, small: trains the models of a table or figure with train.py,
     python -m nanomem.reproduce ablations    Memory+ with one thing changed at a time
     python -m nanomem.reproduce text         dense, mixture and Memory+ on text (--text=data/wikitext-103)
     python -m nanomem.reproduce forgetting   what is forgotten while a model is taught new facts, by method
+    python -m nanomem.reproduce retrofit     facts taught to a pretrained model (--model=NAME), by method
     python -m nanomem.reproduce slots        which slots facts use in a model (--run=out/people-memory)
     python -m nanomem.reproduce page         writes the tables of README and docs from assets/*.json
 
@@ -37,6 +38,7 @@ USES = {
     "ablations": ON_FACTS,
     "text": ("preset", "text", "seeds"),
     "forgetting": ("seeds",),
+    "retrofit": ("model", "held_out", "seeds"),
     "slots": ("run",),
     "page": (),
 }  # command -> the settings that it uses, besides the folders
@@ -57,6 +59,9 @@ class Settings:
     text: str = setting(
         "data/wikitext-103", "text to train on: shards that data/prepare.py made, or a text file", path=True)
     seeds: int = setting(3, "runs of each model")
+    model: str = setting("", "the pretrained model of retrofit: a name, a folder or a .gguf file")
+    held_out: str = setting(
+        "", "a text on which retrofit measures the loss; by default a short one that comes along", path=True)
     run: str = setting("out/people-memory", "folder of the trained model that slots looks into", path=True)
     out_dir: str = setting("out/reproduce", "folder for checkpoints and logs of the runs", path=True)
     runs: str = setting("assets/runs", "folder for the results of finished runs", path=True)
@@ -87,6 +92,8 @@ def main():
         look_into_slots(settings)
     elif command == "forgetting":
         measure_forgetting(settings)
+    elif command == "retrofit":
+        measure_retrofit(settings)
     elif command == "page":
         write_pages(Path(settings.assets))
     else:
@@ -162,6 +169,37 @@ def make_trainer(settings, console):
 
     preset, out_dir = PRESETS[settings.preset], Path(settings.out_dir) / settings.preset
     return Trainer(preset.workers, preset.threads, settings.runs, out_dir, console)
+
+
+def measure_retrofit(settings):
+    """Teaches a pretrained model invented facts by each method, and writes a table and a figure."""
+    from rich.console import Console
+
+    from nanomem.facts import read_text
+    from nanomem.prose import TEXT
+    from nanomem.reproduce import figures, retrofit, runs
+
+    if not settings.model:
+        raise UserError("retrofit needs --model: the name of a pretrained model, a folder or a .gguf file")
+    text = read_text(settings.held_out) if settings.held_out else TEXT
+    console = Console(highlight=False, soft_wrap=True)
+    finished = Path(settings.runs).with_name("retrofit")
+    teacher = retrofit.Teacher(settings.model, text, finished, console)
+    seeds = list(range(Config.seed, Config.seed + settings.seeds))
+    rows, commits = retrofit.retrofit(teacher, seeds)
+    results = {
+        "command": f"{command_line('retrofit', settings)} --model={Path(settings.model).name}",
+        "commit": ", ".join(sorted(commits)),
+        "machine": f"{runs.machine()}; torch {runs.torch_version()}",
+        "seeds": seeds,
+        "minutes": 0,
+        "text": Path(settings.held_out).name or "the one that comes along",
+        "rows": rows,
+    }
+    assets = Path(settings.assets)
+    save(results, assets / "retrofit.json")
+    figures.draw("retrofit", rows, assets / "retrofit.png")
+    console.print(figures.retrofit_table(rows))
 
 
 def save(results, path):

