@@ -258,7 +258,7 @@ def reads_table(shape_of):
             options = ctx.sparse_grad, values_need_it, x_needs_it
             rows, grad_values, grad_x = first_derivative(run_backward, grad, values, indices, x, *options)
             if ctx.sparse_grad and values_need_it:
-                grad_values = sparse_rows(rows, grad_values, values.shape)
+                grad_values = as_few_rows(rows, grad_values, values)
             return grad_values if values_need_it else None, None, grad_x if x_needs_it else None, None
 
         name = forward.__name__
@@ -303,15 +303,48 @@ def _only_tensors(backward):
         if rows is None:
             return indices.new_empty(0), values.new_empty(0), grad_x
         if not sparse_grad:
-            return rows[:0], torch.zeros_like(values).index_copy_(0, rows, sums), grad_x
+            return rows[:0], dense_rows(rows, sums, values), grad_x
         return rows, sums, grad_x
 
     return padded
 
 
+def as_few_rows(rows, grad, values):
+    """The gradient of values whose rows (u,), ascending and distinct, are grad (u, columns): a sparse tensor.
+
+    With the kernels it is a dense one if it would have, together with values.grad, as many rows as values.
+    On a GPU, adding sparse gradients only puts one after the other, so without that they would grow with
+    every layer and pass.
+    """
+    if use_kernels(values):
+        before = values.grad if values.is_leaf else None
+        if before is not None:
+            before = before._nnz() if before.is_sparse else len(before)
+        if len(rows) + (before or 0) >= len(values):
+            return dense_rows(rows, grad, values)
+    return sparse_rows(rows, grad, values.shape)
+
+
+def dense_rows(rows, grad, values):
+    """A tensor like values whose rows (u,), ascending and distinct, are grad (u, columns), and the others 0."""
+    if len(rows) == len(values):
+        return grad
+    return torch.zeros_like(values).index_copy_(0, rows, grad)
+
+
 def sparse_rows(rows, grad, shape):
     """A sparse tensor of this shape whose rows (u,), ascending and distinct, are grad (u, columns)."""
-    return torch.sparse_coo_tensor(rows[None], grad, shape, is_coalesced=True, check_invariants=False)
+    rows = rows[None]
+    # Autograd drops the flag is_coalesced, but keeps the memory. `is_distinct` looks for this mark.
+    rows.untyped_storage().has_distinct_rows = True
+    return torch.sparse_coo_tensor(rows, grad, shape, is_coalesced=True, check_invariants=False)
+
+
+def is_distinct(grad):
+    """Whether a sparse gradient is known to have each row once, in ascending order. Doesn't look at the rows:
+    a GPU would have to be waited for.
+    """
+    return grad.is_coalesced() or hasattr(grad._indices().untyped_storage(), "has_distinct_rows")
 
 
 def check_layer(layer):
