@@ -142,9 +142,10 @@ def _merge_halves_sizes(n, n_keys, knn, n_pairs):
         bucket *= 2
     n_buckets = max(K, triton.next_power_of_2(triton.cdiv(n_keys, bucket)))
     pairs = max(K, triton.next_power_of_2(n_pairs))
-    # 16 packed numbers per thread leave registers for many warps; a warp by itself sorts without barriers.
+    # 16 packed numbers per thread leave registers for many warps, and so do 8 buckets, whose members are all
+    # loaded at once. A warp by itself sorts without barriers.
     widest = max(n_buckets, K * bucket, pairs)
-    block = min(max(1, 512 // widest), triton.next_power_of_2(n))
+    block = min(max(1, 512 // widest), max(1, 256 // n_buckets), triton.next_power_of_2(n))
     warps = min(8, max(1, widest // 1024))
     return dict(BUCKET=bucket, N_BUCKETS=n_buckets, K=K, PAIRS=pairs, BLOCK=block, num_warps=warps)
 
@@ -273,42 +274,42 @@ def sddmm(table, rows, x):
 
 @triton.jit
 def _segment_sum_kernel(
-        x, order, weights, starts, owners, out, parts, values, rows, dots, dim, n_blocks, block_size,
-        LOOKUPS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr):
+        x, order, weights, starts, owners, out, parts, values, rows, dots, dim, n_blocks,
+        LOOKUPS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr):
     """out[s] = sum over the lookups i of segment s of weights[i] * x[i // LOOKUPS].
 
     x (n, d), weights (m,), out (segments, d). Sorted by row, lookup order[j] is the j-th, and segment s
     has those from j = starts[s] to starts[s + 1]; it may be empty. With values (n_slots, d), also
     dots[i] = <values[rows[s]], x[i // LOOKUPS]>, for which a program must see whole rows: BLOCK_DIM >= d.
 
-    The sorted lookups form n_blocks blocks of block_size. A segment that runs past its block's end is cut there:
+    The sorted lookups form n_blocks blocks of BLOCK. A segment that runs past its block's end is cut there:
     its beginning goes to parts[0, b], where block b is the next one, and what lies in block b to
     parts[1, b]; parts (2, n_blocks, d) float32. Block b begins within segment owners[b]. The first n_blocks
     programs do the rest of the segments cut, since these can be the longest, and the others a segment each.
     """
-    block = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(0)
     segment = block - n_blocks
     is_rest = block < n_blocks
     if is_rest:
-        segment = tl.load(owners + block).to(tl.int64)
+        segment = tl.load(owners + block)
     start, end = tl.load(starts + segment), tl.load(starts + segment + 1)
     if is_rest:
-        end = tl.where(start < block * block_size, end, start)  # nothing is left of a segment that begins here
-        start = block * block_size
+        end = tl.where(start < block * BLOCK, end, start)  # nothing is left of a segment that begins here
+        start = block * BLOCK
     else:
-        block = start // block_size + 1
-    is_cut = is_rest | (end > block * block_size)
-    end = tl.minimum(end, (block + is_rest.to(tl.int64)) * block_size)
+        block = start // BLOCK + 1
+    is_cut = is_rest | (end > block * BLOCK)
+    end = tl.minimum(end, (block + is_rest.to(tl.int32)) * BLOCK)
 
     column = tl.program_id(1) * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
     if values is not None:
-        row = tl.load(rows + segment).to(tl.int64)
+        row = tl.load(rows + segment)
         width = tl.where(start < end, dim, 0)  # of an empty segment, no value is read
         value = tl.load(values + row * dim + column, column < width, other=0.0).to(tl.float32)
     total = tl.zeros((BLOCK_ROWS, BLOCK_DIM), tl.float32)
     for j in range(start, end, BLOCK_ROWS):
         place = j + tl.arange(0, BLOCK_ROWS)
-        lookup = tl.load(order + place, place < end, other=0)
+        lookup = tl.load(order + place, place < end, other=0).to(tl.int32)
         weight = tl.load(weights + lookup, place < end, other=0.0).to(tl.float32)
         mask = (place < end)[:, None] & (column < dim)[None, :]
         at = (lookup // LOOKUPS).to(tl.int64)[:, None] * dim + column[None, :]
@@ -318,30 +319,32 @@ def _segment_sum_kernel(
             tl.store(dots + lookup, tl.sum(grad * value[None, :], axis=1), place < end)
     total = tl.sum(total, axis=0)
     if is_cut:
-        part = parts + (is_rest.to(tl.int64) * n_blocks + block) * dim
-        tl.store(part + column, total, column < dim)
+        part = (is_rest.to(tl.int32) * n_blocks + block).to(tl.int64)
+        tl.store(parts + part * dim + column, total, column < dim)
     else:
-        tl.store(out + segment * dim + column, total, column < dim)
+        tl.store(out + segment.to(tl.int64) * dim + column, total, column < dim)
 
 
 @triton.jit
-def _join_parts_kernel(parts, starts, owners, out, dim, n_blocks, block_size, BLOCK_DIM: tl.constexpr):
+def _join_parts_kernel(
+        parts, starts, owners, out, dim, n_blocks, BLOCK: tl.constexpr, BLOCK_DIM: tl.constexpr):
     """Adds up the parts of the segment that begins in the block before this program's and is cut there."""
-    block = tl.program_id(0).to(tl.int64)
-    segment = tl.load(owners + block).to(tl.int64)
+    block = tl.program_id(0)
+    segment = tl.load(owners + block)
     start, end = tl.load(starts + segment), tl.load(starts + segment + 1)
-    if (start < block * block_size) & (start >= (block - 1) * block_size):
+    if (start < block * BLOCK) & (start >= (block - 1) * BLOCK):
         column = tl.program_id(1) * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
-        total = tl.load(parts + block * dim + column, column < dim, other=0.0)
-        for b in range(block, (end - 1) // block_size + 1):
-            total += tl.load(parts + (n_blocks + b) * dim + column, column < dim, other=0.0)
-        tl.store(out + segment * dim + column, total, column < dim)
+        total = tl.load(parts + block.to(tl.int64) * dim + column, column < dim, other=0.0)
+        for b in range(block, (end - 1) // BLOCK + 1):
+            part = parts + (n_blocks + b).to(tl.int64) * dim
+            total += tl.load(part + column, column < dim, other=0.0)
+        tl.store(out + segment.to(tl.int64) * dim + column, total, column < dim)
 
 
 def _segments(key, n_rows):
     """The rows to make a gradient for, and where each begins in the sorted row numbers key (m,).
 
-    -> rows (s,) int64, ascending and distinct; starts (s + 1,) int64
+    -> rows (s,) int64, ascending and distinct; starts (s + 1,) int32
 
     How many rows were read is known on the GPU only, and asking it would mean waiting for it. So s does not
     depend on that: it is n_rows, or m if that is less than half of them. Row r, the i-th of u rows read, then
@@ -353,7 +356,7 @@ def _segments(key, n_rows):
         number = torch.nn.functional.pad((key[1:] != key[:-1]).cumsum(0), (1, 0))  # (m,), i of each lookup
         rows[torch.minimum(key, m - 1 - number[-1] + number)] = key.long()
     ends = torch.nn.functional.pad(rows, (0, 1), value=n_rows)                     # (s + 1,)
-    return rows, torch.searchsorted(key, ends.to(key.dtype))
+    return rows, torch.searchsorted(key, ends.to(key.dtype), out_int32=True)
 
 
 @_on_its_device
@@ -365,13 +368,15 @@ def segment_sum(rows, weights, x, n_rows, dot_with=None):
     or None. Besides the u rows read there can be others, whose sums are 0: see _segments.
 
     Once the lookups are sorted by row, each row's lookups are a segment. Segments are cut at every multiple
-    of sqrt(n * L) lookups, so that no program does more, however few rows get most of the lookups; another
-    launch adds the parts up. With dot_with, the gradients of values and weights share a pass that reads each
-    value once per row instead of once per lookup. Bytes: e * d * (n * L + u + s), of which x's n * L rows
-    come from the L2 cache if it holds x.
+    of about sqrt(n * L) lookups, so that no program does more, however few rows get most of the lookups;
+    another launch adds the parts up. With dot_with, the gradients of values and weights share a pass that
+    reads each value once per row instead of once per lookup. Bytes: e * d * (n * L + u + s), of which x's
+    n * L rows come from the L2 cache if it holds x. Raises ValueError for 2**30 lookups or more.
     """
     (n, lookups), dim = rows.shape, x.shape[1]
     m = n * lookups
+    if m >= 2**30:  # the kernels count lookups in int32
+        raise ValueError(f"expected fewer than 2**30 = {2**30:,} lookups, got {m:,}")
     if m == 0:
         no_dots = None if dot_with is None else x.new_empty(n, lookups)
         return rows.new_empty(0), x.new_empty(0, dim), no_dots
@@ -382,21 +387,21 @@ def segment_sum(rows, weights, x, n_rows, dot_with=None):
     narrow = torch.int32 if n_rows < 2**31 else torch.int64  # sorts faster
     key, order = torch.sort(rows.flatten().to(narrow), stable=True)                # (m,) each
     unique, starts = _segments(key, n_rows)                                        # (s,), (s + 1,)
-    block_size = math.ceil(m**0.5)
-    begins = torch.arange(0, m, block_size, device=x.device)                       # (n_blocks,)
+    block = triton.next_power_of_2(math.isqrt(m))  # of lookups; to divide by it is to shift
+    begins = torch.arange(0, m, block, dtype=torch.int32, device=x.device)         # (n_blocks,)
     n_blocks = len(begins)
-    owners = torch.searchsorted(starts, begins, right=True) - 1
+    owners = torch.searchsorted(starts, begins, right=True, out_int32=True) - 1
     parts = x.new_empty(2, n_blocks, dim, dtype=torch.float32)
     sums = x.new_empty(len(unique), dim)
     values = dots = None
     if dot_with is not None:
         values, dots = dot_with.contiguous(), x.new_empty(n, lookups)
     block_rows, block_dim, warps = _tile(dim, 2048 if dot_with is None else WIDEST)
-    tiles, sizes = triton.cdiv(dim, block_dim), dict(BLOCK_DIM=block_dim, num_warps=warps)
+    tiles, sizes = triton.cdiv(dim, block_dim), dict(BLOCK=block, BLOCK_DIM=block_dim, num_warps=warps)
     _segment_sum_kernel[n_blocks + len(unique), tiles](
         x.contiguous(), order, weights.contiguous(), starts, owners, sums, parts, values, unique, dots,
-        dim, n_blocks, block_size, LOOKUPS=lookups, BLOCK_ROWS=block_rows, **sizes)
-    _join_parts_kernel[n_blocks, tiles](parts, starts, owners, sums, dim, n_blocks, block_size, **sizes)
+        dim, n_blocks, LOOKUPS=lookups, BLOCK_ROWS=block_rows, **sizes)
+    _join_parts_kernel[n_blocks, tiles](parts, starts, owners, sums, dim, n_blocks, **sizes)
     return unique, sums, dots
 
 
@@ -458,18 +463,16 @@ def _row_adam_kernel(
         eps, seed, first_column, dim, STOCHASTIC: tl.constexpr, BLOCK_DIM: tl.constexpr):
     """RowAdam's update (nanomem/optim.py) of the row rows[i] by grads[i], where i is the program.
 
-    values (n_slots, d), rows (u,) int64, or None for all in order, grads (u, d), second_moment (n_slots,)
-    float32, reads (n_slots,) int32; mean_square (u,) float32 of the gradients' whole rows, or None to compute
-    it from grads; row_scale (n_slots,) float32, what to multiply lr by, or None; grad_scale () float32, what
-    to multiply the gradients by, or None.
+    values (n_slots, d), rows (u,) int64, grads (u, d), second_moment (n_slots,) float32, reads (n_slots,)
+    int32; mean_square (u,) float32 of the gradients' whole rows, or None to compute it from grads; row_scale
+    (n_slots,) float32, what to multiply lr by, or None; grad_scale () float32, what to multiply the gradients
+    by, or None.
 
     STOCHASTIC: values are bfloat16 and are rounded up or down at random, with the right expectation; the
     noise is a hash of seed, slot, count of reads and column. Bytes, in one pass: u * (d * (2 * values' e +
     gradients' e) + 24), and 4 * u with mean_square.
     """
-    row = tl.program_id(0).to(tl.int64)
-    if rows is not None:
-        row = tl.load(rows + row)
+    row = tl.load(rows + tl.program_id(0))
     grad_row = grads + tl.program_id(0).to(tl.int64) * dim
     column = tl.arange(0, BLOCK_DIM)
     if mean_square is None:
@@ -516,8 +519,7 @@ def row_adam(
         row_scale=None, grad_scale=None):
     """Updates values (n_slots, d), second_moment (n_slots,) float32 and reads (n_slots,) int32 in place.
 
-    rows (u,) int64, each once, or None for all in order; grads (u, d); a row whose gradient is zero stays as
-    it is. bfloat16 values are rounded stochastically. If values are the
+    rows (u,) int64, each once; grads (u, d); a row whose gradient is zero stays as it is. bfloat16 values are rounded stochastically. If values are the
     columns of a wider table from first_column on, mean_square (u,) float32 is that of the gradient's whole
     rows. row_scale (n_slots,) float32: what to multiply each row's lr by. grad_scale () float32: what to
     multiply the gradients by. Raises ValueError unless values are contiguous.
@@ -526,8 +528,8 @@ def row_adam(
         raise ValueError(f"values must be contiguous, got strides {values.stride()}")
     _, block_dim, warps = _tile(values.shape[1])
     log2_beta2 = math.log2(beta2) if beta2 else -math.inf
-    if len(grads):
-        _row_adam_kernel[len(grads),](
+    if len(rows):
+        _row_adam_kernel[len(rows),](
             values, rows, grads.contiguous(), second_moment, reads, mean_square, row_scale, grad_scale,
             float(lr), beta2, log2_beta2, eps, seed, first_column, values.shape[1], BLOCK_DIM=block_dim,
             num_warps=warps, STOCHASTIC=values.dtype == torch.bfloat16)

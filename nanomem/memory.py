@@ -195,8 +195,8 @@ def key_gradient(chosen, grad_scores, queries, keys):
     """
     total, size = torch.zeros_like(keys, dtype=torch.float32).flatten(0, 1), ops.tokens_at_once(keys)
     for slots, grad, q in zip(chosen.split(size), grad_scores.split(size), queries.split(size)):
-        matrix = kernels.spread_weights(slots, grad, keys.shape[2], keys.dtype)        # (heads, 2, n, n_keys)
-        q = q.flatten(1, 2).transpose(0, 1)                                            # (heads * 2, n, k_dim / 2)
+        matrix = kernels.spread_weights(slots, grad, keys.shape[2], keys.dtype)  # (heads, 2, n, n_keys)
+        q = q.flatten(1, 2).transpose(0, 1)                                      # (heads * 2, n, k_dim / 2)
         total += ops.bmm_float32(matrix.flatten(0, 1).transpose(1, 2), q)
     return total.view(keys.shape).to(keys.dtype)
 

@@ -326,7 +326,7 @@ def as_few_rows(rows, grad, values):
 
 
 def dense_rows(rows, grad, values):
-    """A tensor like values whose rows (u,), ascending and distinct, are grad (u, columns), and the others 0."""
+    """A tensor like values, 0 but for the rows (u,), ascending and distinct, which are grad (u, columns)."""
     if len(rows) == len(values):
         return grad
     return torch.zeros_like(values).index_copy_(0, rows, grad)

@@ -38,9 +38,11 @@ def coalesce_gradient_(
 
     Sums repeated rows of a sparse values.grad in place; the gradients returned share its memory, and some of
     them can be zero. Of a dense one, returns copies of the rows that are not zero in the columns of any
-    process of process_group.
+    process of process_group, or all rows where the Triton kernels compute.
     """
     grad = values.grad
+    if not grad.is_sparse and use_kernels(values):  # to count the others would be to wait for the GPU
+        return torch.arange(len(grad), device=grad.device), grad
     if not grad.is_sparse:
         touched = grad.any(dim=1).int()
         if process_group is not None:
@@ -121,10 +123,7 @@ class RowAdam(torch.optim.Optimizer):
         row_scale = self.row_scale.get(values)                                  # (n_rows,)
         grad_scale = self.grad_scale.pop(values, None)                          # ()
 
-        if use_kernels(values) and not values.grad.is_sparse:  # the kernel leaves out the rows that are zero
-            rows, grads = None, values.grad
-        else:
-            rows, grads = coalesce_gradient_(values, self.process_group)        # (u,), (u, columns)
+        rows, grads = coalesce_gradient_(values, self.process_group)            # (u,), (u, columns)
         if grad_scale is not None and not use_kernels(values):
             grads = grads * grad_scale
         columns, first_column, mean_square = grads.shape[1], 0, None
