@@ -519,10 +519,11 @@ def row_adam(
         row_scale=None, grad_scale=None):
     """Updates values (n_slots, d), second_moment (n_slots,) float32 and reads (n_slots,) int32 in place.
 
-    rows (u,) int64, each once; grads (u, d); a row whose gradient is zero stays as it is. bfloat16 values are rounded stochastically. If values are the
-    columns of a wider table from first_column on, mean_square (u,) float32 is that of the gradient's whole
-    rows. row_scale (n_slots,) float32: what to multiply each row's lr by. grad_scale () float32: what to
-    multiply the gradients by. Raises ValueError unless values are contiguous.
+    rows (u,) int64, each once; grads (u, d); a row whose gradient is zero stays as it is. bfloat16 values are
+    rounded stochastically. If values are the columns of a wider table from first_column on, mean_square (u,)
+    float32 is that of the gradient's whole rows. row_scale (n_slots,) float32: what to multiply each row's lr
+    by. grad_scale () float32: what to multiply the gradients by. Raises ValueError unless values are
+    contiguous.
     """
     if not values.is_contiguous():
         raise ValueError(f"values must be contiguous, got strides {values.stride()}")

@@ -258,7 +258,7 @@ def reads_table(shape_of):
             options = ctx.sparse_grad, values_need_it, x_needs_it
             rows, grad_values, grad_x = first_derivative(run_backward, grad, values, indices, x, *options)
             if ctx.sparse_grad and values_need_it:
-                grad_values = as_few_rows(rows, grad_values, values)
+                grad_values = table_gradient(rows, grad_values, values)
             return grad_values if values_need_it else None, None, grad_x if x_needs_it else None, None
 
         name = forward.__name__
@@ -309,20 +309,23 @@ def _only_tensors(backward):
     return padded
 
 
-def as_few_rows(rows, grad, values):
+def table_gradient(rows, grad, values):
     """The gradient of values whose rows (u,), ascending and distinct, are grad (u, columns): a sparse tensor.
 
     With the kernels it is a dense one if it would have, together with values.grad, as many rows as values.
     On a GPU, adding sparse gradients only puts one after the other, so without that they would grow with
     every layer and pass.
     """
-    if use_kernels(values):
-        before = values.grad if values.is_leaf else None
-        if before is not None:
-            before = before._nnz() if before.is_sparse else len(before)
-        if len(rows) + (before or 0) >= len(values):
-            return dense_rows(rows, grad, values)
+    if use_kernels(values) and len(rows) + rows_of_gradient(values) >= len(values):
+        return dense_rows(rows, grad, values)
     return sparse_rows(rows, grad, values.shape)
+
+
+def rows_of_gradient(values):
+    """The number of rows in values.grad, those that occur twice counted twice."""
+    if not values.is_leaf or values.grad is None:
+        return 0
+    return values.grad._nnz() if values.grad.is_sparse else len(values.grad)
 
 
 def dense_rows(rows, grad, values):

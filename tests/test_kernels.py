@@ -150,10 +150,10 @@ def summed_by_row(indices, weights, x, n_rows):
     return every.index_add_(0, indices.flatten(), added.flatten(0, 1))
 
 
-@pytest.mark.parametrize("n_rows", [8, 300, 1000])
+@pytest.mark.parametrize("n_rows", [8, 100, 300])
 @pytest.mark.parametrize("share_of_one_row", [0.0, 0.7, 1.0])
 def test_segment_sum_of_few_and_many_rows_is_exact_and_the_same_every_time(share_of_one_row, n_rows):
-    n, lookups = 50, 8
+    n, lookups = 16, 8
     indices = torch.where(
         torch.rand(n, lookups) < share_of_one_row, n_rows // 3, torch.randint(n_rows, (n, lookups))
     ).to(DEVICE)
@@ -161,8 +161,8 @@ def test_segment_sum_of_few_and_many_rows_is_exact_and_the_same_every_time(share
     (rows, sums, dots), (_, again, _) = (
         kernels.segment_sum(indices, weights, x, n_rows, dot_with=values) for _ in range(2)
     )
-    # Their number doesn't depend on the lookups: 400 of them are fewer than half of 1,000 rows.
-    assert len(rows) == (400 if n_rows == 1000 else n_rows)
+    # Their number doesn't depend on the lookups: 128 of them are fewer than half of 300 rows.
+    assert len(rows) == (128 if n_rows == 300 else n_rows)
     assert rows.min() >= 0 and rows.max() < n_rows and (rows.diff() > 0).all()
     assert torch.isin(indices, rows).all() and torch.equal(sums, again)
     exact = summed_by_row(indices, weights, x, n_rows)
@@ -171,9 +171,9 @@ def test_segment_sum_of_few_and_many_rows_is_exact_and_the_same_every_time(share
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("n, half, knn", [(1100, 3, 2), (3, 300, 5), (0, 4, 1)])
+@pytest.mark.parametrize("n, half, knn", [(110, 3, 2), (3, 300, 5), (0, 4, 1)])
 def test_key_gradient_equals_one_hot_products(n, half, knn, dtype, monkeypatch):
-    monkeypatch.setattr(ops, "tokens_at_once", lambda keys: 400)
+    monkeypatch.setattr(ops, "tokens_at_once", lambda keys: 40)
     chosen, grad, queries = (
         torch.randint(9, (n, 2, 2, knn), device=DEVICE),
         randn(n, 2, knn),
@@ -185,12 +185,12 @@ def test_key_gradient_equals_one_hot_products(n, half, knn, dtype, monkeypatch):
     assert found.dtype == dtype and relative_error(found, exact) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("layers, passes, n_slots", [(1, 1, 400), (3, 2, 400), (2, 3, 2000), (1, 2, 36)])
+@pytest.mark.parametrize("layers, passes, n_slots", [(1, 1, 120), (3, 2, 120), (2, 3, 400), (1, 2, 30)])
 def test_gradients_of_a_shared_table_add_up_and_have_at_most_the_tables_rows(
     layers, passes, n_slots, monkeypatch
 ):
-    lookups = [[torch.randint(n_slots, (30, 5), device=DEVICE) for _ in range(layers)] for _ in range(passes)]
-    weights, start, values = randn(30, 5), randn(n_slots, 4), {}
+    lookups = [[torch.randint(n_slots, (10, 5), device=DEVICE) for _ in range(layers)] for _ in range(passes)]
+    weights, start, values = randn(10, 5), randn(n_slots, 4), {}
     for path in ("triton", "torch"):
         monkeypatch.setenv("NANOMEM_KERNELS", path)
         table = MemoryTable(n_slots, 4).to(DEVICE)
@@ -200,7 +200,7 @@ def test_gradients_of_a_shared_table_add_up_and_have_at_most_the_tables_rows(
             sum(table(indices, weights).square().sum() for indices in of_pass).backward()
         if path == "triton":
             rows = len(table.values.grad) if not table.values.grad.is_sparse else table.values.grad._nnz()
-            assert rows <= min(n_slots, layers * passes * 150)
+            assert rows <= min(n_slots, layers * passes * 50)
         norm = clip_gradients(table, 0.5, optimizers)[1]
         optimizers[0].step()
         values[path] = norm, table.values.detach()
