@@ -3,6 +3,7 @@ The plumbing under memory.py: which device computes what, and how its functions 
 autograd, torch.compile, torch.export and torch.func. Nothing here is needed to understand a memory layer.
 """
 
+import contextlib
 import functools
 import importlib.util
 import os
@@ -339,7 +340,8 @@ def sparse_rows(rows, grad, shape):
     """A sparse tensor of this shape whose rows (u,), ascending and distinct, are grad (u, columns)."""
     rows = rows[None]
     # Autograd drops the flag is_coalesced, but keeps the memory. `is_distinct` looks for this mark.
-    rows.untyped_storage().has_distinct_rows = True
+    with contextlib.suppress(NotImplementedError):  # torch.func's tensors have no memory
+        rows.untyped_storage().has_distinct_rows = True
     return torch.sparse_coo_tensor(rows, grad, shape, is_coalesced=True, check_invariants=False)
 
 
