@@ -6,13 +6,13 @@ plain PyTorch.
     embedding_bag     the weighted sum of the rows that each token looks up
     sddmm             the gradient of the weights (SDDMM: a dense product sampled at sparse positions)
     segment_sum       the gradient of the rows: sort the lookups by row, then sum each row's segment
-    key_gradient      the gradient of the half keys
+    spread_weights    the matrix whose product with the queries is the gradient of the half keys
     row_adam          the update of the rows that were read
 
-`merge_halves` and `key_gradient` are bound by instructions. The others are bound by memory, so each says how
-many bytes it moves: that over the card's bandwidth is the time to aim for. `python -m nanomem.bench
---device=cuda` measures how much of the bandwidth each reaches. Sums are accumulated in float32, in an order
-that depends only on the input: there are no atomics, so the result is the same every time.
+`merge_halves` is bound by instructions. The others are bound by memory, so each says how many bytes it moves:
+that over the card's bandwidth is the time to aim for. `python -m nanomem.bench --device=cuda` measures how
+much of the bandwidth each reaches. Sums are accumulated in float32, in an order that depends only on the
+input: there are no atomics, so the result is the same every time. No launcher waits for the GPU.
 
 Sizes: n tokens, h heads, k slots per head, L = h * k lookups per token, u distinct rows read, d = v_dim, e
 bytes per number.
@@ -37,13 +37,16 @@ def _on_its_device(launcher):
     return call
 
 
-def _tile(dim):
+WIDEST = 8192  # numbers in the widest rows that a program sees at once
+
+
+def _tile(dim, widest=2048):
     """(rows, columns, warps) of the tile that a program reads at a time, for rows of dim numbers.
 
     16 bytes per thread, and several loads in flight.
     """
-    columns = min(triton.next_power_of_2(dim), 2048)
-    return max(2, min(8, 4096 // columns)), columns, max(1, min(8, columns // 256))
+    columns = min(triton.next_power_of_2(dim), widest)
+    return max(2, min(8, 4096 // columns)), columns, max(1, min(widest // 256, columns // 256))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -139,9 +142,10 @@ def _merge_halves_sizes(n, n_keys, knn, n_pairs):
         bucket *= 2
     n_buckets = max(K, triton.next_power_of_2(triton.cdiv(n_keys, bucket)))
     pairs = max(K, triton.next_power_of_2(n_pairs))
-    # 16 packed numbers per thread leave registers for many warps; a warp by itself sorts without barriers.
+    # 16 packed numbers per thread leave registers for many warps, and so do 8 buckets, whose members are all
+    # loaded at once. A warp by itself sorts without barriers.
     widest = max(n_buckets, K * bucket, pairs)
-    block = min(max(1, 512 // widest), triton.next_power_of_2(n))
+    block = min(max(1, 512 // widest), max(1, 256 // n_buckets), triton.next_power_of_2(n))
     warps = min(8, max(1, widest // 1024))
     return dict(BUCKET=bucket, N_BUCKETS=n_buckets, K=K, PAIRS=pairs, BLOCK=block, num_warps=warps)
 
@@ -270,76 +274,89 @@ def sddmm(table, rows, x):
 
 @triton.jit
 def _segment_sum_kernel(
-        x, tokens, weights, starts, ends, places, out, dim,
-        BLOCK_ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr):
-    """out[places[s]] = sum over the lookups i of segment s of weights[i] * x[tokens[i]].
+        x, order, weights, starts, owners, out, parts, values, rows, dots, dim, n_blocks,
+        LOOKUPS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr):
+    """out[s] = sum over the lookups i of segment s of weights[i] * x[i // LOOKUPS].
 
-    x (n, d); tokens and weights (m,), sorted by row; segment s has the lookups from starts[s] to ends[s].
-    A program does one segment.
+    x (n, d), weights (m,), out (segments, d). Sorted by row, lookup order[j] is the j-th, and segment s
+    has those from j = starts[s] to starts[s + 1]; it may be empty. With values (n_slots, d), also
+    dots[i] = <values[rows[s]], x[i // LOOKUPS]>, for which a program must see whole rows: BLOCK_DIM >= d.
+
+    The sorted lookups form n_blocks blocks of BLOCK. A segment that runs past its block's end is cut there:
+    its beginning goes to parts[0, b], where block b is the next one, and what lies in block b to
+    parts[1, b]; parts (2, n_blocks, d) float32. Block b begins within segment owners[b]. The first n_blocks
+    programs do the rest of the segments cut, since these can be the longest, and the others a segment each.
     """
-    segment = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(0)
+    segment = block - n_blocks
+    is_rest = block < n_blocks
+    if is_rest:
+        segment = tl.load(owners + block)
+    start, end = tl.load(starts + segment), tl.load(starts + segment + 1)
+    if is_rest:
+        end = tl.where(start < block * BLOCK, end, start)  # nothing is left of a segment that begins here
+        start = block * BLOCK
+    else:
+        block = start // BLOCK + 1
+    is_cut = is_rest | (end > block * BLOCK)
+    end = tl.minimum(end, (block + is_rest.to(tl.int32)) * BLOCK)
+
     column = tl.program_id(1) * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
-    start, end = tl.load(starts + segment), tl.load(ends + segment)
-    total = _sum_bag(x, tokens, weights, start, end, column, dim, BLOCK_ROWS, BLOCK_DIM)
-    place = tl.load(places + segment).to(tl.int64)
-    tl.store(out + place * dim + column, total, column < dim)
+    if values is not None:
+        row = tl.load(rows + segment)
+        width = tl.where(start < end, dim, 0)  # of an empty segment, no value is read
+        value = tl.load(values + row * dim + column, column < width, other=0.0).to(tl.float32)
+    total = tl.zeros((BLOCK_ROWS, BLOCK_DIM), tl.float32)
+    for j in range(start, end, BLOCK_ROWS):
+        place = j + tl.arange(0, BLOCK_ROWS)
+        lookup = tl.load(order + place, place < end, other=0).to(tl.int32)
+        weight = tl.load(weights + lookup, place < end, other=0.0).to(tl.float32)
+        mask = (place < end)[:, None] & (column < dim)[None, :]
+        at = (lookup // LOOKUPS).to(tl.int64)[:, None] * dim + column[None, :]
+        grad = tl.load(x + at, mask, other=0.0).to(tl.float32)
+        total += weight[:, None] * grad
+        if values is not None:
+            tl.store(dots + lookup, tl.sum(grad * value[None, :], axis=1), place < end)
+    total = tl.sum(total, axis=0)
+    if is_cut:
+        part = (is_rest.to(tl.int32) * n_blocks + block).to(tl.int64)
+        tl.store(parts + part * dim + column, total, column < dim)
+    else:
+        tl.store(out + segment.to(tl.int64) * dim + column, total, column < dim)
 
 
 @triton.jit
-def _segment_sum_and_dots_kernel(
-        x, tokens, weights, starts, ends, places, out, values, slots, dots, dim,
-        BLOCK_ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr):
-    """The same, and dots[i] = <values[slots[s]], x[tokens[i]]>, while x[tokens[i]] is at hand.
-
-    values (n_rows, d); slots: each segment's row. A program sees whole rows: BLOCK_DIM >= d.
-    """
-    segment = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK_DIM)
-    start, end = tl.load(starts + segment), tl.load(ends + segment)
-    slot = tl.load(slots + segment).to(tl.int64)
-    value = tl.load(values + slot * dim + column, column < dim, other=0.0).to(tl.float32)
-    total = tl.zeros((BLOCK_ROWS, BLOCK_DIM), tl.float32)
-    for i in range(start, end, BLOCK_ROWS):
-        lookup = i + tl.arange(0, BLOCK_ROWS)
-        weight, grad = _weights_and_rows(x, tokens, weights, lookup, end, column, dim)
-        total += weight[:, None] * grad
-        tl.store(dots + lookup, tl.sum(grad * value[None, :], axis=1), lookup < end)
-    place = tl.load(places + segment).to(tl.int64)
-    tl.store(out + place * dim + column, tl.sum(total, axis=0), column < dim)
+def _join_parts_kernel(
+        parts, starts, owners, out, dim, n_blocks, BLOCK: tl.constexpr, BLOCK_DIM: tl.constexpr):
+    """Adds up the parts of the segment that begins in the block before this program's and is cut there."""
+    block = tl.program_id(0)
+    segment = tl.load(owners + block)
+    start, end = tl.load(starts + segment), tl.load(starts + segment + 1)
+    if (start < block * BLOCK) & (start >= (block - 1) * BLOCK):
+        column = tl.program_id(1) * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
+        total = tl.load(parts + block.to(tl.int64) * dim + column, column < dim, other=0.0)
+        for b in range(block, (end - 1) // BLOCK + 1):
+            part = parts + (n_blocks + b).to(tl.int64) * dim
+            total += tl.load(part + column, column < dim, other=0.0)
+        tl.store(out + segment.to(tl.int64) * dim + column, total, column < dim)
 
 
-def _sum_segments(x, tokens, weights, starts, ends, places, out, dots_with=None):
-    """Launches one of the two kernels. dots_with: (values, slots, dots)."""
-    dim = x.shape[1]
-    block_rows, block_dim, warps = _tile(dim)
-    tiles = dict(BLOCK_ROWS=block_rows, BLOCK_DIM=block_dim, num_warps=warps)
-    arguments = x, tokens, weights, starts, ends, places, out
-    if len(starts) == 0 or dim == 0:
-        return
-    if dots_with is None:
-        _segment_sum_kernel[len(starts), triton.cdiv(dim, block_dim)](*arguments, dim, **tiles)
-    else:
-        _segment_sum_and_dots_kernel[len(starts),](*arguments, *dots_with, dim, **tiles)
+def _segments(key, n_rows):
+    """The rows to make a gradient for, and where each begins in the sorted row numbers key (m,).
 
+    -> rows (s,) int64, ascending and distinct; starts (s + 1,) int32
 
-def _pieces(key):
-    """Cuts sorted row numbers (m,) into pieces of one row and at most sqrt(m) lookups.
-
-    -> starts and ends (pieces,) int64, and whether a piece is its row's first. Waits for the GPU to count
-    them.
+    How many rows were read is known on the GPU only, and asking it would mean waiting for it. So s does not
+    depend on that: it is n_rows, or m if that is less than half of them. Row r, the i-th of u rows read, then
+    has place min(r, m - u + i): to make up the number, the first rows are all there, read or not.
     """
     m = len(key)
-    is_first = torch.ones(m, dtype=torch.bool, device=key.device)
-    is_first[1:] = key[1:] != key[:-1]
-    first_of_row = is_first.nonzero().squeeze(1)                                   # (u,)
-    place_in_row = torch.arange(m, device=key.device) - first_of_row[is_first.cumsum(0) - 1]
-    starts = (place_in_row % math.ceil(m**0.5) == 0).nonzero().squeeze(1)
-    return starts, _ends(starts, m), is_first[starts]
-
-
-def _ends(starts, end):
-    """Where segments that begin at `starts` end, the last one at `end`."""
-    return torch.cat([starts[1:], starts.new_full((1,), end)])
+    rows = torch.arange(n_rows if 2 * m >= n_rows else m, device=key.device)
+    if len(rows) < n_rows:
+        number = torch.nn.functional.pad((key[1:] != key[:-1]).cumsum(0), (1, 0))  # (m,), i of each lookup
+        rows[torch.minimum(key, m - 1 - number[-1] + number)] = key.long()
+    ends = torch.nn.functional.pad(rows, (0, 1), value=n_rows)                     # (s + 1,)
+    return rows, torch.searchsorted(key, ends.to(key.dtype), out_int32=True)
 
 
 @_on_its_device
@@ -347,115 +364,85 @@ def segment_sum(rows, weights, x, n_rows, dot_with=None):
     """sums[i] = sum over all (t, l) with rows[t, l] == unique[i] of weights[t, l] * x[t].
 
     rows (n, L) int64 below n_rows, weights (n, L), x (n, d); dot_with: a table (n_rows, d), or None
-    -> unique (u,) int64 ascending, sums (u, d) of x's dtype, and dots (n, L) = <dot_with[rows[t, l]], x[t]>,
-    or None
+    -> unique (s,) int64 ascending, sums (s, d) of x's dtype, and dots (n, L) = <dot_with[rows[t, l]], x[t]>,
+    or None. Besides the u rows read there can be others, whose sums are 0: see _segments.
 
-    Once the lookups are sorted by row, each row's lookups are a segment. Segments of more than sqrt(n * L)
-    lookups are cut into pieces of that many, so that no program does more, however few rows get most of the
-    lookups; another launch adds the pieces up. With dot_with, the gradients of values and weights share a
-    pass that reads each value once per row instead of once per lookup. Bytes: e * d * (n * L + 2 * u), of
-    which x's n * L rows come from the L2 cache if it holds x.
+    Once the lookups are sorted by row, each row's lookups are a segment. Segments are cut at every multiple
+    of about sqrt(n * L) lookups, so that no program does more, however few rows get most of the lookups;
+    another launch adds the parts up. With dot_with, the gradients of values and weights share a pass that
+    reads each value once per row instead of once per lookup. Bytes: e * d * (n * L + u + s), of which x's
+    n * L rows come from the L2 cache if it holds x. Raises ValueError for 2**30 lookups or more.
     """
     (n, lookups), dim = rows.shape, x.shape[1]
     m = n * lookups
+    if m >= 2**30:  # the kernels count lookups in int32
+        raise ValueError(f"expected fewer than 2**30 = {2**30:,} lookups, got {m:,}")
     if m == 0:
         no_dots = None if dot_with is None else x.new_empty(n, lookups)
         return rows.new_empty(0), x.new_empty(0, dim), no_dots
-    _, block_dim, _ = _tile(dim)
-    if dot_with is not None and block_dim < dim:  # too wide for a program to see whole rows
+    if dot_with is not None and dim > WIDEST:  # too wide for a program to see whole rows
         unique, sums, _ = segment_sum(rows, weights, x, n_rows)
         return unique, sums, sddmm(dot_with, rows, x)
 
-    narrow = torch.int32 if n_rows <= 2**31 else torch.int64  # sorts faster
+    narrow = torch.int32 if n_rows < 2**31 else torch.int64  # sorts faster
     key, order = torch.sort(rows.flatten().to(narrow), stable=True)                # (m,) each
-    tokens, weights, x = order // lookups, weights.flatten()[order], x.contiguous()
-    starts, ends, is_first = _pieces(key)                                          # (pieces,) each
-    slots, places = key[starts], is_first.cumsum(0) - 1  # each piece's row, and the place of that in `unique`
-    unique = slots[is_first].long()                                                # (u,)
+    unique, starts = _segments(key, n_rows)                                        # (s,), (s + 1,)
+    block = triton.next_power_of_2(math.isqrt(m))  # of lookups; to divide by it is to shift
+    begins = torch.arange(0, m, block, dtype=torch.int32, device=x.device)         # (n_blocks,)
+    n_blocks = len(begins)
+    owners = torch.searchsorted(starts, begins, right=True, out_int32=True) - 1
+    parts = x.new_empty(2, n_blocks, dim, dtype=torch.float32)
     sums = x.new_empty(len(unique), dim)
-    dots = None if dot_with is None else x.new_empty(m)
-
-    def sum_pieces(pieces, out_places, out):
-        dots_with = None if dot_with is None else (dot_with.contiguous(), slots[pieces], dots)
-        _sum_segments(x, tokens, weights, starts[pieces], ends[pieces], out_places, out, dots_with)
-
-    is_last = torch.cat([is_first[1:], is_first.new_ones(1)])
-    is_whole = is_first & is_last  # a piece that is its whole row
-    whole, cut = is_whole.nonzero().squeeze(1), (~is_whole).nonzero().squeeze(1)
-    sum_pieces(whole, places[whole], sums)
-    if len(cut):
-        numbers = torch.arange(len(cut), device=x.device)
-        parts = x.new_empty(len(cut), dim, dtype=torch.float32)
-        sum_pieces(cut, numbers, parts)
-        firsts = is_first[cut].nonzero().squeeze(1)
-        ones = torch.ones(len(cut), device=x.device)
-        _sum_segments(parts, numbers, ones, firsts, _ends(firsts, len(cut)), places[cut][firsts], sums)
-    if dots is not None:
-        dots = torch.empty_like(dots).index_copy_(0, order, dots).view(n, lookups)  # back from sorted order
+    values = dots = None
+    if dot_with is not None:
+        values, dots = dot_with.contiguous(), x.new_empty(n, lookups)
+    block_rows, block_dim, warps = _tile(dim, 2048 if dot_with is None else WIDEST)
+    tiles, sizes = triton.cdiv(dim, block_dim), dict(BLOCK=block, BLOCK_DIM=block_dim, num_warps=warps)
+    _segment_sum_kernel[n_blocks + len(unique), tiles](
+        x.contiguous(), order, weights.contiguous(), starts, owners, sums, parts, values, unique, dots,
+        dim, n_blocks, LOOKUPS=lookups, BLOCK_ROWS=block_rows, **sizes)
+    _join_parts_kernel[n_blocks, tiles](parts, starts, owners, sums, dim, n_blocks, **sizes)
     return unique, sums, dots
 
 
 @triton.jit
-def _key_gradient_kernel(
-        half_indices, grad, queries, out, n, n_keys, half_dim, knn, tokens_per_part,
-        BLOCK_N: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_DIM: tl.constexpr, PRECISION: tl.constexpr):
-    """out[p, h, c, i] = sum of grad[t, h, r] * queries[t, h, c] over the tokens t of part p and the ranks r
-    with half_indices[t, h, c, r] == i.
+def _spread_weights_kernel(
+        half_indices, weights, out, n, n_keys, knn, K: tl.constexpr, BLOCK: tl.constexpr):
+    """out[h, c, t, half_indices[t, h, c, r]] = the sum of weights[t, h, q] over the ranks q with the same
+    half index as r.
 
-    half_indices (n, heads, 2, knn) integers, grad (n, heads, knn), queries (n, heads, 2, half_dim), out
-    (parts, heads, 2, n_keys, half_dim).
-
-    There are few keys, each with very many lookups, so sorting would cost more than multiplying. A program
-    lays out the weights of BLOCK_N tokens as a matrix (BLOCK_N, BLOCK_KEYS), mostly zeros, made in registers
-    by comparison, and multiplies it with their queries on the tensor cores: in tf32, which holds 16-bit
-    queries exactly and rounds the weights to 11 bits, or three times for the digits of float32.
+    half_indices (n, heads, 2, knn) integers, weights (n, heads, knn), out (heads, 2, n, n_keys), zeros
+    before. A program does BLOCK tokens of a half of a head. It compares ranks with each other, not with all
+    keys. Ranks with the same key store the same number, so their order is of no account.
     """
-    key = tl.program_id(0) * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
-    head_half, n_head_halves, n_blocks = tl.program_id(1), tl.num_programs(1), tl.cdiv(half_dim, BLOCK_DIM)
-    part = tl.program_id(2) // n_blocks
-    column = tl.program_id(2) % n_blocks * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
-    total = tl.zeros((BLOCK_KEYS, BLOCK_DIM), tl.float32)
-    end = tl.minimum(n, (part + 1) * tokens_per_part)
-    for start in range(part * tokens_per_part, end, BLOCK_N):
-        token = (start + tl.arange(0, BLOCK_N)).to(tl.int64)
-        chosen = half_indices + (token * n_head_halves + head_half) * knn
-        weight = grad + (token * (n_head_halves // 2) + head_half // 2) * knn
-        matrix = tl.zeros((BLOCK_N, BLOCK_KEYS), tl.float32)
-        for r in range(knn):
-            index = tl.load(chosen + r, token < end, other=-1)
-            w = tl.load(weight + r, token < end, other=0.0).to(tl.float32)
-            matrix += tl.where(index[:, None] == key[None, :], w[:, None], 0.0)
-        mask = (token < end)[:, None] & (column < half_dim)[None, :]
-        query_row = queries + (token * n_head_halves + head_half) * half_dim
-        query = tl.load(query_row[:, None] + column[None, :], mask, other=0.0)
-        total = tl.dot(tl.trans(matrix), query.to(tl.float32), total, input_precision=PRECISION)
-    place = (part * n_head_halves + head_half).to(tl.int64) * n_keys + key
-    mask = (key < n_keys)[:, None] & (column < half_dim)[None, :]
-    tl.store(out + place[:, None] * half_dim + column[None, :], total, mask)
+    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[:, None]
+    half, n_halves = tl.program_id(1), tl.num_programs(1)
+    rank = tl.arange(0, K)[None, :]
+    mask = (token < n) & (rank < knn)
+    token = token.to(tl.int64)
+    index = tl.load(half_indices + (token * n_halves + half) * knn + rank, mask, other=-1)
+    weight = tl.load(weights + (token * (n_halves // 2) + half // 2) * knn + rank, mask, other=0.0)
+    is_same = index[:, :, None] == index[:, None, :]
+    total = tl.sum(tl.where(is_same, weight.to(tl.float32)[:, None, :], 0.0), axis=2)
+    tl.store(out + (half.to(tl.int64) * n + token) * n_keys + index, total, mask)
 
 
 @_on_its_device
-def key_gradient(half_indices, grad, queries, n_keys):
-    """The gradient of the half keys: each key sums the queries that chose it, weighted by the score's
-    gradient.
+def spread_weights(half_indices, weights, n_keys, dtype):
+    """Each token's weights at the half keys they belong to, and zeros elsewhere.
 
-    half_indices (n, heads, 2, knn) integers, grad (n, heads, knn), queries (n, heads, 2, k_dim / 2)
-    -> (heads, 2, n_keys, k_dim / 2) of the queries' dtype
+    half_indices (n, heads, 2, knn) integers, which may repeat, weights (n, heads, knn)
+    -> (heads, 2, n, n_keys) of this dtype
     """
-    n, heads, _, half_dim = queries.shape
-    parts = max(1, min(8, n // 512))  # enough programs to fill a GPU; added up below, in order
-    block_dim = max(16, min(256, triton.next_power_of_2(half_dim)))
-    out = torch.zeros(parts, heads, 2, n_keys, half_dim, dtype=torch.float32, device=queries.device)
-    if torch.version.hip:
-        precision = "ieee"
-    else:
-        precision = "tf32x3" if queries.dtype == torch.float32 else "tf32"
+    n, heads, _, knn = half_indices.shape
+    out = torch.zeros(heads, 2, n, n_keys, dtype=dtype, device=weights.device)
     if n:
-        _key_gradient_kernel[triton.cdiv(n_keys, 64), heads * 2, parts * triton.cdiv(half_dim, block_dim)](
-            half_indices.contiguous(), grad.contiguous(), queries.contiguous(), out, n, n_keys, half_dim,
-            half_indices.shape[3], triton.cdiv(n, parts), BLOCK_N=32, BLOCK_KEYS=64, BLOCK_DIM=block_dim,
-            PRECISION=precision, num_warps=8 if block_dim >= 128 else 4)
-    return out.sum(0).to(queries.dtype)
+        K = triton.next_power_of_2(knn)
+        block = max(1, 1024 // K**2)
+        _spread_weights_kernel[triton.cdiv(n, block), heads * 2](
+            half_indices.contiguous(), weights.contiguous(), out, n, n_keys, knn, K=K, BLOCK=block,
+            num_warps=max(1, min(8, block * K**2 // 1024)))
+    return out
 
 
 # ------------------------------------------------------------------------------------------------
@@ -472,13 +459,14 @@ def _mix(x):
 
 @triton.jit(do_not_specialize=["seed", "first_column"])
 def _row_adam_kernel(
-        values, rows, grads, second_moment, reads, mean_square, row_scale, lr, beta2, log2_beta2, eps, seed,
-        first_column, dim, STOCHASTIC: tl.constexpr, BLOCK_DIM: tl.constexpr):
+        values, rows, grads, second_moment, reads, mean_square, row_scale, grad_scale, lr, beta2, log2_beta2,
+        eps, seed, first_column, dim, STOCHASTIC: tl.constexpr, BLOCK_DIM: tl.constexpr):
     """RowAdam's update (nanomem/optim.py) of the row rows[i] by grads[i], where i is the program.
 
     values (n_slots, d), rows (u,) int64, grads (u, d), second_moment (n_slots,) float32, reads (n_slots,)
     int32; mean_square (u,) float32 of the gradients' whole rows, or None to compute it from grads; row_scale
-    (n_slots,) float32, what to multiply lr by, or None.
+    (n_slots,) float32, what to multiply lr by, or None; grad_scale () float32, what to multiply the gradients
+    by, or None.
 
     STOCHASTIC: values are bfloat16 and are rounded up or down at random, with the right expectation; the
     noise is a hash of seed, slot, count of reads and column. Bytes, in one pass: u * (d * (2 * values' e +
@@ -495,6 +483,9 @@ def _row_adam_kernel(
         mean = tl.sum(squares, axis=0) / dim
     else:
         mean = tl.load(mean_square + tl.program_id(0))
+    if grad_scale is not None:
+        scale = tl.load(grad_scale)
+        mean *= scale * scale
     moment = tl.load(second_moment + row)
     has_gradient = tl.where(mean != 0.0, 1, 0)  # a row without one stays as it is
     moment += has_gradient * (1.0 - beta2) * (mean - moment)
@@ -503,6 +494,8 @@ def _row_adam_kernel(
     factor = lr / (tl.sqrt(moment / bias) + eps)
     if row_scale is not None:
         factor *= tl.load(row_scale + row)
+    if grad_scale is not None:
+        factor *= scale
     tl.store(second_moment + row, moment)
     tl.store(reads + row, count)
     row_seed = _mix(_mix(_mix(count.to(tl.uint32) ^ seed) ^ row.to(tl.uint32)) ^ (row >> 32).to(tl.uint32))
@@ -523,13 +516,14 @@ def _row_adam_kernel(
 @_on_its_device
 def row_adam(
         values, rows, grads, second_moment, reads, lr, beta2, eps, seed, mean_square=None, first_column=0,
-        row_scale=None):
+        row_scale=None, grad_scale=None):
     """Updates values (n_slots, d), second_moment (n_slots,) float32 and reads (n_slots,) int32 in place.
 
-    rows (u,) int64, each once; grads (u, d). bfloat16 values are rounded stochastically. If values are the
-    columns of a wider table from first_column on, mean_square (u,) float32 is that of the gradient's whole
-    rows. row_scale (n_slots,) float32: what to multiply each row's lr by. Raises ValueError unless values
-    are contiguous.
+    rows (u,) int64, each once; grads (u, d); a row whose gradient is zero stays as it is. bfloat16 values are
+    rounded stochastically. If values are the columns of a wider table from first_column on, mean_square (u,)
+    float32 is that of the gradient's whole rows. row_scale (n_slots,) float32: what to multiply each row's lr
+    by. grad_scale () float32: what to multiply the gradients by. Raises ValueError unless values are
+    contiguous.
     """
     if not values.is_contiguous():
         raise ValueError(f"values must be contiguous, got strides {values.stride()}")
@@ -537,8 +531,8 @@ def row_adam(
     log2_beta2 = math.log2(beta2) if beta2 else -math.inf
     if len(rows):
         _row_adam_kernel[len(rows),](
-            values, rows, grads.contiguous(), second_moment, reads, mean_square, row_scale, float(lr), beta2,
-            log2_beta2, eps, seed, first_column, values.shape[1], BLOCK_DIM=block_dim, num_warps=warps,
-            STOCHASTIC=values.dtype == torch.bfloat16)
+            values, rows, grads.contiguous(), second_moment, reads, mean_square, row_scale, grad_scale,
+            float(lr), beta2, log2_beta2, eps, seed, first_column, values.shape[1], BLOCK_DIM=block_dim,
+            num_warps=warps, STOCHASTIC=values.dtype == torch.bfloat16)
         # A backward pass that needs the old values raises.
         torch.autograd.graph.increment_version(values)

@@ -138,9 +138,9 @@ def train(job: run.Job, console: Console) -> tuple[dict, bool]:
             set_learning_rates(job)
             with pace.waiting():
                 passes = next(updates)
-            train_loss = backward(job, forward, parallel, passes)
-            train_loss, interrupted = sharding.total(train_loss, interrupt.requested)
-            run.stop_unless_finite(train_loss, "the loss", job.step + 1, job.out_dir)
+            losses = backward(job, forward, parallel, passes)
+            norms = clip(job)
+            train_loss, interrupted = check(job, losses, norms, interrupt)
             update(job)
             job.step += 1
             job.position += per_update
@@ -168,14 +168,14 @@ def train(job: run.Job, console: Console) -> tuple[dict, bool]:
 
 def backward(job, forward, parallel, passes):
     """Adds up the gradients of an update's passes, each weighted by its share of the targets. Returns the
-    loss.
+    passes' parts of the loss, () each, still on the device.
     """
     if job.config.dropout:  # seeded by the step alone, so that a resumed run draws the same masks
         stream = random_stream(job.config.seed, DROPOUT, job.step, sharding.rank())
         torch.manual_seed(int(stream.integers(2**63)))
     counts = [job.count_targets(y) for _, y in passes]
     (all_targets,) = sharding.total(sum(counts))  # of all passes, in all processes
-    train_loss = 0.0
+    losses = []
     observing = observe_lookups(job.model, job.top_slots) if job.top_slots else contextlib.nullcontext()
     with observing:
         for number, (x, y), count in zip(job.batches, passes, counts):
@@ -185,8 +185,8 @@ def backward(job, forward, parallel, passes):
                 with job.autocast:
                     loss = forward(*job.mine(x, y))[1] * (count / max(1, all_targets))
                 loss.backward()
-            train_loss += loss.item()
-    return train_loss
+            losses.append(loss.detach())
+    return losses
 
 
 def number_tokens(job, batch_number):
@@ -207,13 +207,30 @@ def numbers_from(seed, layer_number):
     return int(random_stream(seed, DROPOUT, layer_number).integers(2**32))
 
 
-def update(job):
-    """Adds up the tables' gradients over the processes, clips, and steps the optimizers."""
+def clip(job):
+    """Adds up the tables' gradients over the processes, and clips. Returns the norms, () each, still on the
+    device.
+    """
     sharding.add_replicas(job.model)
     if job.top_slots:
         job.top_slots.restrict()
-    for norm in optim.clip_gradients(job.model, job.config.grad_clip or math.inf):
-        run.stop_unless_finite(norm.item(), "the gradient's norm", job.step + 1, job.out_dir)
+    return optim.clip_gradients(job.model, job.config.grad_clip or math.inf, job.optimizers)
+
+
+def check(job, losses, norms, interrupt):
+    """Stops the run if an update's loss or a gradient's norm isn't finite. Returns the loss, and whether an
+    interrupt was requested.
+    """
+    numbers = torch.stack([*losses, *norms]).tolist()  # the only time in an update that a GPU is waited for
+    train_loss, interrupted = sharding.total(sum(numbers[:-2]), interrupt.requested)
+    run.stop_unless_finite(train_loss, "the loss", job.step + 1, job.out_dir)
+    for norm in numbers[-2:]:
+        run.stop_unless_finite(norm, "the gradient's norm", job.step + 1, job.out_dir)
+    return train_loss, interrupted
+
+
+def update(job):
+    """Steps the optimizers."""
     for optimizer in job.optimizers:
         optimizer.step()
         optimizer.zero_grad()

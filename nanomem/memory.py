@@ -181,10 +181,24 @@ def search_gradient(
     weights = grad_scores.to(keys.dtype).unsqueeze(2).expand(n, heads, 2, knn).reshape(rows.shape)
     grad_queries = embedding_bag(keys.reshape(-1, half_dim), rows, weights).view(queries.shape)
     if use_kernels(keys):
-        return grad_queries, kernels.key_gradient(chosen, grad_scores, queries, n_keys)
+        return grad_queries, key_gradient(chosen, grad_scores, queries, keys)
     rows, sums = segment_sum(rows, weights, queries.reshape(-1, half_dim), heads * 2 * n_keys)
     grad_keys = keys.new_zeros(heads * 2 * n_keys, half_dim).index_copy_(0, rows, sums).view(keys.shape)
     return grad_queries, grad_keys
+
+
+def key_gradient(chosen, grad_scores, queries, keys):
+    """dkeys on a GPU, as matrix products: multiplying mostly zeros there is faster than sorting.
+
+    dkeys[h, p] = W[h, p]^T q[:, h, p], where row t of W[h, p] (n, n_keys) has token t's dscores in the
+    columns of the half keys chosen (n, heads, 2, knn).
+    """
+    total, size = torch.zeros_like(keys, dtype=torch.float32).flatten(0, 1), ops.tokens_at_once(keys)
+    for slots, grad, q in zip(chosen.split(size), grad_scores.split(size), queries.split(size)):
+        matrix = kernels.spread_weights(slots, grad, keys.shape[2], keys.dtype)  # (heads, 2, n, n_keys)
+        q = q.flatten(1, 2).transpose(0, 1)                                      # (heads * 2, n, k_dim / 2)
+        total += ops.bmm_float32(matrix.flatten(0, 1).transpose(1, 2), q)
+    return total.view(keys.shape).to(keys.dtype)
 
 
 # ---------------------------------- Reading the chosen values ----------------------------------
@@ -199,7 +213,8 @@ def memory_read(values: Tensor, indices: Tensor, weights: Tensor, sparse_grad: b
 
     values (n_slots, v_dim), indices (n, lookups) int64, weights (n, lookups) of one dtype -> (n, v_dim).
     sparse_grad: make the gradient of values a sparse tensor of the rows that were read, whose cost does not
-    grow with n_slots (off by default, as in F.embedding). Raises ValueError for shapes that don't fit.
+    grow with n_slots (off by default, as in F.embedding). The kernels make a dense one all the same if there
+    are about as many lookups as slots. Raises ValueError for shapes that don't fit.
     """
     return embedding_bag(values, indices, weights)
 

@@ -3,6 +3,7 @@ The plumbing under memory.py: which device computes what, and how its functions 
 autograd, torch.compile, torch.export and torch.func. Nothing here is needed to understand a memory layer.
 """
 
+import contextlib
 import functools
 import importlib.util
 import os
@@ -258,7 +259,7 @@ def reads_table(shape_of):
             options = ctx.sparse_grad, values_need_it, x_needs_it
             rows, grad_values, grad_x = first_derivative(run_backward, grad, values, indices, x, *options)
             if ctx.sparse_grad and values_need_it:
-                grad_values = sparse_rows(rows, grad_values, values.shape)
+                grad_values = table_gradient(rows, grad_values, values)
             return grad_values if values_need_it else None, None, grad_x if x_needs_it else None, None
 
         name = forward.__name__
@@ -303,15 +304,52 @@ def _only_tensors(backward):
         if rows is None:
             return indices.new_empty(0), values.new_empty(0), grad_x
         if not sparse_grad:
-            return rows[:0], torch.zeros_like(values).index_copy_(0, rows, sums), grad_x
+            return rows[:0], dense_rows(rows, sums, values), grad_x
         return rows, sums, grad_x
 
     return padded
 
 
+def table_gradient(rows, grad, values):
+    """The gradient of values whose rows (u,), ascending and distinct, are grad (u, columns): a sparse tensor.
+
+    With the kernels it is a dense one if it would have, together with values.grad, as many rows as values.
+    On a GPU, adding sparse gradients only puts one after the other, so without that they would grow with
+    every layer and pass.
+    """
+    if use_kernels(values) and len(rows) + rows_of_gradient(values) >= len(values):
+        return dense_rows(rows, grad, values)
+    return sparse_rows(rows, grad, values.shape)
+
+
+def rows_of_gradient(values):
+    """The number of rows in values.grad, those that occur twice counted twice."""
+    if not values.is_leaf or values.grad is None:
+        return 0
+    return values.grad._nnz() if values.grad.is_sparse else len(values.grad)
+
+
+def dense_rows(rows, grad, values):
+    """A tensor like values, 0 but for the rows (u,), ascending and distinct, which are grad (u, columns)."""
+    if len(rows) == len(values):
+        return grad
+    return torch.zeros_like(values).index_copy_(0, rows, grad)
+
+
 def sparse_rows(rows, grad, shape):
     """A sparse tensor of this shape whose rows (u,), ascending and distinct, are grad (u, columns)."""
-    return torch.sparse_coo_tensor(rows[None], grad, shape, is_coalesced=True, check_invariants=False)
+    rows = rows[None]
+    # Autograd drops the flag is_coalesced, but keeps the memory. `is_distinct` looks for this mark.
+    with contextlib.suppress(NotImplementedError):  # torch.func's tensors have no memory
+        rows.untyped_storage().has_distinct_rows = True
+    return torch.sparse_coo_tensor(rows, grad, shape, is_coalesced=True, check_invariants=False)
+
+
+def is_distinct(grad):
+    """Whether a sparse gradient is known to have each row once, in ascending order. Doesn't look at the rows:
+    a GPU would have to be waited for.
+    """
+    return grad.is_coalesced() or hasattr(grad._indices().untyped_storage(), "has_distinct_rows")
 
 
 def check_layer(layer):

@@ -7,7 +7,7 @@ Optimizers for models with memory layers.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nanomem import kernels
 from nanomem.memory import MemoryTable, segment_sum
-from nanomem.ops import mix, sparse_rows, use_kernels
+from nanomem.ops import is_distinct, mix, sparse_rows, use_kernels
 
 
 def squared_norms(grads: Tensor, process_group: "dist.ProcessGroup | None" = None) -> Tensor:
@@ -36,10 +36,13 @@ def coalesce_gradient_(
 ) -> tuple[Tensor, Tensor]:
     """The rows that have a gradient, (u,) int64, ascending and distinct; and their gradients (u, columns).
 
-    Sums repeated rows of a sparse values.grad in place; the gradients returned share its memory. Of a dense
-    one, returns copies of the rows that are not zero in the columns of any process of process_group.
+    Sums repeated rows of a sparse values.grad in place; the gradients returned share its memory, and some of
+    them can be zero. Of a dense one, returns copies of the rows that are not zero in the columns of any
+    process of process_group, or all rows where the Triton kernels compute.
     """
     grad = values.grad
+    if not grad.is_sparse and use_kernels(values):  # to count the others would be to wait for the GPU
+        return torch.arange(len(grad), device=grad.device), grad
     if not grad.is_sparse:
         touched = grad.any(dim=1).int()
         if process_group is not None:
@@ -47,10 +50,9 @@ def coalesce_gradient_(
         rows = touched.nonzero().squeeze(1)
         return rows, grad[rows]
     rows, grads = grad._indices()[0], grad._values()
-    # Rows repeat if several layers or accumulated batches read them. (Adding gradients up loses torch's own
-    # flag for that.)
-    is_coalesced = (rows[1:] > rows[:-1]).all()
-    if not is_coalesced:
+    # Rows repeat if several layers or accumulated batches read them. Where the kernels compute, looking
+    # whether they do would mean waiting for the GPU.
+    if not is_distinct(grad) and (use_kernels(values) or not (rows[1:] > rows[:-1]).all()):
         rows, grads = segment_sum(rows[:, None], grads.new_ones(len(rows), 1), grads, len(values))
         values.grad = sparse_rows(rows, grads, values.shape)
     return rows, grads
@@ -77,7 +79,8 @@ class RowAdam(torch.optim.Optimizer):
     underflows to 0 in float32 counts as zero. process_group: the processes that share the tables' columns
     (sharding.py); moments are then those of whole rows, and the noise is the whole table's.
 
-    row_scale[values], (n_rows,) float32, multiplies the lr of each row of a table. It is not saved.
+    row_scale[values], (n_rows,) float32, multiplies the lr of each row of a table. grad_scale[values], (),
+    multiplies the table's gradient in the next step; clip_gradients sets it. Neither is saved.
     """
 
     CHUNK = 2**18  # numbers updated at a time, so that temporaries stay in cache: 1.5 times as fast
@@ -85,7 +88,7 @@ class RowAdam(torch.optim.Optimizer):
     def __init__(self, params, lr: float = 1e-2, beta2: float = 0.99, eps: float = 1e-10, seed: int = 0,
                  process_group: "dist.ProcessGroup | None" = None):
         super().__init__(params, dict(lr=lr, beta2=beta2, eps=eps, seed=seed))
-        self.process_group, self.row_scale = process_group, {}
+        self.process_group, self.row_scale, self.grad_scale = process_group, {}, {}
 
     def add_param_group(self, param_group: dict):
         """As in torch. Raises ValueError for a parameter that is not a table."""
@@ -118,8 +121,11 @@ class RowAdam(torch.optim.Optimizer):
             state["reads"] = values.new_zeros(len(values), dtype=torch.int32)
         second_moment, reads = state["second_moment"], state["reads"]           # v and n: (n_rows,) each
         row_scale = self.row_scale.get(values)                                  # (n_rows,)
+        grad_scale = self.grad_scale.pop(values, None)                          # ()
 
         rows, grads = coalesce_gradient_(values, self.process_group)            # (u,), (u, columns)
+        if grad_scale is not None and not use_kernels(values):
+            grads = grads * grad_scale
         columns, first_column, mean_square = grads.shape[1], 0, None
         if self.process_group is not None:  # these are some of the columns
             v_dim = columns * dist.get_world_size(self.process_group)
@@ -128,7 +134,7 @@ class RowAdam(torch.optim.Optimizer):
 
         if use_kernels(values):
             kernels.row_adam(values, rows, grads, second_moment, reads, lr, beta2, eps, seed, mean_square,
-                             first_column, row_scale)
+                             first_column, row_scale, grad_scale)
             return
 
         if mean_square is None:
@@ -152,7 +158,8 @@ class RowAdam(torch.optim.Optimizer):
             values.index_copy_(0, r, new.to(values.dtype))
 
     def __getstate__(self):  # for copies; torch's own leaves the process group out
-        return super().__getstate__() | {"process_group": self.process_group, "row_scale": self.row_scale}
+        ours = {name: getattr(self, name) for name in ("process_group", "row_scale", "grad_scale")}
+        return super().__getstate__() | ours
 
     def load_state_dict(self, state_dict: dict):
         """Loads what state_dict() returned. Unlike torch's, keeps dtypes: the counts stay int32."""
@@ -228,31 +235,41 @@ def build_optimizer(model: nn.Module, learning_rate: float = 1e-3, mem_lr: float
 
 
 @torch.no_grad()
-def clip_gradients(model: nn.Module, max_norm: float) -> tuple[Tensor, Tensor]:
+def clip_gradients(model: nn.Module, max_norm: float,
+                   optimizers: Iterable[torch.optim.Optimizer] = ()) -> tuple[Tensor, Tensor]:
     """Scales the tables' gradients, and all others, to a norm of at most max_norm each.
 
-    Returns both norms before scaling: (of the others, of the tables'). Sums repeated rows first.
+    Returns both norms before scaling: (of the others, of the tables'). Sums repeated rows first. optimizers:
+    those that step next. Where the Triton kernels compute, RowAdam then does the tables' scaling in its step,
+    which saves a pass over their gradients.
     """
-    core_norm = torch.nn.utils.clip_grad_norm_(_outside_tables(model), max_norm)
-    tables, grads, norms = tables_of(model), [], []
-    for table in tables:
-        grad = table.values.grad
-        if grad is not None:
-            grad = coalesce_gradient_(table.values)[1] if grad.is_sparse else grad
-            wide = torch.promote_types(grad.dtype, torch.float32)
-            grads.append(grad)
-            norms.append(torch.linalg.vector_norm(grad, dtype=wide))
-    if not grads:
-        return core_norm, torch.tensor(0.0)
+    core = [p for p in _outside_tables(model) if p.grad is not None]
+    zero = torch.zeros((), device=next(model.parameters()).device)
+    core_norm = torch.nn.utils.clip_grad_norm_(core, max_norm) if core else zero
+    tables = [table for table in tables_of(model) if table.values.grad is not None]
+    if not tables:
+        return core_norm, zero
+    grads = [_coalesced(table.values) for table in tables]
+    norms = [torch.linalg.vector_norm(grad, dtype=torch.promote_types(grad.dtype, torch.float32))
+             for grad in grads]
     squares = torch.stack(norms).square().sum()
     process_group = process_group_of(tables[0])
     if process_group is not None:  # add the squares of the other processes' columns
         dist.all_reduce(squares, group=process_group)
     table_norm = squares.sqrt()
-    if table_norm > max_norm:
-        for grad in grads:
-            grad.mul_(max_norm / (table_norm + 1e-6))
+    scale = torch.where(table_norm > max_norm, max_norm / (table_norm + 1e-6), 1.0)
+    row_adam = next((optimizer for optimizer in optimizers if isinstance(optimizer, RowAdam)), None)
+    for table, grad in zip(tables, grads):
+        if row_adam is not None and use_kernels(grad):
+            row_adam.grad_scale[table.values] = scale
+        elif grad.device.type != "cpu" or scale != 1:  # a GPU would have to be waited for to know that
+            grad.mul_(scale)
     return core_norm, table_norm
+
+
+def _coalesced(values):
+    """All numbers of a gradient: a dense one as it is, the rows of a sparse one, each once."""
+    return coalesce_gradient_(values)[1] if values.grad.is_sparse else values.grad
 
 
 def schedule(step: int, warmup_iters: int, max_iters: int, min_ratio: float) -> float:

@@ -70,11 +70,19 @@ class Job:
 
     def mine(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """This process's sequences of a batch, on its device."""
-        return x[self.sequences].to(self.device), y[self.sequences].to(self.device)
+        return self.to_device(x[self.sequences]), self.to_device(y[self.sequences])
+
+    def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor on this process's device. To a GPU it goes from pinned memory: other copies would wait
+        for all that the GPU still has to do.
+        """
+        if self.device.type == "cuda":
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor.to(self.device)
 
     def count_targets(self, y: torch.Tensor) -> int:
         """The number of targets in this process's sequences of a batch: the weight of their mean loss."""
-        return (y[self.sequences] >= 0).sum().item()
+        return int((y[self.sequences].numpy() >= 0).sum())
 
     def write_metrics(self, record: dict):
         """Adds a line to metrics.jsonl."""

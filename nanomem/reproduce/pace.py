@@ -47,7 +47,7 @@ def train_step(model, optimizers, batch, device):
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
         loss = model(*batch)[1]
     loss.backward()
-    optim.clip_gradients(model, 1.0)
+    optim.clip_gradients(model, 1.0, optimizers)
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad()
