@@ -169,8 +169,10 @@ def test_paths_with_spaces_and_a_tilde_work_and_are_quoted_in_hints(tmp_path, mo
     (tmp_path / "a link.txt").symlink_to(tmp_path / "my book.txt")
     arguments = [argument for argument in runs.TINY if not argument.startswith("--data")]
     out, _ = runs.run("train.py", *arguments, "--max_iters=2", "--data=~/a link.txt", "--out_dir=~/my run")
-    hint = out.rstrip().split("\n")[-1].partition("python sample.py ")[2]
+    hint, page = out.rstrip().split("\n")[-2:]
+    hint = hint.partition("python sample.py ")[2]
     assert shlex.split(hint) == [f"--out_dir={tmp_path / 'my run'}"]
+    assert shlex.split(page.partition("python -m nanomem.report ")[2]) == [str(tmp_path / "my run")]
     assert (tmp_path / "my run" / "config.json").exists() and not Path("~").exists()
     out, _ = runs.run("sample.py", *shlex.split(hint), "--export=~/my model")
     assert f"--out_dir={tmp_path / 'my model'}" in shlex.split(out.rstrip().split("\n")[-1])
