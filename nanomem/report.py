@@ -129,7 +129,7 @@ def main():
 
 
 if __name__ == "__main__":
-    gc.disable()  # nearly all that is made stays until the end: looking for garbage takes half a second or more
+    gc.disable()  # nearly all that is made stays until the end: looking for garbage is waste
     safe_streams()
     with one_line_errors():
         main()

@@ -212,13 +212,13 @@ def test_the_picture_of_a_large_table_is_pooled():
     assert pooled.tolist() == [[6, 8, 9], [16, 18, 19], [21, 23, 24]]
 
 
-def test_slots_that_teaching_changed(folder):
+def test_slots_that_teaching_changed(folder, people):
     (run,) = data_of(report.write([folder / "taught"], folder / "taught.html"))["runs"]
     saved = runs.checkpoint(folder / "taught")
     for table, layer in zip(run["memory"]["tables"], (0, 1)):
         changed = saved[f"optimizer.blocks.{layer}.ffn.table.values.reads"] > 0
         assert table["n_changed"] == changed.sum() > 0
-    assert "n_changed" not in data_of(folder / "people.html")["runs"][0]["memory"]["tables"][0]
+    assert "n_changed" not in people["memory"]["tables"][0]
 
 
 def test_an_export_and_a_run_whose_data_is_gone(folder, tmp_path):
@@ -374,7 +374,7 @@ def test_questions_are_filtered(browser, folder, people):
     assert browser.get_log("browser") == []
 
 
-def test_the_keyboard_is_enough(browser, folder):
+def test_the_keyboard_is_enough(browser, folder, people):
     from selenium.webdriver.common.keys import Keys
 
     open_page(browser, folder / "people.html")
