@@ -38,12 +38,12 @@ MOST_CHIPS = 6000  # tokens or words with their slots, counted once for each mem
 MOST_SLOTS = 8500  # whose details are shown, counted once for each memory layer
 MOST_CELLS = 1024**2  # of pictures of tables
 # Of a run:
-MOST_ASKED = 2000  # facts of a kind, to measure recall
+MOST_ASKED, MOST_TAUGHT = 2000, 1000  # facts, to measure recall: of the kind that is shown, of the other
 SLOTS_OF_CHIP = 10  # of a token in a memory layer
 CHIPS_OF_QUESTION, LONGEST_CHIP = 80, 100  # LONGEST_CHIP: characters
 ANSWER_TOKENS = 100  # that a model writes at most
 READS, MOST_BATCHES = 650_000, 40  # of the sample of training data
-HITS = 60  # of a slot, the heaviest, to show in context
+CONTEXTS = 4  # of a slot, the heaviest
 POINTS = 300  # of a curve
 
 CURVES = {
@@ -51,7 +51,7 @@ CURVES = {
     "val_loss": "validation loss",
     "recall": "recall, never asked",
     "recall_taught": "recall, taught wording",
-    "mem_usage": "slots in use",
+    "mem_usage": "slots read during one evaluation",
     "bits_per_byte": "bits per byte",
     "kept_old": "old answers kept",
 }
@@ -215,7 +215,7 @@ def measure(trained: Trained) -> list[Asked]:
         kinds.insert(0, ("never asked", sentences, True, facts.role == REPORT))
     asked = []
     for title, wordings, questions, is_of_kind in kinds:
-        pairs = recall.choose_pairs(is_of_kind, MOST_ASKED)
+        pairs = recall.choose_pairs(is_of_kind, MOST_TAUGHT if asked else MOST_ASKED)
         known, _ = recall.ask(trained.model, wordings, pairs, questions)
         asked.append(Asked(title, wordings, questions, pairs, known))
     return asked
@@ -223,15 +223,15 @@ def measure(trained: Trained) -> list[Asked]:
 
 def recall_table(facts: FactSet, asked: list[Asked]) -> dict:
     """Recall by attribute and frequency: {"kinds": titles, "asked": how many prompts, "rows": [name, share
-    for each kind]}.
+    for each kind], "bands": how many of the rows are of a frequency}.
     """
     names = [attribute.name for attribute in facts.attributes] if len(facts.attributes) > 1 else []
-    if facts.frequency[0] > facts.frequency[-1]:
-        names += ["head", "torso", "tail"]
+    bands = ["head", "torso", "tail"] if facts.frequency[0] > facts.frequency[-1] else []
     scores = [recall.scores(kind.sentences.facts, kind.pairs, kind.known) for kind in asked]
-    rows = [[name, *(of_kind.get(name) for of_kind in scores)] for name in [*names, "all"]]
+    rows = [[name, *(of_kind.get(name) for of_kind in scores)] for name in [*names, *bands, "all"]]
     counts = [len(kind.pairs) for kind in asked]
-    return {"kinds": [kind.title for kind in asked], "asked": counts, "rows": rows}
+    return {"kinds": [kind.title for kind in asked], "asked": counts, "rows": rows,
+            "bands": len(bands)}
 
 
 def ask(trained: Trained, share: float) -> tuple[dict, list[dict], list[dict]]:
@@ -501,10 +501,10 @@ def slot_details(trained, sample, questions, place, number, most, reads, texts) 
 
 def add_readers(sample: Sample, layer: int, details: list[dict], texts: Texts):
     """Adds who reads slots in the sample: "readers", their number; "weight", the mean; "clues", [relation,
-    word, share, usual share]; "contexts", [text, share].
+    word, share, usual share]; "contexts", [text before a reader, the reader, the word after it, share].
     """
-    words = sample.words[1]
-    clues = sample.clues(layer, np.array([detail["slot"] for detail in details]))
+    words, slots = sample.words[1], np.array([detail["slot"] for detail in details])
+    clues, heaviest = sample.clues(layer, slots), sample.heaviest(layer, slots, CONTEXTS)
     for detail in details:
         weights, _ = sample.reads[layer].of(detail["slot"])
         total = float(weights.sum())
@@ -513,8 +513,10 @@ def add_readers(sample: Sample, layer: int, details: list[dict], texts: Texts):
         detail["clues"] = [[clue.relation, texts.number(words[clue.word]), round(clue.share, 3),
                             float(f"{clue.usual:.2g}"), round(clue.score, 2)]
                            for clue in clues[detail["slot"]]]
-        detail["contexts"] = [[texts.number(visible(text)), round(weight / total, 4)]
-                              for text, weight in sample.contexts(layer, detail["slot"], 4, HITS)]
+        earlier = next((clue.word for clue in clues[detail["slot"]] if clue.relation == "after"), None)
+        detail["contexts"] = [
+            [*map(texts.number, sample.around(position, earlier)), round(weight / total, 3)]
+            for position, weight in heaviest[detail["slot"]]]
 
 
 def add_favours(trained, sample, layer, details, texts, at_once: int = 256):

@@ -8,7 +8,6 @@ tokens its value makes likelier.
 
 import contextlib
 import functools
-from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -21,9 +20,9 @@ from nanomem.observe import training_lookups
 
 START = 10**9  # of the sample: far from the sequences that a model was trained on
 BATCH_SIZE = 16
-N_HITS = 300  # of a slot to look at for contexts, the heaviest
 LONGEST_WORD = 60  # characters of a word to show
 WINDOW = 6  # words before a token that may explain why it reads a slot
+FARTHEST = 60  # tokens before it to show
 ENOUGH_READERS = 8  # a clue about a slot with this many readers counts half
 
 
@@ -32,8 +31,13 @@ ENOUGH_READERS = 8  # a clue about a slot with this many readers counts half
 
 
 def visible(text: str) -> str:
+    """Text without blanks around it, its line ends and other control characters written out."""
+    return written_out(text.strip(" "))
+
+
+def written_out(text: str) -> str:
     """Text with its line ends and other control characters written out, as in a Python string."""
-    return repr(text.strip(" "))[1:-1]
+    return repr(text)[1:-1]
 
 
 def is_of_bytes(encoding) -> bool:
@@ -100,11 +104,9 @@ class Reads:
     positions: np.ndarray  # of the tokens, in all of the sample
 
     def of(self, slot: int) -> tuple[np.ndarray, np.ndarray]:
-        """The weights with which a slot was read, and the positions of its readers; the heaviest first."""
+        """The weights with which a slot was read, and the positions of its readers."""
         begin, end = np.searchsorted(self.slots, (slot, slot + 1))
-        order = (-self.weights[begin:end]).argsort(kind="stable")
-        return self.weights[begin:end][order], self.positions[begin:end][order]
-
+        return self.weights[begin:end], self.positions[begin:end]
 
     def only(self, slots: np.ndarray) -> "Reads":
         """The reads of these slots."""
@@ -163,29 +165,73 @@ class Sample:
         gates = {layer: torch.cat(found) for layer, found in seen.items()}
         return cls(data.encoding, np.concatenate(all_tokens), reads, gates)
 
-    def contexts(
-            self, layer: int, slot: int, most: int = 5, hits: int | None = None) -> list[tuple[str, float]]:
-        """The texts whose last tokens read a slot most, with the weight of each, from its heaviest `hits`
-        readers (N_HITS if it is None).
+    def contexts(self, layer: int, slot: int, most: int = 5) -> list[tuple[str, float]]:
+        """The texts whose last tokens read a slot most, with the weight of each."""
+        found = self.heaviest(layer, np.array([slot]), most)[slot]
+        return [(self.context(position), weight) for position, weight in found]
+
+    def heaviest(self, layer: int, wanted: np.ndarray, most: int) -> dict[int, list[tuple[int, float]]]:
+        """For each wanted slot [(position, weight)] of the contexts that read it most: the position of the
+        heaviest reader, and the weight of all readers with its context.
         """
-        weights, positions = self.reads[layer].of(slot)
-        total, hits = Counter(), hits or N_HITS
-        for weight, position in zip(weights[:hits].tolist(), positions[:hits].tolist()):
-            total[self.context(position)] += weight
-        return total.most_common(most)
+        reads = self.reads[layer].only(wanted)
+        positions, place = np.unique(reads.positions, return_inverse=True)
+        number_of = {}
+        numbers = [number_of.setdefault(self.context(p), len(number_of)) for p in positions.tolist()]
+        pairs = reads.slots * len(number_of) + np.array(numbers, dtype=np.int64)[place]
+        order = np.lexsort((-reads.weights, pairs))
+        first = np.unique(pairs[order], return_index=True)[1]  # the heaviest of each slot and context
+        weights, first = np.add.reduceat(reads.weights[order], first), order[first]
+        by_weight = np.lexsort((-weights, reads.slots[first]))
+        slots = reads.slots[first][by_weight]
+        rank = np.arange(len(slots)) - np.searchsorted(slots, slots)
+        found = {slot: [] for slot in wanted.tolist()}
+        for i in by_weight[rank < most].tolist():
+            found[int(reads.slots[first[i]])].append((int(reads.positions[first[i]]), float(weights[i])))
+        return found
 
     def context(self, position: int) -> str:
         """A token after the few before it, as text."""
         if position not in self._contexts:
-            before = 14 if is_of_bytes(self.encoding) else 3
             sequence, column = divmod(position, self.tokens.shape[1])
-            tokens = self.tokens[sequence, max(0, column - before):column + 1].tolist()
+            tokens = self.tokens[sequence, max(0, column - self.n_before):column + 1].tolist()
             self._contexts[position] = self.encoding.decode(tokens).split("<|endoftext|>")[-1]
         return self._contexts[position]
 
     @functools.cached_property
     def _contexts(self):
         return {}
+
+    def around(self, position: int, word: int | None = None) -> tuple[str, str, str]:
+        """(the text before a token, the token, the word after it), of the token's document. The text reaches
+        back to where a word (its number) was last, if that is not too far.
+        """
+        sequence, column = divmod(position, self.tokens.shape[1])
+        tokens, words, starts = [rows[sequence] for rows in self._lists]
+        first = max(starts[column], column - FARTHEST)  # of what may be shown
+        begin, stop = max(first, column - self.n_before), column + 1
+        if word is not None and word not in words[begin:column]:
+            begin = next((i for i in range(begin, first - 1, -1) if words[i] == word), begin)
+        while begin > first and words[begin - 1] == words[begin]:
+            begin -= 1
+        is_end = tokens[column] == self.encoding.eot_token
+        while not is_end and stop < len(words) and words[stop] == words[column + 1]:
+            stop += 1
+        parts = tokens[begin:column], tokens[column:column + 1], tokens[column + 1:stop]
+        return tuple(written_out(self.encoding.decode(part)) for part in parts)
+
+    @functools.cached_property
+    def _lists(self) -> tuple[list[list[int]], ...]:
+        """The tokens, their words, and the column where the document of each begins."""
+        is_end = self.tokens == self.encoding.eot_token
+        after_end = np.where(is_end, np.arange(self.tokens.shape[1]) + 1, 0)
+        starts = np.maximum.accumulate(after_end, axis=1) - is_end
+        return self.tokens.tolist(), self.words[0].tolist(), starts.tolist()
+
+    @functools.cached_property
+    def n_before(self) -> int:
+        """How many tokens before a reader its context has."""
+        return 14 if is_of_bytes(self.encoding) else 3
 
     @functools.cached_property
     def words(self) -> tuple[np.ndarray, list[str]]:

@@ -11,6 +11,7 @@ The page is one file, without network: open it in a browser. report.html has its
 shows.
 """
 
+import gc
 import json
 import os
 import sys
@@ -128,6 +129,7 @@ def main():
 
 
 if __name__ == "__main__":
+    gc.disable()  # nearly all that is made stays until the end: looking for garbage is waste
     safe_streams()
     with one_line_errors():
         main()

@@ -96,6 +96,20 @@ def test_clues_say_what_the_readers_of_a_slot_have_in_common():
     assert usual == pytest.approx((tokens == ord("b")).mean() * 2)  # the blank before it is part of the word
     assert clues[7][0].score > clues[8][0].score and clues[9] == []
     assert sample.contexts(0, 7) == [("a b", 2.0)]
+    assert sample.heaviest(0, np.array([7, 9]), 3) == {7: [(3, 2.0)], 9: []}
+
+
+def test_a_context_reaches_back_to_the_word_that_explains_it():
+    encoding = tokenizer.byte_encoding()
+    text = "Deborah Blackcroft, who was born in 1990, lives in Oslo"
+    tokens = np.array([[encoding.eot_token, *encoding.encode_ordinary(text), encoding.eot_token]])
+    sample = readers.Sample(encoding, tokens, {})
+    position = 1 + text.index("lives")
+    word = sample.words[1].index("Blackcroft")
+    before, token, after = sample.around(position, word)
+    assert before.strip() == text[8:position - 1].strip() and token == "l" and after == "ives"
+    assert "Blackcroft" not in sample.around(position)[0]
+    assert sample.around(0) == ("", "<|endoftext|>", "")
 
 
 def test_what_a_value_favours_is_its_part_of_the_logits(small):
@@ -198,13 +212,13 @@ def test_the_picture_of_a_large_table_is_pooled():
     assert pooled.tolist() == [[6, 8, 9], [16, 18, 19], [21, 23, 24]]
 
 
-def test_slots_that_teaching_changed(folder):
+def test_slots_that_teaching_changed(folder, people):
     (run,) = data_of(report.write([folder / "taught"], folder / "taught.html"))["runs"]
     saved = runs.checkpoint(folder / "taught")
     for table, layer in zip(run["memory"]["tables"], (0, 1)):
         changed = saved[f"optimizer.blocks.{layer}.ffn.table.values.reads"] > 0
         assert table["n_changed"] == changed.sum() > 0
-    assert "n_changed" not in data_of(folder / "people.html")["runs"][0]["memory"]["tables"][0]
+    assert "n_changed" not in people["memory"]["tables"][0]
 
 
 def test_an_export_and_a_run_whose_data_is_gone(folder, tmp_path):
@@ -360,7 +374,7 @@ def test_questions_are_filtered(browser, folder, people):
     assert browser.get_log("browser") == []
 
 
-def test_the_keyboard_is_enough(browser, folder):
+def test_the_keyboard_is_enough(browser, folder, people):
     from selenium.webdriver.common.keys import Keys
 
     open_page(browser, folder / "people.html")
@@ -376,6 +390,11 @@ def test_the_keyboard_is_enough(browser, folder):
     table = find(browser, "#table")[0]
     table.send_keys(Keys.ARROW_RIGHT)
     assert "row 0, column 1" in find(browser, "#cell")[0].text
+    find(browser, "#find")[0].send_keys(Keys.ENTER)
+    browser.switch_to.active_element.send_keys(Keys.ENTER)
+    assert browser.switch_to.active_element.get_attribute("id") == "slot"
+    browser.switch_to.active_element.send_keys(Keys.ESCAPE)
+    assert browser.switch_to.active_element == find(browser, "#found button")[0]
     assert len(find(browser, "#questions button[tabindex='0']")) == 1
 
 
@@ -387,7 +406,14 @@ def test_a_slot_is_found_by_its_word(browser, folder, people):
     find(browser, "#find")[0].send_keys(word)
     names = [button.text.split(":")[0] for button in find(browser, "#found button")]
     assert f"slot {detail['slot']}" in names
-    assert word in find(browser, "#found button")[0].text
+    first = find(browser, "#found button")[0].text
+    assert word in first and " token" in first
+    find(browser, "#find")[0].clear()
+    find(browser, "#find")[0].send_keys("0,010")
+    find(browser, "#found button")[0].click()
+    assert "Slot 10," in find(browser, "#slot h3")[0].text
+    find(browser, "#find")[0].send_keys("no such word")
+    assert "You can search for" in find(browser, "#found")[0].text
 
 
 def test_several_runs_are_on_one_page(browser, folder):
