@@ -298,11 +298,11 @@ def pick_device(name: str):
 
 
 @functools.cache
-def machine() -> str:
-    """A few words about this machine: its GPU, or its CPU."""
+def machine(use_gpu: bool = True) -> str:
+    """A few words about this machine: its GPU if it has one that is used, otherwise its CPU."""
     import torch
 
-    if torch.cuda.is_available():
+    if use_gpu and torch.cuda.is_available():
         return torch.cuda.get_device_name()
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):

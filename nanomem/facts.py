@@ -279,16 +279,19 @@ def read_fact(line, path):
     if re.search(r"[\ud800-\udfff]", "".join([prompt, *also, *accepted])):
         raise ValueError("half of a \\ud800 pair is not a character")
     strip = lambda texts: tuple(text.strip() for text in texts)
-    return prompt.strip(), strip(also), strip(accepted)
+    return prompt.strip(), strip(also), tuple(dict.fromkeys(strip(accepted)))  # each answer once
 
 
 def check_keys(fact, path):
     """Raises ValueError for a key that is missing or misspelt. Other keys, such as an id, are ignored."""
-    for key in fact.keys() - set(FACT_KEYS):
-        if meant := difflib.get_close_matches(key.lower(), FACT_KEYS, n=1, cutoff=0.7):
-            raise ValueError(f'unknown key "{key}" (did you mean "{meant[0]}"?)')
-    for key in ("prompt", "answer"):
-        if key not in fact:
+    others = {key.lower(): key for key in fact.keys() - set(FACT_KEYS)}
+    for key in FACT_KEYS:
+        similar = difflib.get_close_matches(key, others, n=1, cutoff=0.7)
+        if key in fact:
+            continue
+        if similar:
+            raise ValueError(f'unknown key "{others[similar[0]]}" (did you mean "{key}"?)')
+        if key != "also":
             hint = f"; for documents: {prepare_command(shlex.quote(str(path)))}" if "text" in fact else ""
             raise ValueError(f'the key "{key}" is missing{hint}')
 

@@ -318,6 +318,7 @@ def table_gradient(rows, grad, values):
     every layer and pass.
     """
     if use_kernels(values) and len(rows) + rows_of_gradient(values) >= len(values):
+        sum_repeated_rows_(values)
         return dense_rows(rows, grad, values)
     return sparse_rows(rows, grad, values.shape)
 
@@ -327,6 +328,20 @@ def rows_of_gradient(values):
     if not values.is_leaf or values.grad is None:
         return 0
     return values.grad._nnz() if values.grad.is_sparse else len(values.grad)
+
+
+def sum_repeated_rows_(values):
+    """Makes each row of a sparse values.grad occur once. Added to a dense gradient, rows that repeat would be
+    added up in any order.
+    """
+    from nanomem import kernels
+
+    grad = values.grad if values.is_leaf else None
+    if grad is not None and grad.is_sparse and not is_distinct(grad):
+        rows, rows_grad = grad._indices()[0], grad._values()
+        ones = rows_grad.new_ones(len(rows), 1)
+        rows, sums, _ = kernels.segment_sum(rows[:, None], ones, rows_grad, len(values))
+        values.grad = sparse_rows(rows, sums, values.shape)
 
 
 def dense_rows(rows, grad, values):

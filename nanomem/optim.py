@@ -157,6 +157,11 @@ class RowAdam(torch.optim.Optimizer):
                 new = stochastic_round(new, seed, r, n_r, first_column)
             values.index_copy_(0, r, new.to(values.dtype))
 
+    def zero_grad(self, set_to_none: bool = True):
+        """As in torch; forgets what clip_gradients set for a step that was left out."""
+        self.grad_scale.clear()
+        super().zero_grad(set_to_none)
+
     def __getstate__(self):  # for copies; torch's own leaves the process group out
         ours = {name: getattr(self, name) for name in ("process_group", "row_scale", "grad_scale")}
         return super().__getstate__() | ours
@@ -258,10 +263,11 @@ def clip_gradients(model: nn.Module, max_norm: float,
         dist.all_reduce(squares, group=process_group)
     table_norm = squares.sqrt()
     scale = torch.where(table_norm > max_norm, max_norm / (table_norm + 1e-6), 1.0)
-    row_adam = next((optimizer for optimizer in optimizers if isinstance(optimizer, RowAdam)), None)
+    row_adams = {values: optimizer for optimizer in optimizers if isinstance(optimizer, RowAdam)
+                 for param_group in optimizer.param_groups for values in param_group["params"]}
     for table, grad in zip(tables, grads):
-        if row_adam is not None and use_kernels(grad):
-            row_adam.grad_scale[table.values] = scale
+        if table.values in row_adams and use_kernels(grad):
+            row_adams[table.values].grad_scale[table.values] = scale
         elif grad.device.type != "cpu" or scale != 1:  # a GPU would have to be waited for to know that
             grad.mul_(scale)
     return core_norm, table_norm

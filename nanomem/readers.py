@@ -153,6 +153,7 @@ class Sample:
                     hits = torch.ones_like(indices, dtype=torch.bool)            # (n, heads, knn)
                     if wanted is not None:
                         hits = torch.isin(indices, torch.tensor(list(wanted.get(layer, ()))))
+                    hits &= weights > 0  # a softmax can round a weight to 0
                     positions = hits.nonzero()[:, 0] + start
                     parts.setdefault(layer, []).append((indices[hits], weights[hits], positions))
                 all_tokens.append(tokens.numpy())

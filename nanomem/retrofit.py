@@ -560,11 +560,12 @@ def ask(settings: Settings, console: Console):
 @torch.no_grad()
 def answer(model: nn.Module, tokenizer, prompt: str, most: int) -> str:
     """The likeliest continuation of a prompt, up to the end or `most` tokens."""
-    inputs = tokenizer(prompt.strip(), return_tensors="pt").to(next(model.parameters()).device)
     end = tokenizer.eos_token_id
-    written = model.generate(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask,
+    tokens = pretrained.drop_end(tokenizer(prompt.strip()).input_ids, end)
+    tokens = torch.tensor([tokens], device=next(model.parameters()).device)     # (1, time)
+    written = model.generate(input_ids=tokens, attention_mask=torch.ones_like(tokens),
                              max_new_tokens=most, do_sample=False, eos_token_id=end, pad_token_id=end)
-    return tokenizer.decode(written[0, inputs.input_ids.shape[1]:], skip_special_tokens=True).strip()
+    return tokenizer.decode(written[0, tokens.shape[1]:], skip_special_tokens=True).strip()
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ class Job:
         header = {"config": dataclasses.asdict(self.config), "data": self.data.digest(),
                   "iteration": self.step, "position": self.position, "elapsed_s": self.seconds(),
                   "launch": sharding.launch(), "earlier": [old.saved() for old in self.earlier],
-                  "ended": self.ended, "machine": machine()}
+                  "ended": self.ended, "machine": machine(self.device.type == "cuda")}
         counts = None
         if self.counts is not None:
             counts = teaching.count(self.model, self.optimizers, self.step, self.counts)
@@ -604,10 +604,11 @@ def round_up(number: float) -> int:
 
 
 def in_bits(recalled: dict) -> str:
-    """A sentence that says how much of the answers never asked for a model knows, right or not quite."""
-    found = recalled["report"] if "report" in recalled else recalled["taught"]
-    return (f"It knows {found['bits_known']:,.0f} of the {found['bits']:,.0f} bits in answers that it was "
-            f"never asked for; an answer costs {found['answer_nll']:.2f} nats.")
+    """A sentence that says how many bits a model knows of the answers that it was never asked for."""
+    kind, what = ("report", "it was never asked for") if "report" in recalled else ("taught", "it was taught")
+    found = recalled[kind]
+    return (f"It knows {found['bits_known']:,.0f} of the {found['bits']:,.0f} bits in answers that {what}; "
+            f"an answer costs {found['answer_nll']:.2f} nats.")
 
 
 def of_prompts(fact_set: facts.FactSet, share: float, which: str) -> str:

@@ -193,7 +193,8 @@ class TopSlots:
                 reads += torch.bincount(torch.searchsorted(rows, slots), minlength=len(rows))
             lookups.clear()
             scores = sharding.add(reads) * self.idf[table][rows]
-            top = scores.topk(min(self.n_slots, len(rows))).indices.sort().values
+            # Stable, so that of equal scores the first rows are kept, on every device.
+            top = scores.argsort(descending=True, stable=True)[:self.n_slots].sort().values
             table.values.grad = sparse_rows(rows[top], grads[top], table.values.shape)
 
 

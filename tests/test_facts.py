@@ -77,7 +77,8 @@ def write(path, *lines):
 
 def test_jsonl_facts(tmp_path):
     made = facts.from_jsonl(write(tmp_path / "f.jsonl", '\ufeff{"prompt": "Sky?", "answer": " blue"}', "",
-                                  '{"prompt": "Colour of grass?", "answer": ["green", "Green"], "id": 7}'))
+                                  '{"prompt": "Colour of grass?", "answer": ["green", "Green", "green "], '
+                                  '"prompt_id": 7, "answers": 2}'))
     assert (
         made.entities == ["Sky?", "Colour of grass?"]
         and made.answers(0, 0) == ("blue",)

@@ -208,6 +208,25 @@ def test_gradients_of_a_shared_table_add_up_and_have_at_most_the_tables_rows(
         torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
 
 
+def test_each_table_is_clipped_by_its_own_row_adam_and_only_in_the_next_step(monkeypatch):
+    start, grads, values = [randn(8, 4), randn(8, 4)], [randn(2, 4), randn(3, 4)], {}
+    for path in ("triton", "torch"):
+        monkeypatch.setenv("NANOMEM_KERNELS", path)
+        tables = torch.nn.ModuleList([MemoryTable(8, 4).to(DEVICE) for _ in range(2)])
+        optimizers = [RowAdam([table.values], lr=0.1, eps=1.0) for table in tables]
+        for table, first, grad, rows in zip(tables, start, grads, ([1, 5], [0, 2, 7])):
+            table.values.data.copy_(first)
+            table.values.grad = sparse(rows, grad.clone(), (8, 4))
+        clip_gradients(tables, 0.1, optimizers)
+        optimizers[0].step()
+        optimizers[1].zero_grad()  # a step left out
+        tables[1].values.grad = sparse([0, 2, 7], grads[1].clone(), (8, 4))
+        optimizers[1].step()
+        values[path] = [table.values.detach() for table in tables]
+    for ours, plain in zip(values["triton"], values["torch"]):
+        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("v_dim, is_scaled", [(6, False), (6, True), (2100, True)])
 def test_row_adam_equals_the_plain_one(v_dim, is_scaled, monkeypatch):
     start, scale = randn(9, v_dim), torch.rand(9)

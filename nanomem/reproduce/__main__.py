@@ -43,6 +43,8 @@ USES = {
     "page": (),
 }  # command -> the settings that it uses, besides the folders
 FOLDERS = ("out_dir", "runs", "assets")
+# Presets and data whose results get a name without the preset: those that pages show
+SHOWN = (("laptop", "people"), ("night", "world"))
 NAMES = tuple(USES)
 
 
@@ -52,8 +54,8 @@ class Settings:
 
     arguments = f"({' | '.join(NAMES)}) "
     preset: str = setting(
-        "laptop", "laptop: 2 cores, an hour or two a command; night: 2 cores, a night or two, what the page "
-        "shows; gpu: one H100", tuple(PRESETS),
+        "laptop", "laptop: 1,500 people, 2 cores, an hour or two a command; night: 8,500 cities, 2 cores, a "
+        "night or two; gpu: one H100", tuple(PRESETS),
         section="Reproduction")
     data: str = setting("", "what the facts are about; by default what the preset is about", ("", *DATASETS))
     text: str = setting(
@@ -122,7 +124,7 @@ def reproduce(command, settings):
     name = command
     if base.data in DATASETS and base.data != Config.data:
         name += f"-{base.data}"
-    if settings.preset == "gpu" or (settings.preset == "laptop" and settings.data):
+    if command != "text" and (settings.preset, base.data) not in SHOWN or settings.preset == "gpu":
         name += f"-{settings.preset}"
     about = {"command": command_line(command, settings)} | trainer.provenance()
     results = about | {"seeds": seeds, "rows": rows}
@@ -144,7 +146,7 @@ def measure_forgetting(settings):
     from nanomem.reproduce.sizing import dense_of
 
     base = Config(**read_recipe(Config, cli.shipped("configs") / "laptop.toml"))
-    dense = dense_of(base, 4).replace(learning_rate=4e-3, min_lr=4e-4)  # its best rate in `curves`
+    dense = dense_of(base, 4).replace(learning_rate=4e-3, min_lr=4e-4)  # the best of five for 1,500 people
     console = Console(highlight=False, soft_wrap=True)
     trainer = make_trainer(settings, console)
     seeds = list(range(base.seed, base.seed + settings.seeds))
@@ -161,6 +163,11 @@ def measure_forgetting(settings):
     save(results, assets / "forgetting.json")
     figures.draw("forgetting", rows, assets / "forgetting.png")
     console.print(figures.forgetting_table(rows))
+
+
+def shown(name: str) -> str:
+    """A name, or that of a file or folder here without the folders above it."""
+    return Path(name).name if Path(name).exists() else name
 
 
 def make_trainer(settings, console):
@@ -187,8 +194,11 @@ def measure_retrofit(settings):
     teacher = retrofit.Teacher(settings.model, text, finished, console)
     seeds = list(range(Config.seed, Config.seed + settings.seeds))
     rows, commits = retrofit.retrofit(teacher, seeds)
+    command = f"{command_line('retrofit', settings)} --model={shown(settings.model)}"
+    if settings.held_out:
+        command += f" --held_out={shown(settings.held_out)}"
     results = {
-        "command": f"{command_line('retrofit', settings)} --model={Path(settings.model).name}",
+        "command": command,
         "commit": ", ".join(sorted(commits)),
         "machine": f"{runs.machine()}; torch {runs.torch_version()}",
         "seeds": seeds,

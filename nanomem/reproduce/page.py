@@ -46,10 +46,13 @@ def place_text(name, assets):
         raise UserError(f"there is no table {name}; known are {', '.join(TABLES)}")
     path = assets / f"{name}.json"
     results = read_json(path)
+    remedy = f"python -m nanomem.reproduce {command}"
+    if name.endswith("-world"):
+        remedy += " --preset=night"
     if results is None:
-        raise UserError(f"{path} is missing; python -m nanomem.reproduce {name} makes it")
+        raise UserError(f"{path} is missing; {remedy} makes it")
     if not isinstance(results, dict):
-        raise UserError(f"{path} has another form; python -m nanomem.reproduce {name} makes it anew")
+        raise UserError(f"{path} has another form; {remedy} makes it anew")
     table = TABLES[command](results["rows"])
     return f"\n{table}\n{origin(results)}\n"
 

@@ -315,8 +315,10 @@ class Teacher:
         """The file of a task's result; its name has a hash of what decides it."""
         method = dataclasses.asdict(METHODS[name])
         del method["rates"]
-        deciding = [kind, rate, seed, n_facts, method, Path(self.name).name, self.text, WORDINGS, HELD_OUT,
-                    EVALUATED_AT, BATCH_SIZE, COMPUTATION, torch_version()]
+        deciding = [kind, rate, seed, n_facts, method, str(Path(self.name).absolute()), self.text, WORDINGS,
+                    HELD_OUT, EVALUATED_AT, BATCH_SIZE, COMPUTATION, torch_version()]
+        if kind == "rounds":
+            deciding += [ROUNDS, ROUND_FACTS, ROUND_UPDATES]
         digest = hashlib.sha256(json.dumps(deciding).encode()).hexdigest()[:8]
         words = f"{kind}-{name}-{rate:g}-{seed}".replace(",", "").replace(" ", "-")
         return self.results / f"{words}-{digest}.json"

@@ -141,8 +141,9 @@ class Trainer:
         return self.used[run.file_name]["evaluations"]
 
     def saved_results(self) -> list[dict]:
-        """The results of all finished runs."""
-        return [read_json(path) for path in sorted(self.results.glob("*.json"))]
+        """The results of all finished runs, except those from before bits_known was measured."""
+        saved = [read_json(path) for path in sorted(self.results.glob("*.json"))]
+        return [result for result in saved if is_complete(result["metrics"])]
 
     def train_all(self, runs: list[Run], n_done: int) -> dict[Run, dict]:
         """Trains runs and saves their results: {run: result}."""
@@ -247,6 +248,11 @@ class Trainer:
             "machine": f"{', '.join(machines)}; torch {', '.join(versions)}",
             "minutes": round(seconds / 60),
         }
+
+
+def is_complete(metrics: dict | None) -> bool:
+    """Whether a run's last metrics have what tables show; None are those of a run that diverged."""
+    return metrics is None or "bits_known" in metrics or "bits_per_byte" in metrics
 
 
 def settings_as_arguments(config: Config) -> list[str]:
