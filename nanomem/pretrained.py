@@ -42,9 +42,9 @@ def open_model(name: str, device: torch.device, dtype: torch.dtype) -> tuple[nn.
     transformers.logging.disable_progress_bar()
     path, options = name, {}
     if name.lower().endswith(".gguf"):
-        need("gguf")
         if not os.path.isfile(name):
             raise UserError(f"--model={name}: there is no such file")
+        need("gguf")
         path, options = str(Path(name).parent), {"gguf_file": Path(name).name}
     is_here = os.path.exists(path)
     try:
