@@ -336,7 +336,7 @@ def test_every_kernel_a_step_launches_compiles_with_16_byte_loads(target, shapes
     )  # what every GPU of the last years has, AMD's too
     for row in compiled:
         assert row.get("spills", 0) == 0, row
-        # 128 with Triton 3.7; 3.8 gives merge_halves 142 instead of 79.
+        # Triton 3.9 gives merge_halves 79 registers, 3.8 gives it 142.
         assert target != "sm_90" or row["registers"] <= 144, row
         joined = row["kernel"] in ("_embedding_bag_kernel", "_sddmm_kernel") or target != "gfx942"
         is_search = row["kernel"] in ("_merge_halves_kernel", "_spread_weights_kernel")
