@@ -16,6 +16,7 @@ are. pretrained.py has what surrounds it: facts, loss, the loop.
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from nanomem.cli import UserError, check_limits, one_line_errors, parse, safe_streams, setting
 
@@ -62,6 +63,8 @@ class Settings:
             raise UserError("expected --model=NAME, a folder or a .gguf file")
         if not self.data and not self.memory:
             raise UserError("expected --data=facts.jsonl to teach, or --memory=out/facts-memory to ask")
+        if self.data and not Path(self.data).is_file():
+            raise UserError(f"--data={self.data}: there is no such file")
         if not all(layer.strip().isdecimal() for layer in self.layers.split(",")):
             raise UserError(f"--layers must be numbers such as 4,8,12; got {self.layers!r}")
 
@@ -78,7 +81,6 @@ import json
 import os
 import shlex
 import time
-from pathlib import Path
 
 import torch
 import torch.nn as nn

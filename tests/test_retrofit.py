@@ -360,7 +360,7 @@ def test_mistakes_get_one_line(folder, tmp_path, monkeypatch):
         (["--model=someone/some-model", data], "hf download someone/some-model"),
         (["--model=none.gguf", data], "there is no such file"),
         ([f"--model={tmp_path}", data], "can't be opened as a causal language model"),
-        ([f"--model={folder}", "--data=none.jsonl"], "none.jsonl"),
+        ([f"--model={folder}", "--data=none.jsonl"], "--data=none.jsonl: there is no such file"),
         ([f"--model={folder}", f"--memory={tmp_path}"], "there is no memory in"),
         ([f"--model={folder}", "--layers=1", "--n_keys=16", data], "the wordings share no slots"),
     ]
