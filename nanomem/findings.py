@@ -126,7 +126,7 @@ def changed_settings(config: Config) -> list[list[str]]:
 def about(trained: Trained) -> list[list[str]]:
     """[title, text] of the data, the model and its training."""
     saved, model = trained.saved, trained.model
-    config, records = saved.config, read_metrics(trained.folder)
+    config, records = saved.config, run.read_metrics(trained.folder)
     data = config.data
     if trained.data is not None and trained.data.facts:
         data += f": {run.how_many(trained.data.facts)}"
@@ -153,22 +153,9 @@ def about(trained: Trained) -> list[list[str]]:
     return rows
 
 
-def read_metrics(folder: Path) -> list[dict]:
-    """The lines of a run's metrics.jsonl; none for an export."""
-    path, records = folder / "metrics.jsonl", []
-    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
-        try:
-            record = json.loads(line)
-            record["iter"], record["tokens"], record["elapsed_s"]
-        except (ValueError, KeyError, TypeError):  # a line that a kill cut short
-            continue
-        records.append(record)
-    return records
-
-
 def curves(folder: Path) -> list[dict]:
     """A curve for each figure of CURVES that a run has measured: its points [updates, value]."""
-    records, found = read_metrics(folder), []
+    records, found = run.read_metrics(folder), []
     # Of facts without questions or other wordings, "recall" is that of the taught prompts.
     has_questions = any("recall_select" in r or r.get("recall") != r.get("recall_taught") for r in records)
     for key, title in CURVES.items():

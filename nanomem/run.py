@@ -394,6 +394,23 @@ class Metrics:
             self.console.print(f"could not write {self.file.name} ({error})", soft_wrap=True)
 
 
+def read_metrics(folder: Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl; none for an export, or a run that hasn't begun."""
+    try:
+        text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
+    except OSError:
+        return []
+    records = []
+    for line in text.split("\n"):
+        try:
+            record = json.loads(line)
+            record["iter"], record["tokens"], record["elapsed_s"]
+        except (ValueError, KeyError, TypeError):  # a line that a kill cut short
+            continue
+        records.append(record)
+    return records
+
+
 WORTH_SAYING = 0.1  # share of the time waiting for data
 
 

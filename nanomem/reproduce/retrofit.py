@@ -20,6 +20,7 @@ from torch import Tensor
 
 from nanomem import optim, pretrained
 from nanomem.checkpoint import read_json, write_text
+from nanomem.data import file_digest
 from nanomem.facts import people
 from nanomem.pretrained import Statement
 from nanomem.reproduce.runs import commit, machine, torch_version
@@ -315,13 +316,20 @@ class Teacher:
         """The file of a task's result; its name has a hash of what decides it."""
         method = dataclasses.asdict(METHODS[name])
         del method["rates"]
-        deciding = [kind, rate, seed, n_facts, method, str(Path(self.name).absolute()), self.text, WORDINGS,
+        deciding = [kind, rate, seed, n_facts, method, identity(self.name), self.text, WORDINGS,
                     HELD_OUT, EVALUATED_AT, BATCH_SIZE, COMPUTATION, torch_version()]
         if kind == "rounds":
             deciding += [ROUNDS, ROUND_FACTS, ROUND_UPDATES]
         digest = hashlib.sha256(json.dumps(deciding).encode()).hexdigest()[:8]
         words = f"{kind}-{name}-{rate:g}-{seed}".replace(",", "").replace(" ", "-")
         return self.results / f"{words}-{digest}.json"
+
+
+def identity(model: str) -> list[str]:
+    """What tells a model from others, on any machine: its name, or hashes of the files here."""
+    path = Path(model)
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors")) + sorted(path.glob("*.json"))
+    return [file_digest(file) for file in files] or [model]
 
 
 def retrofit(teacher: Teacher, seeds: list[int]) -> tuple[list[dict], set[str]]:

@@ -6,7 +6,6 @@ on any machine, if what decides the result is the same: settings, data, torch's 
 table can grow over several sittings, and a change that computes the same numbers costs no run.
 """
 
-import contextlib
 import dataclasses
 import datetime
 import functools
@@ -30,7 +29,7 @@ from nanomem.cli import UserError
 from nanomem.config import DESCRIBES_DATA, Config, machine
 from nanomem.data import open_data
 from nanomem.reproduce.sizing import flops
-from nanomem.run import DIVERGED
+from nanomem.run import DIVERGED, read_metrics
 
 COMPUTATION = 3  # raise it with any change to what a run computes; results from before no longer count
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -260,15 +259,6 @@ def settings_as_arguments(config: Config) -> list[str]:
     defaults = dataclasses.asdict(Config())
     settings = dataclasses.asdict(config).items()
     return [f"--{name}={value}" for name, value in settings if value != defaults[name]]
-
-
-def read_metrics(folder: Path) -> list[dict]:
-    """The lines of metrics.jsonl so far."""
-    lines = []
-    with contextlib.suppress(OSError, ValueError):  # not there yet, or the last line is being written
-        for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-            lines.append(json.loads(line))
-    return lines
 
 
 @functools.cache
