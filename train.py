@@ -287,6 +287,8 @@ def evaluate(job: run.Job, most: int, progress: Callable[[float], None]) -> tupl
         for kind in ("select", "taught"):
             if kind in recalled:
                 result[f"recall_{kind}"] = recalled[kind]["all"]
+        if "select" in recalled:
+            result["answer_nll_select"] = recalled["select"]["answer_nll"]
     else:
         result["bits_per_byte"] = result["val_loss"] / math.log(2) / data.bytes_per_token
     for weight in usage.weight.values():

@@ -101,13 +101,13 @@ def test_paired_differences_against_a_t_test_by_hand():
     assert found == pytest.approx({"mean": 3, "t": t, "p": 1 - t / (t**2 + 2) ** 0.5, "n": 3})
 
 
-def test_the_search_takes_the_lowest_loss_on_a_seed_that_is_not_reported():
+def test_the_search_takes_the_cheapest_answers_on_a_seed_that_is_not_reported():
     tries = {"memory": sweeps.rated(TINY, [1e-3, 2e-3, 4e-3]), "dense": [TINY.replace(ffn="dense")]}
 
     def train(wanted, if_diverged):
         assert all(run.config.seed == TINY.seed - 1 and run.config.max_iters == 2 for run in wanted)
-        assert if_diverged["val_loss"] == float("inf")
-        return {run.name: {"val_loss": abs(run.config.learning_rate - 2e-3)} for run in wanted}
+        assert if_diverged["answer_nll_select"] == float("inf")
+        return {run.name: {"answer_nll_select": abs(run.config.learning_rate - 2e-3)} for run in wanted}
 
     best = sweeps.search(tries, SimpleNamespace(train=train))
     assert best == {"memory": tries["memory"][1], "dense": tries["dense"][0]}

@@ -47,6 +47,8 @@ def test_metrics(finished):
         "recall_tail",
         "recall_select",
         "recall_taught",
+        "answer_nll",
+        "answer_nll_select",
         "mem_usage",
         "mem_kl",
     ):
