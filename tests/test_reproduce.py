@@ -130,9 +130,9 @@ def test_curves_follow_each_run(tiny, monkeypatch, tmp_path):
     reproduce(monkeypatch, tmp_path, "curves", "--data=world", "--seeds=2")
     rows = json.loads((tmp_path / "curves-world-laptop.json").read_text())["rows"]
     assert [row["model"] for row in rows] == [
-        "dense", "dense, 2x", "mixture of experts", "Memory+", "Memory+, twice as long",
-        "dense, twice as long"]
-    for row, updates in zip(rows, (4, 4, 4, 4, 8, 8)):
+        "dense", "dense, 2x", "mixture of experts", "Memory+", "Memory+, three times as long",
+        "dense, three times as long"]
+    for row, updates in zip(rows, (4, 4, 4, 4, 12, 12)):
         assert row["tokens"] == [step * 4 * 64 for step in range(0, updates + 1, 2)]
         for key in ("recall", "recall_taught", "bits_known"):
             assert [len(curve) for curve in row[f"{key}_curve"]] == [len(row["tokens"])] * 2
@@ -259,7 +259,7 @@ def without_training(trained):
 
     def train(wanted, if_diverged=None):
         trained.update({run.name: run.config for run in wanted if "try" not in run.name})
-        metrics = dict(recall=0.5, recall_taught=0.5, recall_tail=0.5, val_loss=1.0)
+        metrics = dict(recall=0.5, recall_taught=0.5, recall_tail=0.5, val_loss=1.0, answer_nll_select=1.0)
         return {run.name: metrics for run in wanted}
 
     return SimpleNamespace(train=train)

@@ -2,7 +2,7 @@
 The paper's claims, small: trains the models of a table or figure with train.py, and writes it.
 
     python -m nanomem.reproduce table1       dense, dense of twice the FLOPs, mixture of experts and Memory+
-    python -m nanomem.reproduce curves       the same while training, and for twice as long
+    python -m nanomem.reproduce curves       the same while training, and for three times as long
     python -m nanomem.reproduce scaling      from 1k to 1M slots, at equal FLOPs
     python -m nanomem.reproduce layers       one and three memory layers in a deeper model, at equal FLOPs
     python -m nanomem.reproduce ablations    Memory+ with one thing changed at a time
@@ -54,7 +54,7 @@ class Settings:
 
     arguments = f"({' | '.join(NAMES)}) "
     preset: str = setting(
-        "laptop", "laptop: 1,500 people, 2 cores, an hour or two a command; night: 8,500 cities, 2 cores, a "
+        "laptop", "laptop: 1,500 people, 2 cores, an hour or two a command; night: 10,500 cities, 2 cores, a "
         "night or two; gpu: one H100", tuple(PRESETS),
         section="Reproduction")
     data: str = setting("", "what the facts are about; by default what the preset is about", ("", *DATASETS))

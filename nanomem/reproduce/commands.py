@@ -87,11 +87,13 @@ def paired(ours: list[dict], theirs: list[dict], metric: str) -> dict:
 
 
 def curves(base: Config, seeds: list[int], preset: Preset, trainer: Trainer) -> list[dict]:
-    """Recall and bits while training: the models of table1, and Memory+ and dense trained twice as long."""
+    """Recall and bits while training: the models of table1, and Memory+ and dense trained three times as
+    long.
+    """
     models = search(candidates(base), trainer)
     for name in ("Memory+", "dense"):
         config = models[name]
-        models[f"{name}, twice as long"] = config.replace(max_iters=2 * config.max_iters)
+        models[f"{name}, three times as long"] = config.replace(max_iters=3 * config.max_iters)
     results = train_seeds(models, seeds, trainer)
     rows = []
     for name, runs in runs_of(models, seeds).items():
@@ -133,11 +135,10 @@ def scaling(base: Config, seeds: list[int], preset: Preset, trainer: Trainer) ->
 
 
 def layers(base: Config, seeds: list[int], preset: Preset, trainer: Trainer) -> list[dict]:
-    """One and three memory layers in a model of six layers trained on half as many tokens, beside the dense
-    model; and three layers with a table of a third each instead of one that they share. Each has the better
-    of two rates.
+    """One and three memory layers in a model of six layers, beside the dense model; and three layers with a
+    table of a third each instead of one that they share. Each has the better of two rates.
     """
-    six = base.replace(n_layer=6, max_iters=base.max_iters // 2)
+    six = base.replace(n_layer=6)
     three = six.replace(mem_layers="1,3,5")
     apart = three.replace(mem_share_values=False, mem_n_keys=round(three.mem_n_keys / 3**0.5))
     models = {

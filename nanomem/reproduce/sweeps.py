@@ -79,26 +79,29 @@ def named(name: str, config: Config) -> Run:
 
 def candidates(base: Config) -> dict[str, list[Config]]:
     """What is tried for each model of a table, four configs each: rates; for memory also the values' rate and
-    dropped lookups; for dense models more, narrower layers; for the mixture another number of experts per
-    token, or few experts.
+    dropped lookups; for dense models another shape, wider in all parts or deeper; for the mixture another
+    number of experts per token, or few experts.
 
     All have the FLOPs of base or, "dense, 2x", twice as many.
     """
     other_dropout = 0.0 if base.mem_dropout else 0.2
     other_k = 1 if base.moe_k == 2 else 2
-    dense, target = base.replace(ffn="dense"), flops(base)
-    wider = dense_of(base, 2)
-    more_layers = dict(n_layer=base.n_layer + 2, ffn_hidden=1)
+    dense, wider = base.replace(ffn="dense"), dense_of(base, 2)
     moe = base.replace(ffn="moe")
-    rates = [base.learning_rate * factor for factor in (0.5, 1, 2)]
+    rate = base.learning_rate
     return {
-        "dense": [*rated(dense, rates), at_flops(dense.replace(**more_layers), target)],
-        "dense, 2x": [*rated(wider, rates), at_flops(wider.replace(**more_layers), 2 * target)],
-        "mixture of experts": [*rated(moe, rates[:2]), moe.replace(moe_k=other_k),
+        "dense": [*rated(dense, [rate / 2, rate]), dense_of(base, 1), deeper(dense)],
+        "dense, 2x": [*rated(wider, [rate / 4, rate / 2, rate]), deeper(wider)],
+        "mixture of experts": [*rated(moe, [rate / 2, rate]), moe.replace(moe_k=other_k),
                                moe.replace(moe_experts=16)],
-        "Memory+": [*rated(base, rates[1:]), base.replace(mem_lr=2 * base.mem_lr),
+        "Memory+": [*rated(base, [rate, 2 * rate]), base.replace(mem_lr=base.mem_lr / 2),
                     base.replace(mem_dropout=other_dropout)],
     }
+
+
+def deeper(dense: Config) -> Config:
+    """The config with two more layers, and narrower feed-forward layers to make up for them."""
+    return at_flops(dense.replace(n_layer=dense.n_layer + 2, ffn_hidden=1), flops(dense))
 
 
 def rated(config: Config, rates: list[float]) -> list[Config]:
