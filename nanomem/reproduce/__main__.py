@@ -119,7 +119,7 @@ def reproduce(command, settings):
     console = Console(highlight=False, soft_wrap=True)
     trainer = make_trainer(settings, console)
     seeds = list(range(base.seed, base.seed + settings.seeds))
-    rows = commands.COMMANDS[command](base, seeds, preset, trainer)
+    rows = commands.COMMANDS[command](base, seeds, trainer)
 
     name = command
     if base.data in DATASETS and base.data != Config.data:

@@ -48,26 +48,25 @@ def markdown(rows: list[dict]) -> str:
     columns["val loss"] = lambda row: f"{statistics.mean(row['loss']):.3f}"
     if "bits_per_byte" in rows[0]:
         columns["bits per byte, each seed"] = lambda row: ", ".join(f"{x:.3f}" for x in row["bits_per_byte"])
-    if "bits_per_byte" in rows[0] or "recall_equal_time" in rows[0]:
+    if "seconds" in rows[0]:
         columns["learning rate"] = lambda row: f"{row['learning_rate']:g}"
-    if "bits_known" in rows[0] and "seconds" in rows[0]:
+        columns["seconds"] = lambda row: f"{row['seconds']:.0f}"
+    if any("behind_memory" in row for row in rows):
         columns["Memory+ is ahead by"] = ahead_by
-        columns["learning rate"] = lambda row: f"{row['learning_rate']:g}"
-        columns["seconds"] = lambda row: f"{row['seconds']:.0f}"
-    if "recall_equal_time" in rows[0]:
-        columns["seconds"] = lambda row: f"{row['seconds']:.0f}"
-        columns["recall at equal wall-clock, %"] = lambda row: f"{100 * row['recall_equal_time']:.1f}"
     cells = [[text_of(row) for text_of in columns.values()] for row in rows]
     return table(list(columns), cells)
 
 
 def ahead_by(row: dict) -> str:
-    """By how many bits Memory+ is ahead of a row, with the t-test over seeds."""
+    """How far Memory+ is ahead of a row, in thousand bits or bits per byte, with the t-test over seeds."""
     if "behind_memory" not in row:
         return ""
     test = row["behind_memory"]
+    sign = 1 if "bits_known" in row else -1  # of bits per byte, fewer are better
+    scale, digits = (1000, 1) if "bits_known" in row else (1, 3)
+    ahead = f"{sign * test['mean'] / scale:.{digits}f}"
     p = f"p = {test['p']:.1g}" if test["p"] >= 1e-4 else "p < 0.0001"
-    return f"{test['mean'] / 1000:.1f} (t = {test['t']:.1f}, {p}, n = {test['n']})"
+    return f"{ahead} (t = {sign * test['t']:.1f}, {p}, n = {test['n']})"
 
 
 def table(header: list[str], cells: list[list[str]]) -> str:
@@ -278,9 +277,6 @@ def draw_models(rows):
             is_first = place == 0
             axis.plot(row[key], [place] * len(row[key]), "k.", markersize=4,
                       label="each seed" if is_first else None)
-            if key == "recall" and "recall_equal_time" in row:
-                axis.plot(row["recall_equal_time"], place, "wD", markeredgecolor="black", markersize=5,
-                          label="one run, trained for as long as Memory+" if is_first else None)
     axes[0][0].set_yticks(places, [row["model"] for row in rows])
     axes[0][0].invert_yaxis()
     handles, labels = axes[0][0].get_legend_handles_labels()
