@@ -214,7 +214,7 @@ def memory_read(values: Tensor, indices: Tensor, weights: Tensor, sparse_grad: b
     values (n_slots, v_dim), indices (n, lookups) int64, weights (n, lookups) of one dtype -> (n, v_dim).
     sparse_grad: make the gradient of values a sparse tensor of the rows that were read, whose cost does not
     grow with n_slots (off by default, as in F.embedding). The kernels make a dense one all the same if there
-    are about as many lookups as slots. Raises ValueError for shapes that don't fit.
+    are at least half as many lookups as slots. Raises ValueError for shapes that don't fit.
     """
     return embedding_bag(values, indices, weights)
 

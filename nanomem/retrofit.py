@@ -31,7 +31,7 @@ class Settings:
     memory: str = setting("", "folder of the memory; by default out/NAME-memory, NAME being that of the data",
                           path=True)
     start: str = setting("", "a prompt to answer; without it, each line of the input, or a dialogue")
-    text: str = setting("", "a text to measure the loss on; by default a short one that comes along",
+    text: str = setting("", "a text to measure the loss on; by default a short built-in one",
                         path=True)
     max_new_tokens: int = setting(40, "tokens of an answer at most", least=1)
 

@@ -63,7 +63,7 @@ class Settings:
     seeds: int = setting(3, "runs of each model")
     model: str = setting("", "the pretrained model of retrofit: a name, a folder or a .gguf file")
     held_out: str = setting(
-        "", "a text on which retrofit measures the loss; by default a short one that comes along", path=True)
+        "", "a text on which retrofit measures the loss; by default a short built-in one", path=True)
     run: str = setting("out/people-memory", "folder of the trained model that slots looks into", path=True)
     out_dir: str = setting("out/reproduce", "folder for checkpoints and logs of the runs", path=True)
     runs: str = setting("assets/runs", "folder for the results of finished runs", path=True)
@@ -203,7 +203,7 @@ def measure_retrofit(settings):
         "machine": f"{runs.machine()}; torch {runs.torch_version()}",
         "seeds": seeds,
         "minutes": 0,
-        "text": Path(settings.held_out).name or "the one that comes along",
+        "text": Path(settings.held_out).name or "the built-in one",
         "rows": rows,
     }
     assets = Path(settings.assets)
