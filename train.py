@@ -91,7 +91,11 @@ def set_up(given: dict, console: Console) -> run.Job:
     if header:
         job.step, job.position, job.elapsed = header["iteration"], header["position"], header["elapsed_s"]
         job.saved_step = job.step
-        job.counts = teaching.count_before(checkpoint.read_counts(folder), model, optimizers, job.step)
+        counts = checkpoint.read_counts(folder)
+        if counts:  # a model that was saved without any is taught without
+            job.counts = teaching.count_before(counts, model, optimizers, job.step)
+        else:
+            job.counts = None
         job.ended = header.get("ended", False) and not given.keys() & {"max_iters", "stop_at"}
     with sharding.together():
         if config.init_from:
@@ -102,8 +106,8 @@ def set_up(given: dict, console: Console) -> run.Job:
 
 
 def wrap(job: run.Job):
-    """(the model as the loop calls it: parallel, compiled; its DistributedDataParallel, None in one
-    process)
+    """(the model to call in the loop: data parallel and compiled if asked for; its DistributedDataParallel,
+    None in one process or if only tables are trained)
     """
     parallel = sharding.data_parallel(job.model) if job.mesh else None
     forward = parallel or job.model
@@ -176,12 +180,12 @@ def backward(job, forward, parallel, passes):
     counts = [job.count_targets(y) for _, y in passes]
     (all_targets,) = sharding.total(sum(counts))  # of all passes, in all processes
     losses = []
-    observing = observe_lookups(job.model, job.top_slots) if job.top_slots else contextlib.nullcontext()
-    with observing:
+    with observe_lookups(job.model, job.top_slots):
         for number, (x, y), count in zip(job.batches, passes, counts):
-            is_last = y is passes[-1][1]
             number_tokens(job, number)
-            with parallel.no_sync() if parallel and not is_last else contextlib.nullcontext():
+            # Gradients are added up over the processes after the last pass.
+            waits = parallel and number != job.batches[-1]
+            with parallel.no_sync() if waits else contextlib.nullcontext():
                 with job.autocast:
                     loss = forward(*job.mine(x, y))[1] * (count / max(1, all_targets))
                 loss.backward()
@@ -190,7 +194,7 @@ def backward(job, forward, parallel, passes):
 
 
 def number_tokens(job, batch_number):
-    """Tells the memory layers the number of the next pass's first token: mem_dropout goes by it."""
+    """Gives memory layers the number of the next pass's first token, which decides what mem_dropout drops."""
     config = job.config
     if not config.mem_dropout:
         return
@@ -203,7 +207,7 @@ def number_tokens(job, batch_number):
 
 @functools.cache
 def numbers_from(seed, layer_number):
-    """Where a layer begins to number tokens: different for each layer and seed, so that their masks are."""
+    """The number of a layer's first token: different for each layer and seed, so that their masks differ."""
     return int(random_stream(seed, DROPOUT, layer_number).integers(2**32))
 
 
@@ -221,7 +225,7 @@ def check(job, losses, norms, interrupt):
     """Stops the run if an update's loss or a gradient's norm isn't finite. Returns the loss, and whether an
     interrupt was requested.
     """
-    numbers = torch.stack([*losses, *norms]).tolist()  # the only time in an update that a GPU is waited for
+    numbers = torch.stack([*losses, *norms]).tolist()  # the only wait for the GPU in an update
     train_loss, interrupted = sharding.total(sum(numbers[:-2]), interrupt.requested)
     run.stop_unless_finite(train_loss, "the loss", job.step + 1, job.out_dir)
     for norm in numbers[-2:]:

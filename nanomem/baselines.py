@@ -93,7 +93,7 @@ class MixtureOfExperts(nn.Module):
         return 2 * self.router.weight.numel() + self.k * self.experts.flops_per_token()
 
 
-class Experts(FeedForward):
+class Experts(FeedForward):  # so that GPT._init_weights finds its projections
     """SwiGLU layers of one shape, each for some of the tokens: W_down (silu(W_gate x) * W_up x)."""
 
     def __init__(self, dim: int, n_experts: int, hidden: int):

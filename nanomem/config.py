@@ -50,7 +50,7 @@ class ModelSettings:
     mem_gated: bool = setting(True, "multiply what was read by silu(W_gate x)")
     mem_qk_norm: bool = setting(True, "normalise both halves of queries and keys")
     mem_dropout: float = setting(
-        0.2, "share of a token's lookups dropped while training", least=0, below=1)
+        0.2, "share of a memory layer's lookups dropped while training", least=0, below=1)
     mem_share_values: bool = setting(True, "use one table of values for all memory layers")
     mem_dtype: str = setting(
         "float32", "dtype of the values; bfloat16 halves the memory, and updates are rounded stochastically",

@@ -18,8 +18,8 @@ Here follow:
     memory_read         the weighted sum of the chosen values, and its gradients
     MemoryTable         the values; several layers may share one table
 lookups = heads * knn is the number of rows read per token, counting a row again if several heads choose it.
-Gradients are written out: autograd's would gather all (n, lookups, v_dim) values read, and make a gradient as
-large as the table. The decorators of ops.py make ours known to it. On a GPU, kernels.py computes the same.
+The gradients are written out: autograd would gather all (n, lookups, v_dim) values read, and make a gradient
+as large as the table. ops.py's decorators register ours. On a GPU, kernels.py computes the same.
 """
 
 import functools
@@ -170,8 +170,9 @@ def candidate_pairs(knn: int, device: torch.device) -> tuple[Tensor, Tensor]:
 @product_key_topk.register_gradient
 def search_gradient(
         grad_scores: Tensor, queries: Tensor, keys: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-    """dq[t, h, p] = sum over l of dscores[t, h, l] keys[h, p, c(l)], where slot l has the half key c(l), and
-    dkeys[h, p, i] = sum over (t, l) with c(l) = i of dscores[t, h, l] q[t, h, p], in each half p.
+    """dq[t, h, p] = sum over l of dscores[t, h, l] keys[h, p, c(l)] and
+    dkeys[h, p, i] = sum over (t, l) with c(l) = i of dscores[t, h, l] q[t, h, p],
+    where c(l) is the number of half key p of the l-th slot chosen.
     """
     (n, heads, _, half_dim), n_keys, knn = queries.shape, keys.shape[2], grad_scores.shape[-1]
     chosen = torch.stack([slots // n_keys, slots % n_keys], dim=2)           # (n, heads, 2, knn)

@@ -23,16 +23,14 @@ from nanomem.ops import Linear
 
 
 def rope_tables(length: int, dim: int, device=None, base: float = 10000.0) -> tuple[Tensor, Tensor]:
-    """The cosines and sines of rotary positions (Su et al. 2021) for `rotate`: two (length, dim)
-    tensors.
-    """
+    """The cosines and sines of rotary positions (Su et al. 2021): two (length, dim) tensors."""
     frequencies = base ** -(torch.arange(0, dim, 2, device=device).float() / dim)
     angles = torch.outer(torch.arange(length, device=device).float(), frequencies)
     return torch.cat((angles.cos(), angles.cos()), dim=-1), torch.cat((-angles.sin(), angles.sin()), dim=-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates each pair (x[i], x[i + dim/2]) by its position's angle: x (batch, time, any, head, dim)."""
+    """Rotates each pair (x[i], x[i + dim/2]) by its position's angle: x (batch, time, 2, head, dim)."""
     return x * cos[:, None, None] + x.roll(x.shape[-1] // 2, -1) * sin[:, None, None]
 
 
@@ -46,9 +44,7 @@ class Attention(nn.Module):
         self.out_proj = Linear(config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: list | None = None) -> Tensor:
-        """(batch, time, n_embd) -> the same. cache: the keys and values of the tokens before, extended in
-        place.
-        """
+        """(batch, time, n_embd) -> the same. cache: earlier tokens' keys and values, extended in place."""
         B, T, C = x.shape
         qkv = self.qkv_proj(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k = rotate(qkv[:, :, :2], cos, sin).transpose(1, 3).unbind(2)  # (batch, head, time, dim) each
@@ -131,9 +127,7 @@ class GPT(nn.Module):
         self._init_weights()
 
     def reset_parameters(self):
-        """Restores what no submodule owns, and `to_empty` undoes: the tied weight and the tables of
-        RoPE.
-        """
+        """Restores what `to_empty` undoes and no submodule owns: the tied weight and RoPE's tables."""
         self.lm_head.weight = self.embedding.weight
         self._make_rope_tables(self.embedding.weight.device)
 
@@ -237,8 +231,7 @@ class GPT(nn.Module):
         return {i: layer for i, layer in layers.items() if isinstance(layer, ProductKeyMemory)}
 
     def count_parameters(self) -> tuple[int, int]:
-        """(parameters that every token uses, parameters in memory tables and experts, of which a token uses
-        few).
+        """(parameters that every token uses, parameters in tables and experts, of which it uses few).
 
         Each is counted once, and tables are counted whole, even if several processes hold them.
         """
@@ -258,9 +251,7 @@ class GPT(nn.Module):
         return flops, sum(self.count_parameters()) / sum(memory.count_parameters())
 
     def flops_per_token(self) -> int:
-        """FLOPs of the forward pass for one token of a full block, 2 per multiply-add. Training takes three
-        times that.
-        """
+        """Forward FLOPs for a token of a full block, 2 per multiply-add. Training takes 3 times that."""
         in_blocks = sum(b.attention.flops_per_token() + b.ffn.flops_per_token() for b in self.blocks)
         return 2 * self.lm_head.weight.numel() + in_blocks
 
@@ -283,7 +274,7 @@ def choose(logits: Tensor, temperature: float = 1.0, top_k: int | None = None, t
         return logits.argmax(-1, keepdim=True)
     logits, tokens = logits.topk(min(top_k or logits.shape[-1], logits.shape[-1]))
     p = F.softmax(logits / temperature, dim=-1)
-    p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0.0)  # the likeliest stays, whatever top_p is
+    p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0.0)  # the likeliest stays: top_p is above 0
     return tokens.gather(-1, torch.multinomial(p, 1, generator=generator))
 
 
@@ -311,7 +302,7 @@ def sized(config: GPTConfig) -> GPTConfig:
     per token of the memory model with the same settings: their own layers as far as possible, the
     feed-forward layers beside them the rest.
     """
-    kind, llama = KINDS[config.ffn], max(8, 8 * round(config.n_embd / 3))
+    kind, llama = KINDS[config.ffn], llama_width(config.n_embd)
     if config.ffn == "memory" or (config.ffn == "dense" and config.ffn_hidden):
         return config.replace(ffn_hidden=config.ffn_hidden or llama)
     n_of_kind = len(config.memory_layer_numbers())
@@ -325,9 +316,15 @@ def sized(config: GPTConfig) -> GPTConfig:
             config = kind.size(config, flops_each, params_each)
         layers = feed_forwards(config.replace(ffn_hidden=llama))
     ordinary = [layer for layer in layers if isinstance(layer, FeedForward)]
-    left = flops - count(layers)[0] + count(ordinary)[0]
+    others = [layer for layer in layers if not isinstance(layer, FeedForward)]
+    left = flops - count(others)[0]  # for the ordinary ones
     hidden = width(config.n_embd, left / len(ordinary)) if ordinary else llama
     return config.replace(ffn_hidden=config.ffn_hidden or hidden)
+
+
+def llama_width(n_embd: int) -> int:
+    """The width of Llama's feed-forward layers: about 8/3 n_embd, a multiple of 8."""
+    return max(8, 8 * round(n_embd / 3))
 
 
 def count(layers: list[nn.Module]) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """
 A memory layer in its plainest form: score every slot, keep the best k, sum their values.
 
-Its cost grows with the number of slots. memory.py computes the same from the square root of as many scores.
+Its cost grows with the number of slots. memory.py computes the same from 2 sqrt(N) scores.
 """
 
 import torch

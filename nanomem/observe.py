@@ -17,8 +17,11 @@ def observe_lookups(model: torch.nn.Module, observer):
     """While open, each memory layer of the model calls observer(layer, indices, weights) in each forward
     pass.
 
-    indices and weights are (n, heads, knn), for the n tokens of the pass.
+    indices and weights are (n, heads, knn), for the n tokens of the pass. Without an observer, does nothing.
     """
+    if observer is None:
+        yield
+        return
     layers = [module for module in model.modules() if hasattr(module, "observer")]
     for layer in layers:
         layer.observer = functools.partial(observer, layer)

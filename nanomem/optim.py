@@ -41,17 +41,17 @@ def coalesce_gradient_(
     process of process_group, or all rows where the Triton kernels compute.
     """
     grad = values.grad
-    if not grad.is_sparse and use_kernels(values):  # to count the others would be to wait for the GPU
-        return torch.arange(len(grad), device=grad.device), grad
     if not grad.is_sparse:
+        if use_kernels(values):  # to look for rows of zeros would mean waiting for the GPU
+            return torch.arange(len(grad), device=grad.device), grad
         touched = grad.any(dim=1).int()
         if process_group is not None:
             dist.all_reduce(touched, dist.ReduceOp.MAX, group=process_group)
         rows = touched.nonzero().squeeze(1)
         return rows, grad[rows]
     rows, grads = grad._indices()[0], grad._values()
-    # Rows repeat if several layers or accumulated batches read them. Where the kernels compute, looking
-    # whether they do would mean waiting for the GPU.
+    # Rows repeat if several layers or accumulated batches read them. On a GPU, looking whether they do would
+    # mean waiting for it.
     if not is_distinct(grad) and (use_kernels(values) or not (rows[1:] > rows[:-1]).all()):
         rows, grads = segment_sum(rows[:, None], grads.new_ones(len(rows), 1), grads, len(values))
         values.grad = sparse_rows(rows, grads, values.shape)
@@ -263,12 +263,15 @@ def clip_gradients(model: nn.Module, max_norm: float,
         dist.all_reduce(squares, group=process_group)
     table_norm = squares.sqrt()
     scale = torch.where(table_norm > max_norm, max_norm / (table_norm + 1e-6), 1.0)
-    row_adams = {values: optimizer for optimizer in optimizers if isinstance(optimizer, RowAdam)
-                 for param_group in optimizer.param_groups for values in param_group["params"]}
+    row_adams = {}  # values -> the RowAdam that updates them
+    for optimizer in optimizers:
+        if isinstance(optimizer, RowAdam):
+            for param_group in optimizer.param_groups:
+                row_adams |= dict.fromkeys(param_group["params"], optimizer)
     for table, grad in zip(tables, grads):
         if table.values in row_adams and use_kernels(grad):
             row_adams[table.values].grad_scale[table.values] = scale
-        elif grad.device.type != "cpu" or scale != 1:  # a GPU would have to be waited for to know that
+        elif grad.device.type != "cpu" or scale != 1:  # on a GPU, checking would mean waiting
             grad.mul_(scale)
     return core_norm, table_norm
 

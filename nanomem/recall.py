@@ -84,7 +84,7 @@ def measure(
 
         "answer_nll": the mean surprise of an answer, in nats
         "bits_known": see `bits_known`
-        "bits": the most that could be
+        "bits": the maximum
 
     select and report use questions about pairs that training never asked about, or report uses the wordings
     of facts.held_out; taught uses statements, about all pairs. A kind without pairs is left out. Every call

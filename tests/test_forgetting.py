@@ -1,4 +1,6 @@
 import dataclasses
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -6,10 +8,12 @@ import runs
 import torch
 from rich.console import Console
 
+from nanomem.cli import UserError
 from nanomem.config import GPTConfig
 from nanomem.model import GPT
 from nanomem.reproduce import figures, forgetting
-from nanomem.reproduce.forgetting import METHODS, best_rate, kept_at, lesson, new_people, rounds
+from nanomem.reproduce.forgetting import METHODS, kept_at, lesson, new_people, rounds, share_lost
+from nanomem.reproduce.lessons import best_rate
 from nanomem.reproduce.lora import LoRALinear, add_lora
 
 
@@ -39,8 +43,9 @@ def test_kept_is_read_off_where_enough_is_first_known():
 
 def test_the_best_rate_keeps_most_where_it_reaches_enough_or_else_learns_most():
     reaching = {1: curve((0.95, 0.5)), 2: curve((0.5, 1.0), (0.9, 0.8)), 3: curve((0.8, 1.0))}
-    assert best_rate(reaching) == 2
-    assert best_rate({1: curve((0.5, 0.1)), 2: curve((0.3, 0.9), (0.4, 0.8))}) == 1
+    assert best_rate(reaching, "new", share_lost) == 2
+    short = {1: curve((0.5, 0.1)), 2: curve((0.3, 0.9), (0.4, 0.8))}
+    assert best_rate(short, "new", share_lost) == 1
 
 
 def test_lora_starts_unchanged_and_changes_only_its_matrices():
@@ -88,7 +93,8 @@ def test_rounds_teach_other_people_each_time(base, short):
     found = rounds(base, METHODS["values"], 1e-2, people_seed=1)
     assert len(found["first"]) == len(found["at_end"]) == 2 and len(found["old"]) == 3
     student = forgetting.Student(base, METHODS["values"], 1e-2)
-    sets = [new_people(student.config, student.encoding, seed, tuple(range(1, seed))) for seed in (1, 2, 3)]
+    encoding = student.data.encoding
+    sets = [new_people(student.config, encoding, seed, tuple(range(1, seed))) for seed in (1, 2, 3)]
     names = [set(data.facts.entities) for data in [student.data, *sets]]
     assert sum(map(len, names)) == len(set().union(*names)) == 20
 
@@ -116,11 +122,28 @@ def test_rows_become_a_table_and_a_figure(tmp_path, monkeypatch):
 
     monkeypatch.setattr(forgetting, "run_all", run_all)
     models = {"memory": [("a", "1"), ("b", "2")], "dense": [("c", "3"), ("d", "4")]}
-    rows, commits = forgetting.forgetting(models, [1, 2], tmp_path, 1, Console(quiet=True))
-    assert commits == {"abc"}
+    rows, results = forgetting.forgetting(models, [1, 2], tmp_path, 1, Console(quiet=True))
+    tries = sum(len(method.rates) for method in METHODS.values())
+    assert len(results) == tries + 2 * len(METHODS) + 2 * len(forgetting.IN_ROUNDS)
     assert [row["model"] for row in rows] == list(METHODS)
     assert [row["rate"] for row in rows] == [max(method.rates) for method in METHODS.values()]
     assert np.allclose(rows[1]["kept"], 1 - 0.8 * (0.5 - rows[1]["rate"] / 10))
     assert "| everything |" in figures.forgetting_table(rows)
     figures.draw("forgetting", rows, tmp_path / "forgetting.png")
     assert (tmp_path / "forgetting.png").stat().st_size > 10_000
+
+
+def test_a_task_that_fails_stops_the_rest(tmp_path, monkeypatch):
+    begun = []
+
+    def run_saved(task, results):
+        begun.append(task)
+        time.sleep(0.02)
+        if task == 0:
+            raise UserError("no such model")
+
+    monkeypatch.setattr(forgetting, "run_saved", run_saved)
+    monkeypatch.setattr(forgetting, "ProcessPoolExecutor", lambda n, mp_context: ThreadPoolExecutor(n))
+    with pytest.raises(UserError, match="no such model"):
+        forgetting.run_all(range(100), tmp_path, 1, Console(quiet=True))
+    assert len(begun) < 50

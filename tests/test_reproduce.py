@@ -229,16 +229,6 @@ def test_a_result_from_before_a_setting_existed_counts_at_its_default():
     assert not Run("a", TINY).is_result(saved)
 
 
-def test_results_from_before_bits_were_counted_are_not_used(tmp_path):
-    trainer = trainer_in(tmp_path)
-    trainer.results.mkdir()
-    found = {"old": {"recall": 0.5}, "new": {"bits_known": 7.0}, "text": {"bits_per_byte": 2.0},
-             "diverged": None}
-    for name, metrics in found.items():
-        (trainer.results / f"{name}.json").write_text(json.dumps({"name": name, "metrics": metrics}))
-    assert {result["name"] for result in trainer.saved_results()} == {"new", "text", "diverged"}
-
-
 def test_a_text_that_changed_is_trained_on_again(tmp_path):
     book = tmp_path / "book.txt"
     config = Config(data=str(book))

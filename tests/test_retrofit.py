@@ -456,14 +456,14 @@ def test_reproduce_retrofit(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(reproduce, "KNOWN_BEFORE", (("A", "b"), ("C", "d")))
     teacher = reproduce.Teacher(
         str(folder), "Some other text." * 9, tmp_path / "retrofit", Console(quiet=True))
-    rows, _ = reproduce.retrofit(teacher, seeds=[1])
+    rows = reproduce.retrofit(teacher, seeds=[1])
     assert [row["model"] for row in rows] == list(methods)
     assert len(rows[0]["curves"][0]) == 2 and len(rows[0]["rounds_first"][0]) == 2
-    assert len(list((tmp_path / "retrofit").iterdir())) == 4 + 3 + 2
+    assert len(list((tmp_path / "retrofit").iterdir())) == len(teacher.used) == 4 + 3 + 2
     assert "| LoRA | 0.001 | never |" in figures.retrofit_table(rows)
     figures.draw("retrofit", rows, tmp_path / "retrofit.png")
     teacher.opened = "not needed: all runs are finished"
-    assert reproduce.retrofit(teacher, seeds=[1])[0] == rows
+    assert reproduce.retrofit(teacher, seeds=[1]) == rows
     whole = {"taught": 0.9, "held_out": 0.2, "loss": 0.1}, {"taught": 1.0, "held_out": 0.4, "loss": 0.3}
     assert reproduce.at_enough(whole, "loss") == pytest.approx(0.2)
     assert reproduce.at_enough(whole[:1], "loss") is None

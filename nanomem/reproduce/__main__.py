@@ -6,7 +6,7 @@ The paper's claims, small: trains the models of a table or figure with train.py,
     python -m nanomem.reproduce scaling      from 1k to 1M slots, at equal FLOPs
     python -m nanomem.reproduce layers       one and three memory layers in a deeper model, at equal FLOPs
     python -m nanomem.reproduce ablations    Memory+ with one thing changed at a time
-    python -m nanomem.reproduce text         dense, mixture and Memory+ on text (--text=data/wikitext-103)
+    python -m nanomem.reproduce text         the four models of table1 on text (--text=data/wikitext-103)
     python -m nanomem.reproduce forgetting   what is forgotten while a model is taught new facts, by method
     python -m nanomem.reproduce retrofit     facts taught to a pretrained model (--model=NAME), by method
     python -m nanomem.reproduce slots        which slots facts use in a model (--run=out/people-memory)
@@ -107,7 +107,7 @@ def reproduce(command, settings):
     from rich.console import Console
 
     from nanomem.data import open_data
-    from nanomem.reproduce import commands, figures
+    from nanomem.reproduce import commands
 
     preset = PRESETS[settings.preset]
     recipe, data = preset.recipe, settings.data
@@ -124,45 +124,38 @@ def reproduce(command, settings):
     name = command
     if base.data in DATASETS and base.data != Config.data:
         name += f"-{base.data}"
-    if command != "text" and (settings.preset, base.data) not in SHOWN or settings.preset == "gpu":
+    is_shown = (settings.preset, base.data) in SHOWN
+    if command == "text":
+        is_shown = settings.preset != "gpu"
+    if not is_shown:
         name += f"-{settings.preset}"
     about = {"command": command_line(command, settings)} | trainer.provenance()
-    results = about | {"seeds": seeds, "rows": rows}
-    assets = Path(settings.assets)
-    save(results, assets / f"{name}.json")
-    if command in figures.DRAWN:
-        figures.draw(command, rows, assets / f"{name}.png")
-    console.print(figures.markdown(rows))
-    if assets == Path(Settings.assets):
-        console.print("python -m nanomem.reproduce page puts it into docs/results.md")
+    write(name, about | {"seeds": seeds, "rows": rows}, settings)
 
 
 def measure_forgetting(settings):
     """Trains the models to teach, teaches them by each method, and writes a table and a figure."""
     from rich.console import Console
 
-    from nanomem.reproduce import figures, forgetting
+    from nanomem.reproduce import forgetting, runs
     from nanomem.reproduce.commands import runs_of
     from nanomem.reproduce.sizing import dense_of
 
     base = Config(**read_recipe(Config, cli.shipped("configs") / "laptop.toml"))
-    dense = dense_of(base, 4).replace(learning_rate=4e-3, min_lr=4e-4)  # the best of five for 1,500 people
+    wider = dense_of(base, 4).replace(learning_rate=4e-3, min_lr=4e-4)  # the best of five for 1,500 people
     console = Console(highlight=False, soft_wrap=True)
     trainer = make_trainer(settings, console)
     seeds = list(range(base.seed, base.seed + settings.seeds))
-    memory, dense = runs_of({"Memory+": base, "dense, 4x": dense}, seeds).values()
+    memory, dense = runs_of({"Memory+": base, "dense, 4x": wider}, seeds).values()
     trainer.train(memory, with_checkpoints=True)
     trainer.train(dense, with_checkpoints=True)
     trained = {"memory": [(run.name, trainer.folder(run)) for run in memory],
                "dense": [(run.name, trainer.folder(run)) for run in dense]}
     taught = Path(settings.runs).with_name("teaching")
-    rows, commits = forgetting.forgetting(trained, seeds, taught, trainer.workers, console)
+    rows, lessons = forgetting.forgetting(trained, seeds, taught, trainer.workers, console)
     results = {"command": command_line("forgetting", settings)} | trainer.provenance()
-    results |= {"commit": ", ".join(sorted(commits)), "seeds": seeds, "rows": rows}
-    assets = Path(settings.assets)
-    save(results, assets / "forgetting.json")
-    figures.draw("forgetting", rows, assets / "forgetting.png")
-    console.print(figures.forgetting_table(rows))
+    results |= runs.origin([*trainer.used.values(), *lessons]) | {"seeds": seeds, "rows": rows}
+    write("forgetting", results, settings)
 
 
 def shown(name: str) -> str:
@@ -184,7 +177,7 @@ def measure_retrofit(settings):
 
     from nanomem.facts import read_text
     from nanomem.prose import TEXT
-    from nanomem.reproduce import figures, retrofit, runs
+    from nanomem.reproduce import retrofit, runs
 
     if not settings.model:
         raise UserError("retrofit needs --model: the name of a pretrained model, a folder or a .gguf file")
@@ -193,23 +186,32 @@ def measure_retrofit(settings):
     finished = Path(settings.runs).with_name("retrofit")
     teacher = retrofit.Teacher(settings.model, text, finished, console)
     seeds = list(range(Config.seed, Config.seed + settings.seeds))
-    rows, commits = retrofit.retrofit(teacher, seeds)
+    rows = retrofit.retrofit(teacher, seeds)
     command = f"{command_line('retrofit', settings)} --model={shown(settings.model)}"
     if settings.held_out:
         command += f" --held_out={shown(settings.held_out)}"
     results = {
         "command": command,
-        "commit": ", ".join(sorted(commits)),
-        "machine": f"{runs.machine()}; torch {runs.torch_version()}",
+        **runs.origin(teacher.used),
         "seeds": seeds,
         "minutes": 0,
         "text": Path(settings.held_out).name or "the built-in one",
         "rows": rows,
     }
-    assets = Path(settings.assets)
-    save(results, assets / "retrofit.json")
-    figures.draw("retrofit", rows, assets / "retrofit.png")
-    console.print(figures.retrofit_table(rows))
+    write("retrofit", results, settings)
+
+
+def write(name, results, settings):
+    """Saves results, draws their figure and prints their table."""
+    from nanomem.reproduce import figures, page
+
+    command, assets = name.partition("-")[0], Path(settings.assets)
+    save(results, assets / f"{name}.json")
+    if command in figures.DRAWN:
+        figures.draw(command, results["rows"], assets / f"{name}.png")
+    print(page.TABLES[command](results["rows"]))
+    if assets == Path(Settings.assets):
+        print("python -m nanomem.reproduce page puts it into the pages that show it")
 
 
 def save(results, path):
@@ -223,7 +225,7 @@ def save(results, path):
 
 def look_into_slots(settings):
     """Measures what a trained model's memory reads, and writes a figure."""
-    from nanomem.reproduce import figures, runs
+    from nanomem.reproduce import runs
     from nanomem.reproduce.slots import slots
 
     rows, iteration = slots(settings.run)
@@ -236,10 +238,7 @@ def look_into_slots(settings):
         "updates": iteration,
         "rows": rows,
     }
-    assets = Path(settings.assets)
-    save(results, assets / "slots.json")
-    figures.draw("slots", rows, assets / "slots.png")
-    print(figures.slots_table(rows))
+    write("slots", results, settings)
 
 
 def write_pages(assets):

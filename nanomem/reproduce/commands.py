@@ -5,6 +5,7 @@ was measured is a list with a number for each seed.
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import statistics
 
@@ -22,7 +23,8 @@ from nanomem.reproduce.sweeps import candidates, named, rated, search
 def train_seeds(models: dict[str, Config], seeds: list[int], trainer: Trainer) -> dict[str, list[dict]]:
     """{name: the last metrics of its runs, one for each seed}."""
     runs = runs_of(models, seeds)
-    metrics = trainer.train([runs[name][i] for i in range(len(seeds)) for name in models])
+    by_seed = zip(*runs.values())
+    metrics = trainer.train(list(itertools.chain(*by_seed)))
     return {name: [metrics[run.name] for run in runs[name]] for name in models}
 
 
@@ -48,9 +50,12 @@ def describe(name: str, config: Config) -> dict:
 
 
 def measured(runs: list[dict], **metrics: str) -> dict:
-    """The columns of a model's runs: measured(runs, column=metric). Without those that a run doesn't have."""
-    return {column: [run[metric] for run in runs]
-            for column, metric in metrics.items() if all(metric in run for run in runs)}
+    """The columns of a model's runs: measured(runs, column=metric). Leaves out metrics that any run lacks."""
+    found = {}
+    for column, metric in metrics.items():
+        if all(metric in run for run in runs):
+            found[column] = [run[metric] for run in runs]
+    return found
 
 
 RECALL = dict(recall="recall", recall_taught="recall_taught", answer_nll="answer_nll",
@@ -162,7 +167,8 @@ def layers(base: Config, seeds: list[int], trainer: Trainer) -> list[dict]:
         "three, a table of a third each": apart,
     }
     rates = [base.learning_rate / 2, base.learning_rate]
-    tries = {name: rated(at_flops(config, flops(three)), rates) for name, config in models.items()}
+    target = flops(three)
+    tries = {name: rated(at_flops(config, target), rates) for name, config in models.items()}
     models = search(tries, trainer, COST_OF_ANSWERS)
     results = train_seeds(models, seeds, trainer)
     return [describe(name, config) | measured(results[name], **RECALL) for name, config in models.items()]
@@ -170,10 +176,10 @@ def layers(base: Config, seeds: list[int], trainer: Trainer) -> list[dict]:
 
 def ablations(base: Config, seeds: list[int], trainer: Trainer) -> list[dict]:
     """Memory+ with one thing changed at a time, at its FLOPs if a feed-forward width can make up for it."""
-    models = {"Memory+": base}
-    unchanged = at_flops(base, flops(base))
+    models, target = {"Memory+": base}, flops(base)
+    unchanged = at_flops(base, target)
     for name, change in ablation_changes(base).items():
-        config = at_flops_if_possible(base.replace(**change), flops(base))
+        config = at_flops_if_possible(base.replace(**change), target)
         if config != unchanged:
             models[name] = config
     results = train_seeds(models, seeds, trainer)
@@ -184,8 +190,8 @@ def ablation_changes(base: Config) -> dict[str, dict]:
     """{name: the settings that it changes}."""
     heads, knn = base.mem_heads, base.mem_knn
     k_dim, v_dim = base.mem_k_dim or base.n_embd, base.mem_v_dim or base.n_embd
-    layers, last = base.memory_layer_numbers(), base.n_layer - 1
-    several = layers if len(layers) > 1 else [last - 1, last]
+    numbers, last = base.memory_layer_numbers(), base.n_layer - 1
+    several = numbers if len(numbers) > 1 else [last - 1, last]
     several_text = ",".join(map(str, several))
     all_text = ",".join(map(str, range(base.n_layer)))
 

@@ -65,7 +65,7 @@ def ahead_by(row: dict) -> str:
     sign = 1 if "bits_known" in row else -1  # of bits per byte, fewer are better
     scale, digits = (1000, 1) if "bits_known" in row else (1, 3)
     ahead = f"{sign * test['mean'] / scale:.{digits}f}"
-    p = f"p = {test['p']:.1g}" if test["p"] >= 1e-4 else "p < 0.0001"
+    p = "p < 0.0001" if test["p"] < 1e-4 else f"p = {test['p']:.1g}"
     return f"{ahead} (t = {sign * test['t']:.1f}, {p}, n = {test['n']})"
 
 
@@ -76,7 +76,7 @@ def table(header: list[str], cells: list[list[str]]) -> str:
 
 
 def percent(numbers: list[float]) -> str:
-    """'71.2'; of several seeds each, from the first on: '70.0, 72.4'."""
+    """Shares in percent: '71.2', or one for each seed: '70.0, 72.4'."""
     return ", ".join(f"{100 * number:.1f}" for number in numbers)
 
 
@@ -99,11 +99,11 @@ def forgetting_table(rows: list[dict]) -> str:
               "most of the new, %", "kept at the end, %", "first of ten rounds known after the last, %"]
     cells = []
     for row in rows:
-        kept = ["never" if share is None else f"{100 * share:.1f}" for share in row["kept"]]
-        most = percent([max(point["new"] for point in curve) for curve in row["curves"]])
+        most = highest(row["curves"], "new")
         at_end = percent([curve[-1]["kept"] for curve in row["curves"]])
         first = percent([known[-1] for known in row.get("rounds_first", [])])
-        cells.append([row["model"], f"{row['rate']:g}", ", ".join(kept), most, at_end, first])
+        kept = or_never(row["kept"], ".1f", 100)
+        cells.append([row["model"], f"{row['rate']:g}", kept, most, at_end, first])
     return table(header, cells)
 
 
@@ -118,8 +118,7 @@ def retrofit_table(rows: list[dict]) -> str:
     for row in rows:
         rises = [at_enough(curve, "loss") for curve in row["curves"]]
         others = [at_enough(curve, "held_out") for curve in row["curves"]]
-        most = [percent([max(point[key] for point in curve) for curve in row["curves"]])
-                for key in ("taught", "held_out")]
+        most = [highest(row["curves"], key) for key in ("taught", "held_out")]
         kept = ", ".join(f"{curve[-1]['kept']} of {row['knew']}" for curve in row["curves"])
         first = percent([known[-1] for known in row.get("rounds_first", [])])
         cells.append([row["model"], f"{row['rate']:g}", or_never(rises, "+.3f", 1),
@@ -127,8 +126,13 @@ def retrofit_table(rows: list[dict]) -> str:
     return table(header, cells)
 
 
+def highest(curves, key):
+    """The largest number in each curve, in percent."""
+    return percent([max(point[key] for point in curve) for curve in curves])
+
+
 def or_never(numbers, form, factor):
-    """Numbers with a factor, or "never" for None, as a list."""
+    """Numbers times a factor, "never" for None, joined by commas."""
     return ", ".join("never" if number is None else f"{factor * number:{form}}" for number in numbers)
 
 
@@ -301,9 +305,10 @@ def draw_slots(rows):
     for row, axis in zip(rows, axes[1:]):
         names = list(row["overlaps"]["name"])
         for i, (position, overlaps) in enumerate(row["overlaps"].items()):
+            end_or_start = "ends" if position == "name" else "begins"
             heights = [place + 0.4 * i - 0.2 for place in range(len(names))]
             axis.barh(heights, [overlaps[name] for name in names], 0.38,
-                      label=f"where the {position} {'ends' if position == 'name' else 'begins'}")
+                      label=f"where the {position} {end_or_start}")
         axis.set_yticks(range(len(names)), names, fontsize=8)
         in_percent(axis.xaxis)
         axis.set_xlim(0, 1)

@@ -6,10 +6,8 @@ After some updates the model is asked the new facts and the old ones, in questio
 asked. Then ten such sets are taught one after another.
 """
 
-import contextlib
 import dataclasses
-import hashlib
-import json
+import math
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -18,14 +16,14 @@ import numpy as np
 import torch
 
 from nanomem import optim, recall, teaching
-from nanomem.checkpoint import read_json, write_text
 from nanomem.config import DESCRIBES_DATA, Config
 from nanomem.data import FactData, named_facts, open_data
 from nanomem.facts import ASKED, REPORT
 from nanomem.model import GPT
 from nanomem.observe import observe_lookups
+from nanomem.reproduce.lessons import best_rate, read_off, result_path, saved_or_run
 from nanomem.reproduce.lora import add_lora
-from nanomem.reproduce.runs import COMPUTATION, commit, machine, torch_version
+from nanomem.reproduce.runs import COMPUTATION, torch_version
 
 ENOUGH = 0.9  # of the new facts: where methods are compared
 EVALUATED_AT = (5, 10, 20, 40, 70, 100, 150, 200)  # updates
@@ -89,10 +87,10 @@ class Student:
         self.model = GPT(self.config)
         trained.load(self.model)
         self.counts, self.data = trained.counts(), open_data(self.config, trained.tokenizer())
-        self.encoding, self.rate = self.data.encoding, rate
+        self.rate = rate
         self.earlier = [self.data]  # what to rehearse
+        torch.manual_seed(0)  # of dropped lookups and of LoRA
         if method.train == "lora":
-            torch.manual_seed(0)
             add_lora(self.model, method.rank)
         else:
             teaching.freeze(self.model, method.train)
@@ -115,11 +113,11 @@ class Student:
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak_lr"] * optim.schedule(step, 0, updates, 0.1)
-            with observe_lookups(model, top_slots) if top_slots else contextlib.nullcontext():
+            with observe_lookups(model, top_slots):
                 model(*data.batch("train", step * BATCH_SIZE, BATCH_SIZE))[1].backward()
             if top_slots:
                 top_slots.restrict()
-            optim.clip_gradients(model, self.config.grad_clip)
+            optim.clip_gradients(model, self.config.grad_clip or math.inf)
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
@@ -150,7 +148,7 @@ def lesson(folder: str, method: Method, rate: float, people_seed: int) -> dict:
     ones that were known before.
     """
     student = Student(folder, method, rate)
-    data = new_people(student.config, student.encoding, people_seed)
+    data = new_people(student.config, student.data.encoding, people_seed)
     before = student.knows(student.data, REPORT)
 
     def evaluate():
@@ -164,12 +162,14 @@ def lesson(folder: str, method: Method, rate: float, people_seed: int) -> dict:
 
 
 def rounds(folder: str, method: Method, rate: float, people_seed: int) -> dict:
-    """What is known at the end of each of ten rounds of new people, taught one after another."""
+    """Ten rounds of new people, taught one after another: {"first": what is known of the first round's after
+    each, "old": of the first people, before and after each, "at_end": of each round's after the last}.
+    """
     student = Student(folder, method, rate)
     seeds = [people_seed * 100 + i for i in range(1, ROUNDS + 1)]
     sets = []
     for i, seed in enumerate(seeds):
-        sets.append(new_people(student.config, student.encoding, seed, tuple(seeds[:i])))
+        sets.append(new_people(student.config, student.data.encoding, seed, tuple(seeds[:i])))
     first_known, old_known = [], [float(student.knows(student.data, REPORT).mean())]
     for data in sets:
         student.teach(data, ROUND_UPDATES)
@@ -184,27 +184,14 @@ def rounds(folder: str, method: Method, rate: float, people_seed: int) -> dict:
 
 
 def kept_at(curve: list[dict], enough: float = ENOUGH) -> float | None:
-    """The share kept where a curve first reaches enough of the new facts, between evaluations on a straight
-    line; None if it doesn't.
-    """
-    before = {"new": 0.0, "kept": 1.0}
-    for point in curve:
-        if point["new"] >= enough:
-            part = (enough - before["new"]) / (point["new"] - before["new"])
-            return before["kept"] + part * (point["kept"] - before["kept"])
-        before = point
-    return None
+    """The share kept where a curve first reaches enough of the new facts; None if it doesn't."""
+    return read_off(curve, "new", enough, "kept", start={"new": 0.0, "kept": 1.0})
 
 
-def best_rate(curves: dict[float, list[dict]]) -> float:
-    """The rate that keeps most where it reaches enough of the new facts; if none does, the one that learns
-    most of them.
-    """
-    kept = {rate: kept_at(curve) for rate, curve in curves.items()}
-    reaching = {rate: share for rate, share in kept.items() if share is not None}
-    if reaching:
-        return max(reaching, key=reaching.get)
-    return max(curves, key=lambda rate: max(point["new"] for point in curves[rate]))
+def share_lost(curve: list[dict]) -> float | None:
+    """The share lost there."""
+    kept = kept_at(curve)
+    return None if kept is None else 1 - kept
 
 
 # ------------------------------------------------------------------------------------------------
@@ -215,30 +202,23 @@ def run_saved(task: dict, results: Path) -> dict:
     """The result of a task, from its file, or run and saved. task: {"kind", "name", "folder", "rate", "seed",
     "model"}.
     """
-    path = task_path(task, results)
-    saved = read_json(path)
-    if saved:
-        return saved
-    torch.set_num_threads(1)
-    function = {"lesson": lesson, "rounds": rounds}[task["kind"]]
-    found = function(task["folder"], METHODS[task["name"]], task["rate"], task["seed"])
+    def run():
+        torch.set_num_threads(1)
+        function = {"lesson": lesson, "rounds": rounds}[task["kind"]]
+        return function(task["folder"], METHODS[task["name"]], task["rate"], task["seed"])
+
     about = {name: task[name] for name in ("kind", "name", "rate", "seed", "model")}
-    result = about | found | {"commit": commit(), "machine": machine(), "torch": torch_version()}
-    results.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(result, indent=1) + "\n")
-    return result
+    return saved_or_run(task_path(task, results), about, run)
 
 
 def task_path(task: dict, results: Path) -> Path:
-    """The file of a task's result; its name has a hash of what decides it."""
+    """The file of a task's result."""
     method = METHODS[task["name"]]
     method = {f.name: getattr(method, f.name) for f in dataclasses.fields(Method)
               if f.name != "rates" and getattr(method, f.name) != f.default}
     deciding = [task[name] for name in ("kind", "rate", "seed", "model")]
     deciding += [method, EVALUATED_AT, ROUND_UPDATES, COMPUTATION, torch_version()]
-    digest = hashlib.sha256(json.dumps(deciding).encode()).hexdigest()[:8]
-    name = f"{task['kind']}-{task['name']}-{task['rate']:g}-{task['seed']}".replace(" ", "-").replace(",", "")
-    return results / f"{name}-{digest}.json"
+    return result_path(results, f"{task['kind']}-{task['name']}-{task['rate']:g}-{task['seed']}", deciding)
 
 
 def run_all(tasks: list[dict], results: Path, workers: int, console) -> list[dict]:
@@ -247,15 +227,19 @@ def run_all(tasks: list[dict], results: Path, workers: int, console) -> list[dic
 
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         running = [pool.submit(run_saved, task, results) for task in tasks]
-        for future in track(running, "teaching", console=console, disable=not console.is_terminal):
-            future.result()
+        try:
+            for future in track(running, "teaching", console=console, disable=not console.is_terminal):
+                future.result()
+        except BaseException:  # Ctrl-C, or a task that failed: the rest isn't begun
+            pool.shutdown(cancel_futures=True)
+            raise
     return [future.result() for future in running]
 
 
 def forgetting(models: dict[str, list[tuple[str, Path]]], seeds: list[int], results: Path, workers: int,
-               console) -> tuple[list[dict], set[str]]:
-    """(A row for each method: its rate, and over seeds its curves and what is known after each round; the
-    commits at which they were measured).
+               console) -> tuple[list[dict], list[dict]]:
+    """(A row for each method: its rate, and over seeds its curves and what is known after each round; all
+    results that this is made of).
 
     models: {"memory" or "dense": name and folder of its trained models, one for each seed}. The first seed's
     models also serve to choose rates, on other new people.
@@ -264,17 +248,19 @@ def forgetting(models: dict[str, list[tuple[str, Path]]], seeds: list[int], resu
         model, folder = models[METHODS[name].model][number]
         return {"kind": kind, "name": name, "rate": rate, "seed": seed, "folder": str(folder), "model": model}
 
-    sweeps = [task("lesson", name, rate, SWEEP_SEED, 0) for name, m in METHODS.items() for rate in m.rates]
-    found = run_all(sweeps, results, workers, console)
+    sweeps = []
+    for name, method in METHODS.items():
+        sweeps += [task("lesson", name, rate, SWEEP_SEED, 0) for rate in method.rates]
+    tries = run_all(sweeps, results, workers, console)
     rates = {}
     for name in METHODS:
-        rates[name] = best_rate({one["rate"]: one["curve"] for one in found if one["name"] == name})
+        curves = {one["rate"]: one["curve"] for one in tries if one["name"] == name}
+        rates[name] = best_rate(curves, "new", share_lost)
     tasks = []
     for kind, names in (("lesson", METHODS), ("rounds", IN_ROUNDS)):
         for i, seed in enumerate(seeds):
             tasks += [task(kind, name, rates[name], seed, i) for name in names]
     found = run_all(tasks, results, workers, console)
-    commits = {one["commit"] for one in found}
     rows = []
     for name in METHODS:
         lessons = [one for one in found if (one["kind"], one["name"]) == ("lesson", name)]
@@ -287,4 +273,4 @@ def forgetting(models: dict[str, list[tuple[str, Path]]], seeds: list[int], resu
                 for key in ("first", "old", "at_end"):
                     row.setdefault(f"rounds_{key}", []).append(one[key])
         rows.append(row)
-    return rows, commits
+    return rows, tries + found

@@ -1,5 +1,5 @@
 """
-How large the reproduced models are. Their settings are recipes in configs/; what is here is how to run them.
+How each preset's models are run. Their settings are recipes in configs/.
 """
 
 from dataclasses import dataclass

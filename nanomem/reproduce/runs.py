@@ -35,7 +35,7 @@ COMPUTATION = 3  # raise it with any change to what a run computes; results from
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
-@dataclass(eq=False)
+@dataclass(eq=False)  # so that runs can be keys of a dict
 class Run:
     """One training of a model. Names are for people: equal settings are the same run under any name."""
 
@@ -60,7 +60,7 @@ class Run:
 
     @functools.cached_property
     def work(self) -> float:
-        """An estimate for the progress bar: FLOPs, plus a constant for all else that a token costs."""
+        """An estimate for the progress bar: FLOPs, plus a constant for a token's other costs."""
         return self.config.max_iters * self.config.batch_size * (flops(self.config) + 3e5)
 
     def is_result(self, saved: dict) -> bool:
@@ -110,7 +110,7 @@ class Trainer:
             with_checkpoints: bool = False) -> dict[str, dict]:
         """Trains what has no result yet. Returns {run's name: the last line of its metrics}.
 
-        if_diverged: metrics that stand for those of a run that diverged. with_checkpoints: also trains what
+        if_diverged: metrics to use for a run that diverged. with_checkpoints: also trains what
         has a result but no checkpoint in `folder`. Raises UserError with the last line of a run that failed,
         or, without if_diverged, that diverged.
         """
@@ -140,9 +140,8 @@ class Trainer:
         return self.used[run.file_name]["evaluations"]
 
     def saved_results(self) -> list[dict]:
-        """The results of all finished runs, except those from before bits_known was measured."""
-        saved = [read_json(path) for path in sorted(self.results.glob("*.json"))]
-        return [result for result in saved if is_complete(result["metrics"])]
+        """The results of all finished runs."""
+        return [read_json(path) for path in sorted(self.results.glob("*.json"))]
 
     def train_all(self, runs: list[Run], n_done: int) -> dict[Run, dict]:
         """Trains runs and saves their results: {run: result}."""
@@ -240,18 +239,14 @@ class Trainer:
         """At which commits, where and how long the runs that were used trained."""
         results = list(self.used.values())
         seconds = sum(result["metrics"]["elapsed_s"] for result in results if result["metrics"])
-        versions = sorted({result["torch"] for result in results})
-        machines = sorted({result["machine"] for result in results})
-        return {
-            "commit": ", ".join(sorted({result["commit"] for result in results})),
-            "machine": f"{', '.join(machines)}; torch {', '.join(versions)}",
-            "minutes": round(seconds / 60),
-        }
+        return origin(results) | {"minutes": round(seconds / 60)}
 
 
-def is_complete(metrics: dict | None) -> bool:
-    """Whether a run's last metrics have what tables show; None are those of a run that diverged."""
-    return metrics is None or "bits_known" in metrics or "bits_per_byte" in metrics
+def origin(results: list[dict]) -> dict:
+    """{"commit", "machine"} of results, as a table shows them."""
+    commits, machines, versions = (
+        ", ".join(sorted({result[key] for result in results})) for key in ("commit", "machine", "torch"))
+    return {"commit": commits, "machine": f"{machines}; torch {versions}"}
 
 
 def settings_as_arguments(config: Config) -> list[str]:

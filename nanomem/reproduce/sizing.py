@@ -6,7 +6,7 @@ import torch
 
 from nanomem.cli import UserError
 from nanomem.config import Config
-from nanomem.model import GPT
+from nanomem.model import GPT, llama_width
 
 
 def flops(config: Config) -> int:
@@ -48,5 +48,5 @@ def dense_of(config: Config, times: float) -> Config:
 
 
 def dense_of_width(config: Config, n_embd: int) -> Config:
-    """A dense config of this width. Its feed-forward layers are 8/3 as wide, as in Llama."""
-    return config.replace(ffn="dense", n_embd=n_embd, ffn_hidden=max(8, 8 * round(n_embd / 3)))
+    """A dense config of this width, with Llama's feed-forward layers."""
+    return config.replace(ffn="dense", n_embd=n_embd, ffn_hidden=llama_width(n_embd))

@@ -14,7 +14,7 @@ def at_rate(config: Config, rate: float) -> Config:
 
 
 def named(name: str, config: Config) -> Run:
-    """A Run whose name tells apart all runs of a model."""
+    """A Run with a name that no other run of the model has."""
     balance = f", balance={config.moe_balance:g}" if config.ffn == "moe" else ""
     return Run(f"{name}, lr={config.learning_rate:g}{balance}, seed={config.seed}", config)
 
@@ -43,7 +43,7 @@ def candidates(base: Config) -> dict[str, list[Config]]:
 
 def deeper(dense: Config) -> Config:
     """The config with two more layers, and narrower feed-forward layers to make up for them."""
-    return at_flops(dense.replace(n_layer=dense.n_layer + 2, ffn_hidden=1), flops(dense))
+    return at_flops(dense.replace(n_layer=dense.n_layer + 2), flops(dense))
 
 
 def rated(config: Config, rates: list[float]) -> list[Config]:

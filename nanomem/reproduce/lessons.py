@@ -1,0 +1,49 @@
+"""What `forgetting` and `retrofit` share: results of lessons in files, and reading their curves."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from nanomem.checkpoint import read_json, write_text
+from nanomem.reproduce.runs import commit, machine, torch_version
+
+
+def saved_or_run(path: Path, about: dict, run: Callable[[], dict]) -> dict:
+    """A result from its file; or `about` with what run() returns, and where it was measured, saved there."""
+    saved = read_json(path)
+    if saved:
+        return saved
+    result = about | run() | {"commit": commit(), "machine": machine(), "torch": torch_version()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def result_path(folder: Path, words: str, deciding: list) -> Path:
+    """The file of a result. Its name has a hash of what decides it, besides words for people."""
+    digest = hashlib.sha256(json.dumps(deciding).encode()).hexdigest()[:8]
+    return folder / f"{words.replace(' ', '-').replace(',', '')}-{digest}.json"
+
+
+def read_off(curve: list[dict], known: str, enough: float, key: str, start: dict) -> float | None:
+    """A curve's number `key` where its share `known` first reaches enough, between evaluations on a straight
+    line; None if it doesn't. start: the point before the first.
+    """
+    before = start
+    for point in curve:
+        if point[known] >= enough:
+            part = (enough - before[known]) / (point[known] - before[known])
+            return before[key] + part * (point[key] - before[key])
+        before = point
+    return None
+
+
+def best_rate(
+        curves: dict[float, list[dict]], known: str, cost: Callable[[list[dict]], float | None]) -> float:
+    """The rate whose curve has the lowest cost; if that is None for all, the one that learns most."""
+    costs = {rate: cost(curve) for rate, curve in curves.items()}
+    reaching = {rate: one for rate, one in costs.items() if one is not None}
+    if reaching:
+        return min(reaching, key=reaching.get)
+    return max(curves, key=lambda rate: max(point[known] for point in curves[rate]))
