@@ -12,8 +12,8 @@ The paper's claims, small: trains the models of a table or figure with train.py,
     python -m nanomem.reproduce slots        which slots facts use in a model (--run=out/people-memory)
     python -m nanomem.reproduce page         writes the tables of README and docs from assets/*.json
 
-- equal terms: the same facts, tokens, batches and tokenizer; each model has the best of a few tries, by
-  what answers cost it to questions that are never reported
+- equal terms: the same facts, tokens, batches and tokenizer; each model has the best of a few tries:
+  the one whose answers cost least on questions that are never reported, or on text the one of lowest loss
 - a finished run is a JSON file in assets/runs and is not trained again; one that was stopped continues
 - writes assets/NAME.json and NAME.png (pip install -e '.[plot]'); `page` draws all figures anew
 """
@@ -231,8 +231,7 @@ def look_into_slots(settings):
     rows, iteration = slots(settings.run)
     results = {
         "command": f"python -m nanomem.reproduce slots --run={settings.run}",
-        "commit": runs.commit(),
-        "machine": f"{runs.machine()}; torch {runs.torch_version()}",
+        **runs.origin([runs.here()]),
         "seeds": [],
         "minutes": 0,
         "updates": iteration,

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nanomem.checkpoint import read_json, write_text
-from nanomem.reproduce.runs import commit, machine, torch_version
+from nanomem.reproduce.runs import here
 
 
 def saved_or_run(path: Path, about: dict, run: Callable[[], dict]) -> dict:
@@ -14,7 +14,7 @@ def saved_or_run(path: Path, about: dict, run: Callable[[], dict]) -> dict:
     saved = read_json(path)
     if saved:
         return saved
-    result = about | run() | {"commit": commit(), "machine": machine(), "torch": torch_version()}
+    result = about | run() | here()
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(result, indent=1) + "\n")
     return result

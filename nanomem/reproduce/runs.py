@@ -242,6 +242,11 @@ class Trainer:
         return origin(results) | {"minutes": round(seconds / 60)}
 
 
+def here() -> dict:
+    """{"commit", "machine", "torch"} of what runs now."""
+    return {"commit": commit(), "machine": machine(), "torch": torch_version()}
+
+
 def origin(results: list[dict]) -> dict:
     """{"commit", "machine"} of results, as a table shows them."""
     commits, machines, versions = (
