@@ -1,6 +1,7 @@
 """Rows as Markdown tables, and as figures (pip install -e '.[plot]')."""
 
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 
 from nanomem.cli import UserError
@@ -43,7 +44,7 @@ def markdown(rows: list[dict]) -> str:
         columns["recall, %"] = lambda row: percent(row["recall"])
         columns["taught wording, %"] = lambda row: percent(row["recall_taught"])
     if "bits_known" in rows[0]:
-        columns["bits known, thousands"] = lambda row: ", ".join(f"{x / 1000:.1f}" for x in row["bits_known"])
+        columns["bits known, thousands"] = thousand_bits
         columns["nats per answer"] = lambda row: f"{statistics.mean(row['answer_nll']):.3f}"
     columns["val loss"] = lambda row: f"{statistics.mean(row['loss']):.3f}"
     if "bits_per_byte" in rows[0]:
@@ -53,8 +54,17 @@ def markdown(rows: list[dict]) -> str:
         columns["seconds"] = lambda row: f"{row['seconds']:.0f}"
     if any("behind_memory" in row for row in rows):
         columns["Memory+ is ahead by"] = ahead_by
-    cells = [[text_of(row) for text_of in columns.values()] for row in rows]
-    return table(list(columns), cells)
+    return table_of(columns, rows)
+
+
+def table_of(columns: dict[str, Callable[[dict], str]], rows: list[dict]) -> str:
+    """A Markdown table of rows, of {column's name: function from a row to its cell}."""
+    return table(list(columns), [[text_of(row) for text_of in columns.values()] for row in rows])
+
+
+def thousand_bits(row: dict) -> str:
+    """Thousand bits known: '14.2', or one for each seed: '14.2, 14.7'."""
+    return ", ".join(f"{bits / 1000:.1f}" for bits in row["bits_known"])
 
 
 def ahead_by(row: dict) -> str:
@@ -65,7 +75,7 @@ def ahead_by(row: dict) -> str:
     sign = 1 if "bits_known" in row else -1  # of bits per byte, fewer are better
     scale, digits = (1000, 1) if "bits_known" in row else (1, 3)
     ahead = f"{sign * test['mean'] / scale:.{digits}f}"
-    p = "p < 0.0001" if test["p"] < 1e-4 else f"p = {test['p']:.1g}"
+    p = "p < 0.0001" if test["p"] < 1e-4 else f"p = {test['p']:.2g}"
     return f"{ahead} (t = {sign * test['t']:.1f}, {p}, n = {test['n']})"
 
 
