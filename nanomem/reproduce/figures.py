@@ -158,25 +158,30 @@ def draw(command: str, rows: list[dict], path: Path):
 
 
 def draw_curves(rows):
-    """What is known against tokens: a thick line for the mean of the seeds, a thin one for each."""
+    """What is known against tokens: a thick line for the mean of the seeds, a thin one for each. The last
+    evaluation asks more questions than those before it, so it is a dot, and no part of the lines.
+    """
     keys = ("recall", "bits_known") if "bits_known_curve" in rows[0] else ("recall", "recall_taught")
-    figure, axes = pyplot().subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure, axes = pyplot().subplots(1, 2, figsize=(11, 4.4), layout="constrained")
     for axis, key in zip(axes, keys):
         for row in rows:
             tokens = [point / 1e6 for point in row["tokens"]]
             color, style = CURVES[row["model"]]
             means = [statistics.mean(seeds) for seeds in zip(*row[f"{key}_curve"])]
             label = row["model"].replace("4x", "four times the FLOPs").replace("2x", "twice the FLOPs")
-            axis.plot(tokens, means, style, color=color, linewidth=2.5, label=label)
+            axis.plot(tokens[:-1], means[:-1], style, color=color, linewidth=2.5, label=label)
+            axis.plot(tokens[-1], means[-1], "o", color=color)
             for seed in row[f"{key}_curve"]:
-                axis.plot(tokens, seed, style, color=color, linewidth=0.7, alpha=0.6)
+                axis.plot(tokens[:-1], seed[:-1], style, color=color, linewidth=0.7, alpha=0.6)
         axis.set_xlabel("million tokens of training")
         axis.set_title(TITLES[key], fontsize=10)
         axis.set_ylim(bottom=0)
         if key != "bits_known":
             in_percent(axis.yaxis)
         axis.grid(alpha=0.3)
-    axes[1].legend(fontsize=8, title="thick: mean; thin: each seed", title_fontsize=8, loc="lower right")
+    title = "thick: mean; thin: each seed; dot: of all questions, not of 400"
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(rows),
+                  fontsize=8, title=title, title_fontsize=8)
     return figure
 
 

@@ -72,17 +72,18 @@ def origin(results: dict) -> str:
 
 
 def curves_table(rows: list[dict]) -> str:
-    """Recall of each model of `curves`, the best first, as a Markdown table."""
+    """What each model of `curves` knows at the end, the best first, as a Markdown table."""
     columns = {
         "model": lambda row: row["model"],
         "million FLOPs per token": lambda row: f"{row['flops_per_token'] / 1e6:.2f}",
         "million parameters": lambda row: f"{row['params'] / 1e6:.1f}",
         "million tokens": lambda row: f"{row['tokens'][-1] / 1e6:.1f}",
         "recall, %, each seed": lambda row: figures.percent(row["recall"]),
-        "taught wording, %": lambda row: figures.percent(row["recall_taught"]),
     }
     if "bits_known" in rows[0]:
         columns["bits known, thousands"] = figures.thousand_bits
+    else:
+        columns["taught wording, %"] = lambda row: figures.percent(row["recall_taught"])
     best_first = sorted(rows, key=lambda row: -statistics.mean(row["recall"]))
     return figures.table_of(columns, best_first)
 

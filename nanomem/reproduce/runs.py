@@ -263,10 +263,13 @@ def settings_as_arguments(config: Config) -> list[str]:
 
 @functools.cache
 def commit() -> str:
-    """The commit of this clone, with a + if files differ from it; "unknown" outside a clone."""
+    """The commit of this clone, with a + if files differ from it, results and pages aside; "unknown" outside a
+    clone.
+    """
     try:
         name = git("rev-parse", "--short", "HEAD")
-        is_changed = git("status", "--porcelain", "--untracked-files=no") != ""
+        not_results = ("--", ":!assets", ":!docs", ":!README.md")
+        is_changed = git("status", "--porcelain", "--untracked-files=no", *not_results) != ""
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return f"{name}+" if is_changed else name
