@@ -263,9 +263,7 @@ def settings_as_arguments(config: Config) -> list[str]:
 
 @functools.cache
 def commit() -> str:
-    """The commit of this clone, with a + if files differ from it, results and pages aside; "unknown" outside a
-    clone.
-    """
+    """The commit of this clone, with a + if files besides results and pages differ; "unknown" elsewhere."""
     try:
         name = git("rev-parse", "--short", "HEAD")
         not_results = ("--", ":!assets", ":!docs", ":!README.md")
