@@ -58,12 +58,12 @@ def markdown(rows: list[dict]) -> str:
 
 
 def table_of(columns: dict[str, Callable[[dict], str]], rows: list[dict]) -> str:
-    """A Markdown table of rows, of {column's name: function from a row to its cell}."""
+    """A Markdown table of rows. columns: {name: function from a row to its cell}."""
     return table(list(columns), [[text_of(row) for text_of in columns.values()] for row in rows])
 
 
 def thousand_bits(row: dict) -> str:
-    """Thousand bits known: '14.2', or one for each seed: '14.2, 14.7'."""
+    """Bits known, in thousands: '14.2', or one for each seed: '14.2, 14.7'."""
     return ", ".join(f"{bits / 1000:.1f}" for bits in row["bits_known"])
 
 
@@ -159,7 +159,7 @@ def draw(command: str, rows: list[dict], path: Path):
 
 def draw_curves(rows):
     """What is known against tokens: a thick line for the mean of the seeds, a thin one for each. The last
-    evaluation asks more questions than those before it, so it is a dot, and no part of the lines.
+    evaluation asks more questions than those before it, so it is a dot and not part of the lines.
     """
     keys = ("recall", "bits_known") if "bits_known_curve" in rows[0] else ("recall", "recall_taught")
     figure, axes = pyplot().subplots(1, 2, figsize=(11, 4.4), layout="constrained")
@@ -179,7 +179,7 @@ def draw_curves(rows):
         if key != "bits_known":
             in_percent(axis.yaxis)
         axis.grid(alpha=0.3)
-    title = "thick: mean; thin: each seed; dot: of all questions, not of 400"
+    title = "lines: 400 questions (thick: mean, thin: each seed); dots: all questions, mean"
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(rows),
                   fontsize=8, title=title, title_fontsize=8)
     return figure

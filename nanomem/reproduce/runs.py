@@ -104,6 +104,7 @@ class Trainer:
         self.workers, self.threads = workers, threads
         self.results, self.out_dir, self.console = Path(results), Path(out_dir), console
         self.used = {}  # file name -> result, of all runs that were asked for
+        commit()  # is remembered: a commit made while runs train isn't theirs
 
     def train(
             self, runs: list[Run], if_diverged: dict | None = None,
@@ -263,7 +264,7 @@ def settings_as_arguments(config: Config) -> list[str]:
 
 @functools.cache
 def commit() -> str:
-    """The commit of this clone, with a + if files besides results and pages differ; "unknown" elsewhere."""
+    """The clone's commit, with a + if files besides results and pages differ; "unknown" outside a clone."""
     try:
         name = git("rev-parse", "--short", "HEAD")
         not_results = ("--", ":!assets", ":!docs", ":!README.md")
