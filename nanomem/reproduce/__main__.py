@@ -85,9 +85,10 @@ def main():
             raise UserError(f"--{name} does nothing for {command}, which takes --{', --'.join(takes)}")
     if settings.seeds < 1:
         raise UserError(f"seeds must be 1 or more, got {settings.seeds}")
-    from nanomem.reproduce import figures
+    from nanomem.reproduce import figures, runs
 
     figures.pyplot()  # if matplotlib is missing, say so now and not after hours of training
+    runs.commit()  # is remembered: results get this commit, not one made while they are measured
     keep_freed_memory()
     Path(settings.assets).mkdir(parents=True, exist_ok=True)
     if command == "slots":

@@ -14,7 +14,8 @@ def saved_or_run(path: Path, about: dict, run: Callable[[], dict]) -> dict:
     saved = read_json(path)
     if saved:
         return saved
-    result = about | run() | here()
+    where = here()  # before it runs, so that a commit made meanwhile isn't its own
+    result = about | run() | where
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(result, indent=1) + "\n")
     return result

@@ -104,7 +104,6 @@ class Trainer:
         self.workers, self.threads = workers, threads
         self.results, self.out_dir, self.console = Path(results), Path(out_dir), console
         self.used = {}  # file name -> result, of all runs that were asked for
-        commit()  # is remembered: a commit made while runs train isn't theirs
 
     def train(
             self, runs: list[Run], if_diverged: dict | None = None,
