@@ -3,7 +3,7 @@ The paper's claims, small: trains the models of a table or figure with train.py,
 
     python -m nanomem.reproduce table1       dense, dense of twice the FLOPs, mixture of experts and Memory+
     python -m nanomem.reproduce curves       the same while training, and for three times as long
-    python -m nanomem.reproduce scaling      from 1k to 1M slots, at equal FLOPs
+    python -m nanomem.reproduce scaling      from 1k to 1M slots
     python -m nanomem.reproduce layers       one and three memory layers in a deeper model, at equal FLOPs
     python -m nanomem.reproduce ablations    Memory+ with one thing changed at a time
     python -m nanomem.reproduce text         the four models of table1 on text (--text=data/wikitext-103)

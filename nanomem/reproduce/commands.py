@@ -16,7 +16,7 @@ from nanomem.config import Config
 from nanomem.model import GPT
 from nanomem.reproduce.pace import step_seconds
 from nanomem.reproduce.runs import COMPUTATION, Run, Trainer, machine
-from nanomem.reproduce.sizing import at_flops, at_flops_if_possible, flops
+from nanomem.reproduce.sizing import at_flops, at_flops_if_possible, dense_of, flops
 from nanomem.reproduce.sweeps import candidates, named, rated, search
 
 
@@ -137,14 +137,14 @@ def measured_pace(models, trainer):
 
 
 def scaling(base: Config, seeds: list[int], trainer: Trainer) -> list[dict]:
-    """Memory+ from 1k to 1M slots, and the dense model, all with the FLOPs of the largest: the feed-forward
-    layers get what fewer keys save.
+    """Memory+ from 1k to 1M slots. Nothing else changes, so FLOPs rise by the scores of the keys. The dense
+    model gets the FLOPs of the largest.
     """
     sizes = [n_keys for n_keys in (32, 64, 128, 256, 512, 1024) if n_keys >= base.mem_knn]
-    target = flops(base.replace(mem_n_keys=sizes[-1]))
-    models = {"no memory": at_flops(base.replace(ffn="dense"), target)}
+    largest = base.replace(mem_n_keys=sizes[-1])
+    models = {"no memory": dense_of(base, flops(largest) / flops(base))}
     for n_keys in sizes:
-        models[f"{n_keys**2:,} slots"] = at_flops(base.replace(mem_n_keys=n_keys), target)
+        models[f"{n_keys**2:,} slots"] = base.replace(mem_n_keys=n_keys)
     results = train_seeds(models, seeds, trainer)
     rows = []
     for name, config in models.items():
