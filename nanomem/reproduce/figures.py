@@ -243,29 +243,27 @@ def draw_retrofit(rows):
 
 
 def draw_scaling(rows):
-    """Recall and loss against the number of slots."""
+    """Recall, bits and FLOPs against the number of slots."""
     figure, axes = pyplot().subplots(1, 3, figsize=(12, 3.6), layout="constrained")
     points = [row for row in rows if row["slots"]]
     n_slots = [row["slots"] for row in points]
-    second = "bits_known" if "bits_known" in rows[0] else "recall_taught"
-    for axis, key in zip(axes, ("recall", second, "loss")):
+    for axis, key in zip(axes, ("recall", "bits_known")):
         means = [statistics.mean(row[key]) for row in points]
         axis.plot(n_slots, means, "o-", color=MEMORY, label="mean")
         for row in points:
             label = "each seed" if row is points[0] else None
             axis.plot([row["slots"]] * len(row[key]), row[key], "k.", markersize=4, label=label)
         axis.axhline(statistics.mean(rows[0][key]), color=BASELINE, linestyle="--", label="no memory, mean")
-        for row in points:
-            times = row["flops_per_token"] / rows[0]["flops_per_token"]
-            if times > 1.02:
-                axis.axvspan(row["slots"] / 1.5, row["slots"] * 1.5, color=BASELINE, alpha=0.2, linewidth=0,
-                             label=f"{times:.2f} times the FLOPs")
-        if key.startswith("recall"):
-            in_percent(axis.yaxis)
+        axis.set_title(TITLES[key], fontsize=10)
+    in_percent(axes[0].yaxis)
+    axes[1].legend(fontsize=8, loc="upper left")
+    axes[2].plot(n_slots, [row["flops_per_token"] / 1e6 for row in points], "o-", color=MEMORY)
+    axes[2].axhline(rows[0]["flops_per_token"] / 1e6, color=BASELINE, linestyle="--")
+    axes[2].set_title("million FLOPs per token", fontsize=10)
+    for axis in axes:
         axis.set_xscale("log", base=2)
         axis.set_xlabel("slots")
-        axis.set_title(TITLES[key], fontsize=10)
-    axes[1].legend(fontsize=7, loc="lower right")
+        axis.set_ylim(bottom=0)
     return figure
 
 
