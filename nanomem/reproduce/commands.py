@@ -138,15 +138,13 @@ def measured_pace(models, trainer):
 
 def scaling(base: Config, seeds: list[int], trainer: Trainer) -> list[dict]:
     """Memory+ from 1k to 1M slots. Nothing else changes, so FLOPs rise by the scores of the keys. The dense
-    model gets the FLOPs of the largest. Values have half of the recipe's rate: at the full one, two of three
-    seeds fail with 1M slots (docs/log.md).
+    model gets the FLOPs of the largest.
     """
     sizes = [n_keys for n_keys in (32, 64, 128, 256, 512, 1024) if n_keys >= base.mem_knn]
     largest = base.replace(mem_n_keys=sizes[-1])
-    slower = base.replace(mem_lr=base.mem_lr / 2)
     models = {"no memory": dense_of(base, flops(largest) / flops(base))}
     for n_keys in sizes:
-        models[f"{n_keys**2:,} slots"] = slower.replace(mem_n_keys=n_keys)
+        models[f"{n_keys**2:,} slots"] = base.replace(mem_n_keys=n_keys)
     results = train_seeds(models, seeds, trainer)
     rows = []
     for name, config in models.items():
