@@ -11,7 +11,6 @@ TITLES = {
     "recall": "recall, questions never asked",
     "recall_taught": "recall, taught wording",
     "bits_known": "bits known of the facts never asked",
-    "loss": "validation loss (lower is better)",
     "bits_per_byte": "bits per byte of text (lower is better)",
 }
 
