@@ -337,11 +337,11 @@ def in_percent(axis):
     axis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
 
 
-# Not the ablations: a single seed's bars would look firmer than they are.
 DRAWN = {
     "curves": draw_curves,
     "table1": draw_models,
     "layers": draw_models,
+    "ablations": draw_models,
     "scaling": draw_scaling,
     "text": draw_models,
     "slots": draw_slots,

@@ -1,7 +1,5 @@
 """Models that take equal FLOPs per token, so that a comparison is fair."""
 
-import contextlib
-
 import torch
 
 from nanomem.cli import UserError
@@ -28,13 +26,6 @@ def at_flops(config: Config, target: float) -> Config:
         config = config.replace(ffn_hidden=max(1, width))
     if abs(flops(config) / target - 1) > 0.02:
         raise UserError(f"no feed-forward width gives {target:,} FLOPs per token with the rest of {config}")
-    return config
-
-
-def at_flops_if_possible(config: Config, target: float) -> Config:
-    """The same, or the config unchanged if no width comes close; its row then shows other FLOPs."""
-    with contextlib.suppress(UserError):
-        return at_flops(config, target)
     return config
 
 
