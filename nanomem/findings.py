@@ -38,6 +38,7 @@ MOST_CHIPS = 6000  # tokens or words with their slots, counted once for each mem
 MOST_SLOTS = 8500  # whose details are shown, counted once for each memory layer
 MOST_CELLS = 1024**2  # of pictures of tables
 # Of a run:
+MOST_PASSAGES = 24  # of a text
 MOST_ASKED, MOST_TAUGHT = 2000, 1000  # facts, to measure recall: of the kind that is shown, of the other
 SLOTS_OF_CHIP = 10  # of a token in a memory layer
 CHIPS_OF_QUESTION, LONGEST_CHIP = 80, 100  # LONGEST_CHIP: characters
@@ -142,9 +143,9 @@ def about(trained: Trained) -> list[list[str]]:
     if saved.iteration is not None:
         rows.append(["updates", f"{saved.iteration:,}"])
     if records:
-        seconds = records[-1]["elapsed_s"]
+        seconds = round(records[-1]["elapsed_s"])
         speeds = [record["tokens_per_sec"] for record in records if "tokens_per_sec" in record]
-        rows.append(["time", f"{seconds // 60:.0f} min {seconds % 60:02.0f} s"])
+        rows.append(["time", f"{seconds // 60} min {seconds % 60:02} s"])
         rows.append(["tokens", f"{records[-1]['tokens']:,}"])
         if speeds:
             rows.append(["speed", f"{statistics.median(speeds):,.0f} tokens/s (median)"])
@@ -197,7 +198,7 @@ def measure(trained: Trained) -> list[Asked]:
     kinds = [("taught wording", sentences, False, facts.role >= 0)]
     if sentences.held_out:
         every = facts.held_out.role >= 0
-        kinds.insert(0, ("never taught wording", sentences.held_out, False, every))
+        kinds.insert(0, ("wording never taught", sentences.held_out, False, every))
     elif (facts.role == REPORT).any():
         kinds.insert(0, ("never asked", sentences, True, facts.role == REPORT))
     asked = []
@@ -300,7 +301,7 @@ def text_of(encoding, answer: list[int]) -> str:
 
 def passages(trained: Trained, share: float) -> tuple[list[dict], list[dict]]:
     """(passages of the val split of a text, what each of their tokens reads)."""
-    tokens, _ = trained.data.batch("val", 0, max(1, round(24 * share)))
+    tokens, _ = trained.data.batch("val", 0, max(1, round(MOST_PASSAGES * share)))
     sequences = [{"prompt": row[:CHIPS_OF_QUESTION * 4].tolist(), "answer": []} for row in tokens]
     shown = [{"prompt": trained.encoding.decode(sequence["prompt"])} for sequence in sequences]
     return shown, look(trained.model, sequences)
@@ -488,7 +489,7 @@ def slot_details(trained, sample, questions, place, number, most, reads, texts) 
 
 def add_readers(sample: Sample, layer: int, details: list[dict], texts: Texts):
     """Adds who reads slots in the sample: "readers", their number; "weight", the mean; "clues", [relation,
-    word, share, usual share]; "contexts", [text before a reader, the reader, the word after it, share].
+    word, share, usual share, score]; "contexts", [text before a reader, the reader, the word after it, share].
     """
     words, slots = sample.words[1], np.array([detail["slot"] for detail in details])
     clues, heaviest = sample.clues(layer, slots), sample.heaviest(layer, slots, CONTEXTS)

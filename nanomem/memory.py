@@ -12,14 +12,18 @@ token reads only a few dozen of its rows, so the layer adds many parameters to a
 
 Each projection W also adds a bias. Memory+ also normalises both halves of queries and keys (qk-norm) and
 multiplies the scores by a learned number. naive.py has the core of it in 15 lines, with every slot scored.
+
+In shapes, n is the number of tokens, batch * time, and lookups = heads * knn is the number of rows read per
+token, counting a row again if several heads choose it.
+
 Here follow:
     ProductKeyMemory    the layer
     product_key_topk    finds the k best of N slots with 2 sqrt(N) scores
     memory_read         the weighted sum of the chosen values, and its gradients
     MemoryTable         the values; several layers may share one table
-lookups = heads * knn is the number of rows read per token, counting a row again if several heads choose it.
 The gradients are written out: autograd would gather all (n, lookups, v_dim) values read, and make a gradient
-as large as the table. ops.py's decorators register ours. On a GPU, kernels.py computes the same.
+as large as the table. ops.py's decorators make a function an operation of autograd's, and register_gradient
+gives its backward pass; skip both at first reading. On a GPU, kernels.py computes the same.
 """
 
 import functools
@@ -68,7 +72,8 @@ class ProductKeyMemory(nn.Module):
         self.gate_proj = ops.Linear(dim, table.v_dim, init=normal) if gated else None
         self.out_proj = ops.Linear(table.v_dim, dim, init=normal) if gated or table.v_dim != dim else None
         self.observer = None  # set by observe_lookups
-        self.first_token = None  # its number in training, () int64, if train.py has set it
+        # The number of x's first token in all of training, () int64: a resumed run drops the same lookups.
+        self.first_token = None
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., dim) -> (..., dim). Raises ValueError for an x of another width."""
@@ -101,7 +106,8 @@ class ProductKeyMemory(nn.Module):
     def reset_parameters(self):
         """Initialises the keys and their scale. The projections and the table initialise themselves.
 
-        Normalised halves alone give scores from -2 to 2, for which a softmax over the slots is nearly flat.
+        Normalised halves alone give scores from -2 to 2, for which a softmax is nearly flat. The factor
+        sqrt(k_dim) stretches them.
         """
         nn.init.uniform_(self.keys, -(self.k_dim**-0.5), self.k_dim**-0.5)
         if self.qk_scale is not None:
@@ -123,13 +129,14 @@ def product_key_topk(queries: Tensor, keys: Tensor, knn: int) -> tuple[Tensor, T
     """The knn slots with the highest scores among all n_keys**2, exactly (Lample et al. 2019, section 3.2).
 
     Slot (i, j), numbered i * n_keys + j, has the key [keys[h, 0, i] ; keys[h, 1, j]]. Its score is the sum of
-    two half scores, so the best slots combine the best half keys, found with 2 * n_keys scores.
+    two half scores, so the best slots combine the best half keys, found with 2 * n_keys scores. The result
+    is that of naive.py's product_keys and topk.
 
     queries (n, heads, 2, k_dim / 2) and keys (heads, 2, n_keys, k_dim / 2), of one dtype
     -> scores (n, heads, knn), from high to low, float32 at least, differentiable; and distinct slots, int64.
     Raises ValueError for shapes or dtypes that don't fit each other and for a knn outside 1..n_keys.
     """
-    chunks = queries.split(ops.tokens_at_once(keys))
+    chunks = queries.split(ops.tokens_at_once(keys))  # so that half scores stay in the cache
     scores, slots = zip(*[merge_halves(score_halves(chunk, keys), knn) for chunk in chunks])
     return torch.cat(scores), torch.cat(slots)
 
@@ -152,7 +159,8 @@ def merge_halves(half_scores, knn):
     best, ids = cpu.topk(half_scores, knn)                                   # (heads, 2, n, knn) each, sorted
     sums = best[:, 0].index_select(-1, a) + best[:, 1].index_select(-1, b)   # (heads, n, n_pairs)
     scores, pairs = cpu.topk(sums, knn)                                      # (heads, n, knn) each
-    i, j = ids[:, 0].gather(-1, a[pairs].long()), ids[:, 1].gather(-1, b[pairs].long())
+    i = ids[:, 0].gather(-1, a[pairs].long())                                # (heads, n, knn)
+    j = ids[:, 1].gather(-1, b[pairs].long())
     return scores.transpose(0, 1), (i * half_scores.shape[-1] + j).transpose(0, 1)
 
 
@@ -204,7 +212,7 @@ def key_gradient(chosen, grad_scores, queries, keys):
 
 # ---------------------------------- Reading the chosen values ----------------------------------
 #     out[t]   = sum over l of  w[t, l] V[indices[t, l]]                          an embedding bag
-#     dw[t, l] = <V[indices[t, l]], dout[t]>                                      an SDDMM
+#     dw[t, l] = <V[indices[t, l]], dout[t]>                     an SDDMM, a sampled dense-dense product
 #     dV[i]    = sum over (t, l) with indices[t, l] = i of  w[t, l] dout[t]       a sort, then a segment sum
 
 
@@ -247,7 +255,8 @@ def sddmm(table, indices, x):
 def segment_sum(indices, weights, x, n_rows):
     """sums[i] = sum over (t, l) with indices[t, l] == rows[i] of weights[t, l] * x[t].
 
-    indices (n, lookups) below n_rows, weights (n, lookups), x (n, dim) -> rows (u,) that occur, sums (u, dim)
+    indices (n, lookups) below n_rows, weights (n, lookups), x (n, dim) -> rows (u,) that occur, sums (u, dim).
+    The kernels may add rows that don't occur, with sums of 0.
     """
     if use_kernels(x):
         return kernels.segment_sum(indices, weights, x, n_rows)[:2]
@@ -263,6 +272,8 @@ def segment_sum(indices, weights, x, n_rows):
 
 class MemoryTable(nn.Module):
     """The values of a memory: n_slots rows of v_dim numbers. Raises ValueError for a size below 1.
+
+    indices (n, lookups) int64, weights (n, lookups) -> (n, v_dim); see memory_read.
 
     Train it with nanomem.optim.build_optimizer, whose update touches only the rows that were read. With
     sparse_grad=False the gradient is dense: any optimizer takes it, at a cost that grows with n_slots.

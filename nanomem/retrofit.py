@@ -65,8 +65,24 @@ class Settings:
             raise UserError("expected --data=facts.jsonl to teach, or --memory=out/facts-memory to ask")
         if self.data and not Path(self.data).is_file():
             raise UserError(f"--data={self.data}: there is no such file")
+        if self.stop_at > 1:
+            raise UserError(f"--stop_at is a share of the statements, from 0 to 1; got {self.stop_at:g}")
         if not all(layer.strip().isdecimal() for layer in self.layers.split(",")):
             raise UserError(f"--layers must be numbers such as 4,8,12; got {self.layers!r}")
+
+
+ONLY_TO_ASK = ("start", "max_new_tokens")
+ONLY_TO_TEACH = ("text", "layers", "n_keys", "heads", "knn", "k_dim", "target", "slots", "mem_lr",
+                 "batch_size", "max_iters", "stop_at", "seed")
+
+
+def check_use(given: dict):
+    """Raises UserError for a setting on the command line that would do nothing."""
+    for name in given:
+        if given.get("data") and name in ONLY_TO_ASK:
+            raise UserError(f"--{name} does nothing while teaching; to ask, leave out --data")
+        if not given.get("data") and name in ONLY_TO_TEACH:
+            raise UserError(f"--{name} does nothing without facts to teach: add --data=facts.jsonl")
 
 
 given = {}
@@ -75,6 +91,7 @@ if __name__ == "__main__":  # --help and mistakes are answered before the slow i
     with one_line_errors():
         given = parse(Settings, sys.argv[1:])
         Settings(**given).check()
+        check_use(given)
 
 import hashlib
 import json
@@ -130,7 +147,6 @@ def add_memory(model: nn.Module, layers: list[int | str], n_slots: int = 256**2,
     if not places or len(set(places)) < len(places):
         raise ValueError(f"layers must be distinct and at least one, got {layers}")
     shape = dict(n_slots=n_slots, heads=heads, knn=knn, k_dim=k_dim)
-    added = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         added = [make_layer(width, shape) for width in widths]
@@ -185,7 +201,8 @@ def sample_passages(tokenizer) -> Tensor:
 
 @torch.no_grad()
 def centre_queries(model: nn.Module, memory: Memory, tokens: Tensor):
-    """Subtracts from what queries are made of its mean over a text, tokens (n, time). For new memories only.
+    """Subtracts the mean hidden state over a text, tokens (n, time), before queries are computed. For new
+    memories only.
 
     All hidden states have a large part in common. Without it, different tokens read different slots.
     """
@@ -315,13 +332,20 @@ def save_memory(model: nn.Module, folder: str | Path, memory: Memory | None = No
         places[place] = {"width": layer.dim, "n_slots": layer.table.n_slots, "heads": layer.heads,
                          "knn": layer.knn, "k_dim": layer.k_dim, "weights": sample(model, place)}
     about = {"format": FORMAT, "model": describe(model), "places": places, "taught": taught or {}}
+    make_folder(folder)
+    checkpoint.write_atomically(folder / FILE, lambda path: save_file(tensors, path))
+    checkpoint.write_text(folder / ABOUT, json.dumps(about, indent=2) + "\n")
+    os.chmod(folder / FILE, os.stat(folder / ABOUT).st_mode)  # safetensors makes files for their owner alone
+
+
+def make_folder(folder: Path):
+    """Makes a folder unless it is there. Raises UserError if it can't be made or written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"could not make the folder {folder} ({error.strerror})") from None
-    checkpoint.write_atomically(folder / FILE, lambda path: save_file(tensors, path))
-    checkpoint.write_text(folder / ABOUT, json.dumps(about, indent=2) + "\n")
-    os.chmod(folder / FILE, os.stat(folder / ABOUT).st_mode)  # safetensors makes files for their owner alone
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"the folder {folder} can't be written to")
 
 
 def load_memory(model: nn.Module, folder: str | Path) -> Memory:
@@ -385,8 +409,11 @@ def check_model(model: nn.Module, about: dict, folder: Path):
     """Raises UserError unless a saved memory belongs to this model and its places are free."""
     there, here = about["model"], describe(model)
     if there["hash"] != here["hash"]:
-        different = [f"{name} {there['config'].get(name)} instead of {value}"
-                     for name, value in here["config"].items() if there["config"].get(name) != value]
+        different = []
+        for name in here["config"] | there["config"]:
+            saved, value = there["config"].get(name), here["config"].get(name)
+            if saved != value:
+                different.append(f"{name} {saved} instead of {value}")
         raise UserError(f"{folder} has the memory of another model ({', '.join(different)})")
     for place, shape in about["places"].items():
         try:
@@ -403,7 +430,7 @@ def check_model(model: nn.Module, about: dict, folder: Path):
 
 
 SHAPE = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "hidden_act",
-         "num_attention_heads", "num_key_value_heads", "head_dim", "rope_theta", "tie_word_embeddings")
+         "num_attention_heads", "num_key_value_heads", "head_dim", "tie_word_embeddings")
 
 
 def describe(model: nn.Module) -> dict:
@@ -469,6 +496,7 @@ def teach(settings: Settings, given: dict, console: Console):
     facts = from_jsonl(settings.data)
     text = read_text(settings.text) if settings.text else TEXT
     folder = Path(settings.memory or f"out/{Path(settings.data).stem}-memory")
+    make_folder(folder)  # now, not after minutes of teaching
     model, tokenizer = open_model(settings)
     sample_text = sample_passages(tokenizer)
     memory = open_memory(model, settings, given, folder, sample_text, console)

@@ -150,14 +150,14 @@ def test_the_pages_have_the_tables_of_the_results_in_assets():
 
 
 def test_a_page_s_tables_are_written_anew(tmp_path):
-    results = {"command": "python -m nanomem.reproduce scaling", "commit": None, "machine": "2 cores",
+    results = {"command": "python -m nanomem.reproduce scaling", "commit": "abcdef0", "machine": "2 cores",
                "seeds": [1, 2], "minutes": 3, "rows": [
                    {"model": "no memory", "params": 1000, "mem_params": 0, "flops_per_token": 2e6,
                     "recall": [0.123, 0.456], "recall_taught": [0.5, 0.25], "loss": [1.0, 2.0]}]}
     (tmp_path / "scaling.json").write_text(json.dumps(results))
     made = page.filled("a\n<!-- table: scaling -->\nold\n<!-- end -->\nb\n", tmp_path)
     assert "| no memory | 2.000 million | 1,000 | 0 | 12.3, 45.6 | 50.0, 25.0 | 1.500 |\n" in made
-    assert ("(`python -m nanomem.reproduce scaling`; commit not recorded; 2 cores; seeds 1, 2; "
+    assert ("(`python -m nanomem.reproduce scaling`; commit abcdef0; 2 cores; seeds 1, 2; "
             "3 minutes of training)\n") in made
     assert made.startswith("a\n<!-- table: scaling -->\n\n| model") and made.endswith("<!-- end -->\nb\n")
     assert "old" not in made and page.filled(made, tmp_path) == made
@@ -170,7 +170,7 @@ def test_a_page_s_tables_are_written_anew(tmp_path):
 def test_text_has_bits_per_byte(tiny, monkeypatch, tmp_path):
     (tmp_path / "book.txt").write_text("All work and no play makes Jack a dull boy.\n" * 100)
     reproduce(monkeypatch, tmp_path, "text", "--seeds=2", f"--text={tmp_path / 'book.txt'}")
-    rows = json.loads((tmp_path / "text.json").read_text())["rows"]
+    rows = json.loads((tmp_path / "text-book.json").read_text())["rows"]
     assert [row["model"] for row in rows] == ["dense", "dense, 2x", "mixture of experts", "Memory+"]
     for row in rows:
         # A byte is a token here, so these are nats and bits of the same thing.
@@ -180,7 +180,7 @@ def test_text_has_bits_per_byte(tiny, monkeypatch, tmp_path):
     ahead = sum(dense["bits_per_byte"]) / 2 - sum(memory["bits_per_byte"]) / 2
     table = figures.markdown(rows)
     assert "bits per byte" in table and f"| {ahead:.3f} (t = " in table
-    assert (tmp_path / "text.png").stat().st_size > 5000
+    assert (tmp_path / "text-book.png").stat().st_size > 5000
 
 
 def test_a_run_that_was_stopped_continues(tmp_path):

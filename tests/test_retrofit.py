@@ -363,6 +363,10 @@ def test_mistakes_get_one_line(folder, tmp_path, monkeypatch):
         ([f"--model={folder}", "--data=none.jsonl"], "--data=none.jsonl: there is no such file"),
         ([f"--model={folder}", f"--memory={tmp_path}"], "there is no memory in"),
         ([f"--model={folder}", "--layers=1", "--n_keys=16", data], "the wordings share no slots"),
+        ([f"--model={folder}", data, "--stop_at=95"], "--stop_at is a share of the statements, from 0 to 1"),
+        ([f"--model={folder}", data, "--start=The"], "--start does nothing while teaching"),
+        ([f"--model={folder}", "--memory=m", "--knn=8"], "--knn does nothing without facts to teach"),
+        ([f"--model={folder}", data, f"--memory={folder / 'facts.jsonl'}"], "could not make the folder"),
     ]
     for arguments, message in cases:
         _, err = runs.run("nanomem/retrofit.py", *arguments, code=2)

@@ -18,6 +18,7 @@ The paper's claims, small: trains the models of a table or figure with train.py,
 - writes assets/NAME.json and NAME.png (pip install -e '.[plot]'); `page` draws all figures anew
 """
 
+import importlib.util
 import json
 import sys
 from dataclasses import dataclass
@@ -59,7 +60,7 @@ class Settings:
         section="Reproduction")
     data: str = setting("", "what the facts are about; by default what the preset is about", ("", *DATASETS))
     text: str = setting(
-        "data/wikitext-103", "text to train on: shards that data/prepare.py made, or a text file", path=True)
+        "data/wikitext-2", "text to train on: shards that data/prepare.py made, or a text file", path=True)
     seeds: int = setting(3, "runs of each model")
     model: str = setting("", "the pretrained model of retrofit: a name, a folder or a .gguf file")
     held_out: str = setting(
@@ -87,7 +88,9 @@ def main():
         raise UserError(f"seeds must be 1 or more, got {settings.seeds}")
     from nanomem.reproduce import figures, runs
 
-    figures.pyplot()  # if matplotlib is missing, say so now and not after hours of training
+    figures.pyplot()  # if a package is missing, say so now and not after hours of training
+    if command in ("table1", "text") and importlib.util.find_spec("scipy") is None:
+        raise UserError("t-tests need scipy: pip install -e '.[plot]'")
     runs.commit()  # is remembered: results get this commit, not one made while they are measured
     keep_freed_memory()
     Path(settings.assets).mkdir(parents=True, exist_ok=True)
@@ -128,6 +131,8 @@ def reproduce(command, settings):
     is_shown = (settings.preset, base.data) in SHOWN
     if command == "text":
         is_shown = settings.preset != "gpu"
+        if settings.text != Settings.text:
+            name += f"-{Path(settings.text).stem}"
     if not is_shown:
         name += f"-{settings.preset}"
     about = {"command": command_line(command, settings)} | trainer.provenance()
@@ -176,12 +181,14 @@ def measure_retrofit(settings):
     """Teaches a pretrained model invented facts by each method, and writes a table and a figure."""
     from rich.console import Console
 
+    from nanomem import pretrained
     from nanomem.facts import read_text
     from nanomem.prose import TEXT
     from nanomem.reproduce import retrofit, runs
 
     if not settings.model:
         raise UserError("retrofit needs --model: the name of a pretrained model, a folder or a .gguf file")
+    pretrained.need("peft")
     text = read_text(settings.held_out) if settings.held_out else TEXT
     console = Console(highlight=False, soft_wrap=True)
     finished = Path(settings.runs).with_name("retrofit")
@@ -195,7 +202,7 @@ def measure_retrofit(settings):
         "command": command,
         **runs.origin(teacher.used),
         "seeds": seeds,
-        "minutes": 0,
+        "minutes": round(sum(result["seconds"] for result in teacher.used) / 60),
         "text": Path(settings.held_out).name or "the built-in one",
         "rows": rows,
     }

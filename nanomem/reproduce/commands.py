@@ -15,7 +15,7 @@ from nanomem.checkpoint import read_json, write_text
 from nanomem.config import Config
 from nanomem.model import GPT
 from nanomem.reproduce.pace import step_seconds
-from nanomem.reproduce.runs import COMPUTATION, Run, Trainer, machine
+from nanomem.reproduce.runs import Run, Trainer, commit, machine, torch_version
 from nanomem.reproduce.sizing import at_flops, dense_of, flops
 from nanomem.reproduce.sweeps import candidates, named, rated, search
 
@@ -126,9 +126,9 @@ def curves(base: Config, seeds: list[int], trainer: Trainer) -> list[dict]:
 
 
 def measured_pace(models, trainer):
-    """Seconds of each model's training step on this machine, measured once: {name: seconds}."""
+    """Seconds of each model's training step on this machine, measured once a commit: {name: seconds}."""
     shapes = {name: dataclasses.asdict(config) for name, config in models.items()}
-    measured_on = json.dumps([shapes, COMPUTATION, machine(), torch.get_num_threads()])
+    measured_on = json.dumps([shapes, commit(), torch_version(), machine(), torch.get_num_threads()])
     path = trainer.out_dir / f"pace-{hashlib.sha256(measured_on.encode()).hexdigest()[:8]}.json"
     if not path.exists():
         trainer.out_dir.mkdir(parents=True, exist_ok=True)

@@ -105,14 +105,16 @@ def slots_table(rows: list[dict]) -> str:
 def forgetting_table(rows: list[dict]) -> str:
     """What `forgetting` found as a Markdown table."""
     header = ["what is trained", "rate", "kept where 90% of the new is known, %, each seed",
-              "most of the new, %", "kept at the end, %", "first of ten rounds known after the last, %"]
+              "most of the new, %", "kept at the end, %", "after ten rounds, known of the first round, %",
+              "and of the people before, %"]
     cells = []
     for row in rows:
         most = highest(row["curves"], "new")
         at_end = percent([curve[-1]["kept"] for curve in row["curves"]])
-        first = percent([known[-1] for known in row.get("rounds_first", [])])
+        first, old = (percent([known[-1] for known in row.get(key, [])])
+                      for key in ("rounds_first", "rounds_old"))
         kept = or_never(row["kept"], ".1f", 100)
-        cells.append([row["model"], f"{row['rate']:g}", kept, most, at_end, first])
+        cells.append([row["model"], f"{row['rate']:g}", kept, most, at_end, first, old])
     return table(header, cells)
 
 

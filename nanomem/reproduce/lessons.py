@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,9 @@ def saved_or_run(path: Path, about: dict, run: Callable[[], dict]) -> dict:
     if saved:
         return saved
     where = here()  # before it runs, so that a commit made meanwhile isn't its own
+    begun = time.perf_counter()
     result = about | run() | where
+    result["seconds"] = time.perf_counter() - begun
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(result, indent=1) + "\n")
     return result

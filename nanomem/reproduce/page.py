@@ -51,16 +51,13 @@ def place_text(name, assets):
         remedy += " --preset=night"
     if results is None:
         raise UserError(f"{path} is missing; {remedy} makes it")
-    if not isinstance(results, dict):
-        raise UserError(f"{path} has another form; {remedy} makes it anew")
     table = TABLES[command](results["rows"])
     return f"\n{table}\n{origin(results)}\n"
 
 
 def origin(results: dict) -> str:
     """The line below a table: command, commit, machine, seeds and time."""
-    commit = f"commit {results['commit']}" if results["commit"] else "commit not recorded"
-    parts = [f"`{results['command']}`", commit, results["machine"]]
+    parts = [f"`{results['command']}`", f"commit {results['commit']}", results["machine"]]
     if results["seeds"]:
         noun = "seeds" if len(results["seeds"]) > 1 else "seed"
         parts.append(f"{noun} {', '.join(map(str, results['seeds']))}")

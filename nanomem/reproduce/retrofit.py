@@ -161,7 +161,8 @@ def known_before(tokenizer) -> list[list[Statement]]:
     asked = []
     for prompt, answer in KNOWN_BEFORE:
         statement = pretrained.encode_fact(tokenizer, len(asked), prompt, answer)
-        asked.append([dataclasses.replace(statement, tokens=statement.tokens[:-1])])
+        tokens = pretrained.drop_end(statement.tokens, tokenizer.eos_token_id)
+        asked.append([dataclasses.replace(statement, tokens=tokens)])
     return asked
 
 
@@ -282,7 +283,7 @@ class Teacher:
         method = dataclasses.asdict(METHODS[name])
         del method["rates"]
         deciding = [kind, rate, seed, n_facts, method, self.identity, self.text, WORDINGS, HELD_OUT,
-                    EVALUATED_AT, BATCH_SIZE, COMPUTATION, torch_version()]
+                    KNOWN_BEFORE, EVALUATED_AT, BATCH_SIZE, MOST_ASKED, COMPUTATION, torch_version()]
         if kind == "rounds":
             deciding += [ROUNDS, ROUND_FACTS, ROUND_UPDATES]
         about = {"kind": kind, "name": name, "rate": rate, "seed": seed, "facts": n_facts,

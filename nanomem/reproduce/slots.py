@@ -99,9 +99,12 @@ def measure_overlaps(model, data, n_facts):
 def draw_prompts(facts, rng):
     """A random fact as (entity, wording), and what to compare it with: {name: (entity, wording)}."""
     n_entities, n_attributes = len(facts.entities), len(facts.attributes)
-    entity, other, a = [int(rng.integers(limit)) for limit in (n_entities, n_entities, n_attributes)]
+    entity, a = int(rng.integers(n_entities)), int(rng.integers(n_attributes))
     attribute, another = facts.attributes[a], facts.attributes[a - 1]
-    compared = {"another entity": (other, attribute.statements[0])}
+    compared = {}
+    if n_entities > 1:
+        other = (entity + int(rng.integers(1, n_entities))) % n_entities
+        compared["another entity"] = (other, attribute.statements[0])
     if len(attribute.statements) > 1:
         compared["another taught wording"] = (entity, attribute.statements[1])
     if attribute.questions:
