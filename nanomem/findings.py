@@ -489,7 +489,8 @@ def slot_details(trained, sample, questions, place, number, most, reads, texts) 
 
 def add_readers(sample: Sample, layer: int, details: list[dict], texts: Texts):
     """Adds who reads slots in the sample: "readers", their number; "weight", the mean; "clues", [relation,
-    word, share, usual share, score]; "contexts", [text before a reader, the reader, the word after it, share].
+    word, share, usual share, score]; "contexts", [text before a reader, the reader, the word after it,
+    share].
     """
     words, slots = sample.words[1], np.array([detail["slot"] for detail in details])
     clues, heaviest = sample.clues(layer, slots), sample.heaviest(layer, slots, CONTEXTS)

@@ -255,8 +255,8 @@ def sddmm(table, indices, x):
 def segment_sum(indices, weights, x, n_rows):
     """sums[i] = sum over (t, l) with indices[t, l] == rows[i] of weights[t, l] * x[t].
 
-    indices (n, lookups) below n_rows, weights (n, lookups), x (n, dim) -> rows (u,) that occur, sums (u, dim).
-    The kernels may add rows that don't occur, with sums of 0.
+    indices (n, lookups) below n_rows, weights (n, lookups), x (n, dim)
+    -> rows (u,) that occur, sums (u, dim). The kernels may add rows that don't occur, whose sums are 0.
     """
     if use_kernels(x):
         return kernels.segment_sum(indices, weights, x, n_rows)[:2]
