@@ -90,6 +90,12 @@ def read_json(path):
         raise UserError(f"{path} is not JSON ({error})") from None
 
 
+def is_run_or_export(folder: Path) -> bool:
+    """Whether a folder's config.json is that of a run or an export of nanomem, and not of another program."""
+    path = folder / "config.json"
+    return path.is_file() and "mem_n_keys" in (read_json(path) or {})
+
+
 def lock(out_dir):
     """Locks a folder for this process until it ends, however it ends. Returns an open file, to be kept.
 

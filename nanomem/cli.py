@@ -190,7 +190,7 @@ def nearest(name: str, names) -> str:
     """' (did you mean X?)' for a name that begins so, or the most similar one; or nothing."""
     name = name.replace("-", "_")
     longer = [candidate for candidate in names if len(name) > 1 and candidate.startswith(name)]
-    close = longer or difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    close = longer or difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     return f" (did you mean {close[0]}?)" if close else ""
 
 
@@ -246,6 +246,8 @@ def read_recipe(cls, name: str) -> dict:
         recipes = [recipe.stem for recipe in sorted(shipped("configs").glob("*.toml"))]
         hint = f"{nearest(Path(name).stem, recipes)}; recipes: {', '.join(recipes)}"
         raise UserError(f"expected --key=value or a recipe, got {name!r}, which is no file{hint}")
+    if path.suffix not in (".toml", ".json"):
+        raise UserError(f"{path} is not a recipe, which ends in .toml; to train on it: --data={path}")
     try:
         text = path.read_text(encoding="utf-8")
         found = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)

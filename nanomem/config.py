@@ -183,6 +183,9 @@ class Config(GPTConfig):
         """
         if not isinstance(saved, dict):
             raise UserError(f"the run in {where}: expected settings by name, got {type(saved).__name__}")
+        if "model_type" in saved:
+            raise UserError(f"{where} holds a model of transformers; "
+                            f"python -m nanomem.retrofit --model={where} --data=facts.jsonl teaches it")
         fields = {f.name: f for f in dataclasses.fields(cls)}
         saved = {"mem_dropout": 0.0} | saved  # runs from before this setting existed dropped nothing
         unknown = ", ".join(sorted(saved.keys() - fields.keys()))

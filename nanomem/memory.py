@@ -72,7 +72,7 @@ class ProductKeyMemory(nn.Module):
         self.gate_proj = ops.Linear(dim, table.v_dim, init=normal) if gated else None
         self.out_proj = ops.Linear(table.v_dim, dim, init=normal) if gated or table.v_dim != dim else None
         self.observer = None  # set by observe_lookups
-        # The number of x's first token in all of training, () int64: a resumed run drops the same lookups.
+        # How many tokens of training came before x, () int64: it seeds dropout, for a resumed run, too.
         self.first_token = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -130,7 +130,8 @@ def product_key_topk(queries: Tensor, keys: Tensor, knn: int) -> tuple[Tensor, T
 
     Slot (i, j), numbered i * n_keys + j, has the key [keys[h, 0, i] ; keys[h, 1, j]]. Its score is the sum of
     two half scores, so the best slots combine the best half keys, found with 2 * n_keys scores. The result
-    is that of naive.py's product_keys and topk.
+    is that of naive.py's product_keys and topk. For example, with knn = 2, first half scores 5, 2, 1 and
+    second ones 4, 3, 0, only three pairs can win: 5 + 4, 5 + 3 and 2 + 4. Slots (0, 0) and (0, 1) do.
 
     queries (n, heads, 2, k_dim / 2) and keys (heads, 2, n_keys, k_dim / 2), of one dtype
     -> scores (n, heads, knn), from high to low, float32 at least, differentiable; and distinct slots, int64.
@@ -158,9 +159,10 @@ def merge_halves(half_scores, knn):
         return kernels.merge_halves(half_scores, knn, (a, b))
     best, ids = cpu.topk(half_scores, knn)                                   # (heads, 2, n, knn) each, sorted
     sums = best[:, 0].index_select(-1, a) + best[:, 1].index_select(-1, b)   # (heads, n, n_pairs)
-    scores, pairs = cpu.topk(sums, knn)                                      # (heads, n, knn) each
-    i = ids[:, 0].gather(-1, a[pairs].long())                                # (heads, n, knn)
-    j = ids[:, 1].gather(-1, b[pairs].long())
+    scores, winners = cpu.topk(sums, knn)                                    # (heads, n, knn) each
+    # a[winners] are the ranks of the winners' first halves, and ids has the half key of each rank.
+    i = ids[:, 0].gather(-1, a[winners].long())                              # (heads, n, knn)
+    j = ids[:, 1].gather(-1, b[winners].long())
     return scores.transpose(0, 1), (i * half_scores.shape[-1] + j).transpose(0, 1)
 
 
@@ -168,10 +170,11 @@ def merge_halves(half_scores, knn):
 def candidate_pairs(knn: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """The ranks (a, b) of half scores whose sum can be among the knn best: two (n_pairs,) int32 tensors.
 
-    Both halves are sorted, so the (a + 1) * (b + 1) pairs of ranks up to (a, b) have sums at least as high.
-    If they are more than knn, (a, b) isn't needed. That leaves 119 pairs instead of 1,024 for knn = 32.
+    Ranks begin at 0 with the highest score, so (a + 1) * (b + 1) pairs, (a, b) among them, have sums at least
+    as high as (a, b). If they are more than knn, (a, b) isn't needed. For knn = 32 that leaves 119 pairs of
+    1,024.
     """
-    pairs = [(a, b) for a in range(knn) for b in range(knn // (a + 1))]
+    pairs = [(a, b) for a in range(knn) for b in range(knn // (a + 1))]  # (a + 1) * (b + 1) <= knn
     return torch.tensor(pairs, dtype=torch.int32, device=device).T.contiguous().unbind(0)
 
 
@@ -180,7 +183,9 @@ def search_gradient(
         grad_scores: Tensor, queries: Tensor, keys: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
     """dq[t, h, p] = sum over l of dscores[t, h, l] keys[h, p, c(l)] and
     dkeys[h, p, i] = sum over (t, l) with c(l) = i of dscores[t, h, l] q[t, h, p],
-    where c(l) is the number of half key p of the l-th slot chosen.
+    for token t, head h and half p, where c(l) is the number of half key p of the l-th slot chosen.
+
+    These are the sums with which values are read and taught, below: half keys are the table's rows.
     """
     (n, heads, _, half_dim), n_keys, knn = queries.shape, keys.shape[2], grad_scores.shape[-1]
     chosen = torch.stack([slots // n_keys, slots % n_keys], dim=2)           # (n, heads, 2, knn)

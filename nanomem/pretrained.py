@@ -8,6 +8,7 @@ all.
 
 import importlib.util
 import inspect
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanomem import checkpoint
 from nanomem.cli import UserError
 from nanomem.facts import FactSet
 from nanomem.observe import observe_lookups
@@ -40,7 +42,11 @@ def open_model(name: str, device: torch.device, dtype: torch.dtype) -> tuple[nn.
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # without network, it reports each attempt
     path, options = name, {}
+    if checkpoint.is_run_or_export(Path(name)):
+        raise UserError(f"--model={name} is a model of train.py's; python train.py --init_from={name} "
+                        "--data=facts.jsonl teaches it")
     if name.lower().endswith(".gguf"):
         if not os.path.isfile(name):
             raise UserError(f"--model={name}: there is no such file")

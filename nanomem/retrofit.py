@@ -64,7 +64,9 @@ class Settings:
         if not self.data and not self.memory:
             raise UserError("expected --data=facts.jsonl to teach, or --memory=out/facts-memory to ask")
         if self.data and not Path(self.data).is_file():
-            raise UserError(f"--data={self.data}: there is no such file")
+            raise UserError(f"--data={self.data}: there is no such file; expected facts in a .jsonl file")
+        if self.text and not Path(self.text).is_file():
+            raise UserError(f"--text={self.text}: there is no such file")
         if self.stop_at > 1:
             raise UserError(f"--stop_at is a share of the statements, from 0 to 1; got {self.stop_at:g}")
         if not all(layer.strip().isdecimal() for layer in self.layers.split(",")):
@@ -339,11 +341,13 @@ def save_memory(model: nn.Module, folder: str | Path, memory: Memory | None = No
 
 
 def make_folder(folder: Path):
-    """Makes a folder unless it is there. Raises UserError if it can't be made or written to."""
+    """Makes a folder unless it is there. Raises UserError if it holds a model or can't be written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"could not make the folder {folder} ({error.strerror})") from None
+    if (folder / "config.json").exists():
+        raise UserError(f"{folder} holds a model; name another folder for the memory with --memory")
     if not os.access(folder, os.W_OK):
         raise UserError(f"the folder {folder} can't be written to")
 
@@ -544,8 +548,11 @@ def open_memory(model, settings, given, folder, sample_text, console) -> Memory:
         console.print(f"continuing with the memory in {folder}, beside {', '.join(memory.places)}")
         return memory
     layers = [int(layer) for layer in settings.layers.split(",")]
-    memory = add_memory(model, layers, settings.n_keys**2, settings.heads, settings.knn, settings.k_dim,
-                        settings.target, settings.seed)
+    try:
+        memory = add_memory(model, layers, settings.n_keys**2, settings.heads, settings.knn, settings.k_dim,
+                            settings.target, settings.seed)
+    except ValueError as error:
+        raise UserError(f"--layers={settings.layers} --target={settings.target}: {error}") from None
     centre_queries(model, memory, sample_text)
     console.print(f"a memory of {settings.n_keys**2:,} slots beside each of {', '.join(memory.places)}")
     return memory
@@ -589,9 +596,13 @@ def ask(settings: Settings, console: Console):
 
 @torch.no_grad()
 def answer(model: nn.Module, tokenizer, prompt: str, most: int) -> str:
-    """The likeliest continuation of a prompt, up to the end or `most` tokens."""
+    """The likeliest continuation of a prompt, up to the end or `most` tokens. Raises UserError for an empty
+    prompt.
+    """
     end = tokenizer.eos_token_id
     tokens = pretrained.drop_end(tokenizer(prompt.strip()).input_ids, end)
+    if not tokens:
+        raise UserError("the prompt is empty")
     tokens = torch.tensor([tokens], device=next(model.parameters()).device)     # (1, time)
     written = model.generate(input_ids=tokens, attention_mask=torch.ones_like(tokens),
                              max_new_tokens=most, do_sample=False, eos_token_id=end, pad_token_id=end)

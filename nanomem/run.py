@@ -116,6 +116,9 @@ def folder_of(given: dict) -> Path:
         raise UserError(f"out_dir={out_dir} holds the model to teach; name another folder with --out_dir")
     if os.path.realpath(out_dir) == os.getcwd():
         raise UserError(f"out_dir must be a folder of its own, such as out/mine; got {out_dir}")
+    if (out_dir / "config.json").exists() and not checkpoint.is_run_or_export(out_dir):
+        raise UserError(f"out_dir={out_dir} holds a config.json that isn't a run's; "
+                        "choose another folder, such as out/mine")
     if (out_dir / INDEX).exists():
         raise UserError(f"out_dir={out_dir} holds prepared data; choose another folder, such as out/mine")
     try:
@@ -595,7 +598,8 @@ def report_facts(job: Job, recalled: dict, console: Console):
     data, share = job.data, recalled["taught"]["all"]
     readings = readings_per_update(job)
     if share < 0.5 and 0 < readings and job.step * readings < ENOUGH_READINGS / 2:
-        enough = round_up(ENOUGH_READINGS / readings)
+        # With fewer updates, most of them would be warm-up.
+        enough = max(round_up(ENOUGH_READINGS / readings), 3 * job.config.warmup_iters)
         console.print(
             f"This run was too short to learn much: it read each fact about {job.step * readings:.0f} times. "
             f"The {ENOUGH_READINGS} times of the default run take --max_iters={enough}.", soft_wrap=True)

@@ -65,6 +65,12 @@ def test_a_recipe_that_is_not_there_names_the_nearest_and_all():
     assert parse(Config, ["configs/shakespeare.toml"]) == parse(Config, ["shakespeare"])
 
 
+def test_a_text_in_place_of_a_recipe_gets_the_option_to_train_on_it(tmp_path):
+    (tmp_path / "book.txt").write_text("Once upon a time")
+    with pytest.raises(UserError, match=r"is not a recipe, .*; to train on it: --data=.*book.txt"):
+        parse(Config, [str(tmp_path / "book.txt")])
+
+
 def test_json_that_is_no_object_is_no_recipe(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps([1]))
     with pytest.raises(UserError, match="is not a recipe: expected"):

@@ -318,7 +318,7 @@ def test_wrong_command_lines(arguments, message, monkeypatch, tmp_path):
 def test_slots_of_a_trained_model(monkeypatch, tmp_path):
     runs.train(tmp_path / "run", "--data=people", "--block_size=64", "--mem_layers=0,1", "--max_iters=3")
     reproduce(monkeypatch, tmp_path, "slots", f"--run={tmp_path / 'run'}")
-    rows = json.loads((tmp_path / "slots.json").read_text())["rows"]
+    rows = json.loads((tmp_path / "slots-run.json").read_text())["rows"]
     assert [row["layer"] for row in rows] == [0, 1]
     for row in rows:
         assert 0 < row["share used"] <= 1 and row["kl"] > 0
@@ -328,7 +328,7 @@ def test_slots_of_a_trained_model(monkeypatch, tmp_path):
         for overlaps in row["overlaps"].values():
             assert set(overlaps) == {"a question", "another attribute", "another entity"}
             assert all(0 <= x <= 1 + 1e-5 for x in overlaps.values())
-    assert (tmp_path / "slots.png").stat().st_size > 5000
+    assert (tmp_path / "slots-run.png").stat().st_size > 5000
 
 
 def test_overlap_of_lookups():

@@ -349,13 +349,15 @@ def test_teaching_asking_and_teaching_again(folder, tmp_path, monkeypatch):
 
 def test_mistakes_get_one_line(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    run = tmp_path / "run"
+    runs.train(run, "--data=people", "--n_entities=20", "--max_iters=1")
     data = f"--data={folder / 'facts.jsonl'}"
     cases = [
         ([], "expected --model"),
         ([f"--model={folder}"], "expected --data=facts.jsonl to teach, or --memory"),
         ([f"--model={folder}", "--layer=3", data], "did you mean layers"),
         ([f"--model={folder}", "--layers=x", data], "--layers must be numbers"),
-        ([f"--model={folder}", "--layers=9", data], "there is no layer 9: the model has layers 0 to 2"),
+        ([f"--model={folder}", "--layers=9", data], "--layers=9 --target=mlp: there is no layer 9: the model has"),
         ([f"--model={folder}", "--layers=1", "--target=ffn", data], "it has self_attn, mlp"),
         (["--model=someone/some-model", data], "hf download someone/some-model"),
         (["--model=none.gguf", data], "there is no such file"),
@@ -367,6 +369,8 @@ def test_mistakes_get_one_line(folder, tmp_path, monkeypatch):
         ([f"--model={folder}", data, "--start=The"], "--start does nothing while teaching"),
         ([f"--model={folder}", "--memory=m", "--knn=8"], "--knn does nothing without facts to teach"),
         ([f"--model={folder}", data, f"--memory={folder / 'facts.jsonl'}"], "could not make the folder"),
+        ([f"--model={folder}", data, f"--memory={folder}"], "holds a model; name another folder"),
+        ([f"--model={run}", data], "is a model of train.py's; python train.py --init_from="),
     ]
     for arguments, message in cases:
         _, err = runs.run("nanomem/retrofit.py", *arguments, code=2)

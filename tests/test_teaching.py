@@ -340,6 +340,14 @@ def test_folders_that_hold_no_model_or_the_model_itself_are_refused(base, tmp_pa
     _, err = teach(base, base, code=2)
     assert "holds the model to teach; name another folder with --out_dir" in err
     assert checkpoint.newest(base)[1]["iteration"] == 100
+    other = tmp_path / "of-transformers"
+    other.mkdir()
+    (other / "config.json").write_text('{"model_type": "llama"}')
+    (other / "model.safetensors").write_bytes(b"weights")
+    _, err = teach(other, tmp_path / "taught", code=2)
+    assert "holds a model of transformers; python -m nanomem.retrofit" in err
+    _, err = teach(base, other, code=2)
+    assert "holds a config.json that isn't a run's" in err and len(list(other.iterdir())) == 2
 
 
 @pytest.mark.parametrize("option", ["--mem_idf=1", "--mem_top_slots=5", "--rehearse=0.5", "--train=values"])

@@ -84,6 +84,12 @@ def main():
         takes = USES[command] + FOLDERS
         if name not in takes:
             raise UserError(f"--{name} does nothing for {command}, which takes --{', --'.join(takes)}")
+    for name in FOLDERS:
+        path = getattr(settings, name)
+        if Path(path).is_file():
+            raise UserError(f"--{name}={path} is a file; expected a folder")
+    if settings.held_out and not Path(settings.held_out).is_file():
+        raise UserError(f"--held_out={settings.held_out}: there is no such file")
     if settings.seeds < 1:
         raise UserError(f"seeds must be 1 or more, got {settings.seeds}")
     from nanomem.reproduce import figures, runs
@@ -245,7 +251,8 @@ def look_into_slots(settings):
         "updates": iteration,
         "rows": rows,
     }
-    write("slots", results, settings)
+    of_another = "" if settings.run == Settings.run else f"-{Path(settings.run).name}"
+    write(f"slots{of_another}", results, settings)
 
 
 def write_pages(assets):
