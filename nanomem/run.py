@@ -116,7 +116,8 @@ def folder_of(given: dict) -> Path:
         raise UserError(f"out_dir={out_dir} holds the model to teach; name another folder with --out_dir")
     if os.path.realpath(out_dir) == os.getcwd():
         raise UserError(f"out_dir must be a folder of its own, such as out/mine; got {out_dir}")
-    if (out_dir / "config.json").exists() and not checkpoint.is_run_or_export(out_dir):
+    is_taken = (out_dir / "config.json").exists() and not checkpoint.is_run_or_export(out_dir)
+    if is_taken and not config.resume:  # a new run moves what is there; --resume says what is wrong with it
         raise UserError(f"out_dir={out_dir} holds a config.json that isn't a run's; "
                         "choose another folder, such as out/mine")
     if (out_dir / INDEX).exists():
