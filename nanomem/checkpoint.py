@@ -92,8 +92,10 @@ def read_json(path):
 
 def is_run_or_export(folder: Path) -> bool:
     """Whether a folder's config.json is that of a run or an export of nanomem, and not of another program."""
-    path = folder / "config.json"
-    return path.is_file() and "mem_n_keys" in (read_json(path) or {})
+    try:
+        return "mem_n_keys" in (read_json(folder / "config.json") or {})
+    except (UserError, NotADirectoryError):
+        return False
 
 
 def lock(out_dir):

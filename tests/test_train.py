@@ -538,7 +538,7 @@ def test_a_second_run_in_a_folder_is_refused_and_the_first_goes_on(tmp_path):
     assert checkpoint.folders(tmp_path / "two.1") and runs.metrics(out_dir)[-1]["iter"] == 2
 
 
-def test_files_of_others_and_exports_in_out_dir_are_moved_and_not_overwritten(tmp_path):
+def test_an_export_in_out_dir_is_moved_and_files_of_others_are_left_alone(tmp_path):
     runs.train(tmp_path / "run", "--max_iters=2")
     runs.run("sample.py", f"--out_dir={tmp_path / 'run'}", f"--export={tmp_path / 'model'}")
     before = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
@@ -546,8 +546,9 @@ def test_files_of_others_and_exports_in_out_dir_are_moved_and_not_overwritten(tm
     assert {path.name: path.read_bytes() for path in (tmp_path / "model.1").iterdir()} == before
     (tmp_path / "project").mkdir()
     (tmp_path / "project" / "config.json").write_text("mine")
-    runs.train(tmp_path / "project", "--max_iters=2")
-    assert (tmp_path / "project.1" / "config.json").read_text() == "mine"
+    _, err = runs.train(tmp_path / "project", "--max_iters=2", code=2)
+    assert "holds a config.json that isn't a run's" in err
+    assert [path.read_text() for path in (tmp_path / "project").iterdir()] == ["mine"]
 
 
 def test_bfloat16_trains(tmp_path):
