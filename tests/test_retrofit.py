@@ -357,7 +357,7 @@ def test_mistakes_get_one_line(folder, tmp_path, monkeypatch):
         ([f"--model={folder}"], "expected --data=facts.jsonl to teach, or --memory"),
         ([f"--model={folder}", "--layer=3", data], "did you mean layers"),
         ([f"--model={folder}", "--layers=x", data], "--layers must be numbers"),
-        ([f"--model={folder}", "--layers=9", data], "--layers=9 --target=mlp: there is no layer 9: the model has"),
+        ([f"--model={folder}", "--layers=9", data], "--layers=9 --target=mlp: there is no layer 9"),
         ([f"--model={folder}", "--layers=1", "--target=ffn", data], "it has self_attn, mlp"),
         (["--model=someone/some-model", data], "hf download someone/some-model"),
         (["--model=none.gguf", data], "there is no such file"),
