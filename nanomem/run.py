@@ -603,7 +603,7 @@ def report_facts(job: Job, recalled: dict, console: Console):
         enough = max(round_up(ENOUGH_READINGS / readings), 3 * job.config.warmup_iters)
         console.print(
             f"This run was too short to learn much: it read each fact about {job.step * readings:.0f} times. "
-            f"The {ENOUGH_READINGS} times of the default run take --max_iters={enough}.", soft_wrap=True)
+            f"The default run reads it {ENOUGH_READINGS} times. Try --max_iters={enough}.", soft_wrap=True)
         if share < 0.01:
             return
     if len(data.facts.attributes) > 1:
