@@ -280,13 +280,15 @@ def test_every_model_of_a_command_can_be_made(command, preset, seeds):
 def test_scaling_changes_only_the_number_of_keys(preset):
     trained, base = {}, recipe(preset)
     rows = commands.scaling(base, [1, 2], without_training(trained))
+    three = commands.three_of_six(base)
     n_slots = [0] + [4**n for n in range(5, 11)]
     assert [row["slots"] for row in rows] == n_slots[:len(rows)] and len(rows) >= 6
     assert len(trained) == 2 * len(rows)
     for config in trained.values():
         config.check()
         if config.ffn == "memory":
-            assert config == base.replace(mem_n_keys=config.mem_n_keys, seed=config.seed)
+            changes = dict(mem_n_keys=config.mem_n_keys, seed=config.seed)
+            assert config == sweeps.at_rate(three, base.learning_rate / 2).replace(**changes)
     assert rows[0]["flops_per_token"] == pytest.approx(rows[-1]["flops_per_token"], rel=0.02)
 
 

@@ -17,7 +17,7 @@ from nanomem.model import GPT
 from nanomem.reproduce.pace import step_seconds
 from nanomem.reproduce.runs import Run, Trainer, commit, machine, torch_version
 from nanomem.reproduce.sizing import at_flops, dense_of, flops
-from nanomem.reproduce.sweeps import candidates, named, rated, search
+from nanomem.reproduce.sweeps import candidates, dense_candidates, named, rated, search
 
 
 def train_seeds(models: dict[str, Config], seeds: list[int], trainer: Trainer) -> dict[str, list[dict]]:
@@ -137,14 +137,19 @@ def measured_pace(models, trainer):
 
 
 def scaling(base: Config, seeds: list[int], trainer: Trainer) -> list[dict]:
-    """Memory+ from 1k to 1M slots. Nothing else changes, so FLOPs rise by the scores of the keys. The dense
-    model gets the FLOPs of the largest.
+    """Memory+ of six layers from 1k to 1M slots, all at the rate that is best for base's slots. Nothing else
+    changes, so FLOPs rise by the scores of the keys. The dense model has about the FLOPs of the largest.
     """
+    three = three_of_six(base)
     sizes = [n_keys for n_keys in (32, 64, 128, 256, 512, 1024) if n_keys >= base.mem_knn]
-    largest = base.replace(mem_n_keys=sizes[-1])
-    models = {"no memory": dense_of(base, flops(largest) / flops(base))}
+    # Rounded, so that night's is table 1's dense model of twice the FLOPs and isn't trained again.
+    times = round(flops(three.replace(mem_n_keys=sizes[-1])) / flops(base), 1)
+    rates = [base.learning_rate / 2, base.learning_rate]
+    tries = {"dense": dense_candidates(base, times), "memory": rated(three, rates)}
+    models = search(tries, trainer, COST_OF_ANSWERS)
+    memory = models.pop("memory")
     for n_keys in sizes:
-        models[f"{n_keys**2:,} slots"] = base.replace(mem_n_keys=n_keys)
+        models[f"{n_keys**2:,} slots"] = memory.replace(mem_n_keys=n_keys)
     results = train_seeds(models, seeds, trainer)
     rows = []
     for name, config in models.items():
@@ -153,12 +158,18 @@ def scaling(base: Config, seeds: list[int], trainer: Trainer) -> list[dict]:
     return rows
 
 
+def three_of_six(base: Config) -> Config:
+    """The paper's configuration, small: six layers, of which three read the memory."""
+    three = base.replace(n_layer=6, mem_layers="1,3,5")
+    return at_flops(three, flops(three))  # which writes its width out
+
+
 def layers(base: Config, seeds: list[int], trainer: Trainer) -> list[dict]:
     """One and three memory layers in a model of six layers, beside the dense model; and three layers with a
     table of a third each instead of one that they share. Each has the better of two rates.
     """
     six = base.replace(n_layer=6)
-    three = six.replace(mem_layers="1,3,5")
+    three = three_of_six(base)
     apart = three.replace(mem_share_values=False, mem_n_keys=round(three.mem_n_keys / 3**0.5))
     models = {
         "dense": six.replace(ffn="dense"),

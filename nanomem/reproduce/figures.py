@@ -254,7 +254,7 @@ def draw_scaling(rows):
         for row in points:
             label = "each seed" if row is points[0] else None
             axis.plot([row["slots"]] * len(row[key]), row[key], "k.", markersize=4, label=label)
-        axis.axhline(statistics.mean(rows[0][key]), color=BASELINE, linestyle="--", label="no memory, mean")
+        axis.axhline(statistics.mean(rows[0][key]), color=BASELINE, linestyle="--", label="dense, mean")
         axis.set_title(TITLES[key], fontsize=10)
     in_percent(axes[0].yaxis)
     axes[1].legend(fontsize=8, loc="upper left")

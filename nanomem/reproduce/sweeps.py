@@ -28,17 +28,23 @@ def candidates(base: Config) -> dict[str, list[Config]]:
     """
     other_dropout = 0.0 if base.mem_dropout else 0.2
     other_k = 1 if base.moe_k == 2 else 2
-    dense, wider = base.replace(ffn="dense"), dense_of(base, 2)
+    dense = base.replace(ffn="dense")
     moe = base.replace(ffn="moe")
     rate = base.learning_rate
     return {
         "dense": [*rated(dense, [rate / 2, rate]), dense_of(base, 1), deeper(dense)],
-        "dense, 2x": [*rated(wider, [rate / 4, rate / 2, rate]), deeper(wider)],
+        "dense, 2x": dense_candidates(base, 2),
         "mixture of experts": [*rated(moe, [rate / 2, rate]), moe.replace(moe_k=other_k),
                                moe.replace(moe_experts=16)],
         "Memory+": [*rated(base, [rate, 2 * rate]), base.replace(mem_lr=base.mem_lr / 2),
                     base.replace(mem_dropout=other_dropout)],
     }
+
+
+def dense_candidates(base: Config, times: float) -> list[Config]:
+    """What is tried for a dense model of `times` as many FLOPs: three rates, and a deeper model."""
+    wider, rate = dense_of(base, times), base.learning_rate
+    return [*rated(wider, [rate / 4, rate / 2, rate]), deeper(wider)]
 
 
 def deeper(dense: Config) -> Config:
