@@ -16,7 +16,7 @@ from nanomem.config import Config
 from nanomem.model import GPT
 from nanomem.reproduce.pace import step_seconds
 from nanomem.reproduce.runs import Run, Trainer, commit, machine, torch_version
-from nanomem.reproduce.sizing import at_flops, dense_of, flops
+from nanomem.reproduce.sizing import at_flops, flops
 from nanomem.reproduce.sweeps import candidates, dense_candidates, named, rated, search
 
 
