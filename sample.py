@@ -145,55 +145,78 @@ def write(
 
     Returns the prompt and the last continuation, (1, time) int64, and the length of the prompt.
     """
-    encoding, facts, end = trained.encoding, trained.knows_facts, trained.encoding.eot_token
-    prompt = tokenizer.encode(encoding, text).tolist()
-    if facts or not prompt:
+    end = trained.encoding.eot_token
+    prompt = tokenizer.encode(trained.encoding, text).tolist()
+    if trained.knows_facts or not prompt:
         prompt = [end] + prompt  # facts come after <|endoftext|>, and end with it
-    temperature = config.temperature
-    if temperature < 0:
-        temperature = 0.0 if facts else 0.8
-    idx = torch.tensor([prompt] * config.num_samples, device=trained.device)
-    stream = trained.model.generate(
-        idx, config.max_new_tokens, temperature, config.top_k or None, end if facts else None, generator,
-        config.top_p, tokenizer.unassigned(encoding))
-    started, is_single = time.perf_counter(), config.num_samples == 1
-    continuations = [[] for _ in range(config.num_samples)]
-    characters = codecs.getincrementaldecoder("utf-8")("replace")  # a character may span several tokens
-    if is_single and echo:
-        console.out(text, style="bold", end="", highlight=False)
-    for column in stream:  # (num_samples, 1)
-        tokens = column.flatten().tolist()
-        for continuation, token in zip(continuations, tokens):
-            continuation.append(token)
-        check_output()
-        if is_single and not (facts and tokens[0] == end):
-            written = characters.decode(encoding.decode_single_token_bytes(tokens[0]))
-            if not echo and len(continuations[0]) == 1:
-                written = written.lstrip(" ")
-            console.out(written, end="", highlight=False)
-    seconds = time.perf_counter() - started
-    is_ended = end in continuations[0]
-    if facts:
-        continuations = [tokens[:tokens.index(end)] if end in tokens else tokens for tokens in continuations]
-    if is_single:
-        console.print()
+    stream = continuations_of(trained, prompt, config, generator)
+    started = time.perf_counter()
+    if config.num_samples == 1:
+        written = [print_as_written(trained, text, stream, echo)]
     else:
-        for tokens in continuations:
-            if echo:
-                console.out(text, style="bold", end="", highlight=False)
-            console.out(encoding.decode(tokens) + "\n", highlight=False)
-    whole = torch.tensor([prompt + continuations[-1]], device=trained.device)
+        written = print_together(trained, text, stream, echo)
+    seconds = time.perf_counter() - started
+    whole = torch.tensor([prompt + without_end(trained, written[-1])], device=trained.device)
     note = ""
-    if not facts:
-        count = sum(len(tokens) for tokens in continuations)
+    if not trained.knows_facts:
+        count = sum(len(tokens) for tokens in written)
         note = f"{count:,} tokens, {count / seconds:,.0f} per second"
-    elif is_single and is_ended:
+    elif config.num_samples == 1 and end in written[0]:
         note = f"confidence {confidence(trained.model, whole, len(prompt), end):.0%}"
-    elif is_single:
+    elif config.num_samples == 1:
         note = f"cut off after max_new_tokens={config.max_new_tokens}"
     if note:
         Console(stderr=True, highlight=False).print(note, style="dim")
     return whole, len(prompt)
+
+
+def continuations_of(trained: Trained, prompt: list[int], config: SampleConfig, generator: torch.Generator):
+    """Yields the next token of each continuation, a list of num_samples."""
+    temperature = config.temperature
+    if temperature < 0:
+        temperature = 0.0 if trained.knows_facts else 0.8
+    stops_at = trained.encoding.eot_token if trained.knows_facts else None
+    idx = torch.tensor([prompt] * config.num_samples, device=trained.device)
+    columns = trained.model.generate(
+        idx, config.max_new_tokens, temperature, config.top_k or None, stops_at, generator, config.top_p,
+        tokenizer.unassigned(trained.encoding))
+    for column in columns:  # (num_samples, 1)
+        check_output()
+        yield column.flatten().tolist()
+
+
+def without_end(trained: Trained, tokens: list[int]) -> list[int]:
+    """The tokens of an answer, up to the end; those of text as they are."""
+    end = trained.encoding.eot_token
+    return tokens[:tokens.index(end)] if trained.knows_facts and end in tokens else tokens
+
+
+def print_as_written(trained: Trained, text: str, stream, echo: bool) -> list[int]:
+    """Prints the only continuation of a stream token by token. Returns its tokens."""
+    characters = codecs.getincrementaldecoder("utf-8")("replace")  # a character may span several tokens
+    tokens = []
+    if echo:
+        console.out(text, style="bold", end="", highlight=False)
+    for (token,) in stream:
+        tokens.append(token)
+        if trained.knows_facts and token == trained.encoding.eot_token:
+            continue
+        written = characters.decode(trained.encoding.decode_single_token_bytes(token))
+        if not echo and len(tokens) == 1:
+            written = written.lstrip(" ")
+        console.out(written, end="", highlight=False)
+    console.print()
+    return tokens
+
+
+def print_together(trained: Trained, text: str, stream, echo: bool) -> list[list[int]]:
+    """Prints all continuations of a stream once they are written. Returns their tokens."""
+    continuations = [list(tokens) for tokens in zip(*stream)]
+    for tokens in continuations:
+        if echo:
+            console.out(text, style="bold", end="", highlight=False)
+        console.out(trained.encoding.decode(without_end(trained, tokens)) + "\n", highlight=False)
+    return continuations
 
 
 @torch.no_grad()
