@@ -57,13 +57,13 @@ def set_up(given: dict, console: Console) -> run.Job:
         out_dir = run.folder_of(given)
         lock = run.lock_existing(out_dir)
         folder, header = run.find_checkpoint(given, out_dir, console)
-        trained = run.model_to_teach(given, out_dir, header, console)
+        trained = run.model_to_teach(given, header, console)
         config = run.settings(given, out_dir, header, trained)
         device = pick_device(config.device)
         with console.status("preparing the data"):
             data = run.open_data_of(config, given, out_dir, header, trained)
         batches, sequences = sharding.share_of_batch(config.batch_size, config.gradient_accumulation_steps)
-        run.check_it_fits(config, device)
+        run.check_it_fits(config, device, sequences)
     same = {"device": device.type, "data": data.digest(), "the checkpoint": folder,
             "the model to teach": trained and trained.files}
     sharding.check_same(dataclasses.asdict(config) | same)

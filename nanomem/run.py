@@ -43,8 +43,8 @@ class Job:
     model: GPT
     optimizers: list[torch.optim.Optimizer]
     mesh: DeviceMesh | None  # of several processes
-    batches: range  # the numbers of an update's batches that this process computes,
-    sequences: slice  # and its sequences of each
+    batches: range  # those of an update's batches that this process computes, by number
+    sequences: slice  # the part of each of these batches that it computes
     lock: object  # held until this process ends
     step: int = 0
     position: int = 0  # how many sequences of the training data have been used
@@ -150,17 +150,18 @@ def find_checkpoint(given: dict, out_dir: Path, console: Console):
     folder, header, refused = None, None, {}
     if given.get("resume"):
         folder, header, refused = checkpoint.newest(out_dir)
-        if header is None and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        if header is None:
             missing = checkpoint.none_in(out_dir)
             raise UserError(f"--resume: {missing}; without --resume a new run starts there")
-        if header and header.get("format", 1) != checkpoint.FORMAT:
+        if header.get("format", 1) != checkpoint.FORMAT:
             raise UserError(f"--resume: the run in {out_dir} is from an earlier nanomem, with other batches; "
                             "sample.py can read it, but train.py can't continue it: start a new run")
     elif sharding.launch():
         with contextlib.suppress(UserError):
-            found = checkpoint.newest(out_dir)
-            if found[1] and found[1].get("launch") == sharding.launch():
-                folder, header, refused = found
+            newest = checkpoint.newest(out_dir)
+            _, saved, _ = newest
+            if saved and saved.get("launch") == sharding.launch():
+                folder, header, refused = newest
     for problem in refused.values():
         console.print(f"{problem}: using {folder}", soft_wrap=True)
     return folder, header
@@ -172,51 +173,49 @@ def settings(given: dict, out_dir: Path, header: dict | None, trained: teaching.
 
     Raises UserError for one that may not change, and ValueError for an invalid one.
     """
+    if header and not given.get("resume"):  # torchrun has restarted the run, with the same command line
+        return Config.from_saved(header["config"], out_dir)
     config = Config(**given)
     if trained:
         config = Config(**teaching.settings(given, trained))
     if config.resume:
-        saved = checkpoint.read_json(out_dir / "config.json") or (header and header["config"]) or {}
+        saved = checkpoint.read_json(out_dir / "config.json") or header["config"]
         before = Config.from_saved(saved, out_dir)
         for name in sorted(given.keys() & Config.fixed_on_resume()):
-            if saved and given[name] != getattr(before, name):
+            if given[name] != getattr(before, name):
                 raise UserError(f"--{name}={given[name]} can't change on --resume: the run in {out_dir} "
                                 f"has {name}={getattr(before, name)}")
         config = before.replace(**given)
-        if saved and (before.dtype == "float64") != (config.dtype == "float64"):
+        if (before.dtype == "float64") != (config.dtype == "float64"):
             raise UserError(f"--dtype={config.dtype} can't change on --resume: the run in {out_dir} "
                             f"has dtype={before.dtype}")
-        if header and config.max_iters < header["iteration"]:
+        if config.max_iters < header["iteration"]:
             raise UserError(f"--max_iters={config.max_iters}: the run in {out_dir} has done "
                             f"{header['iteration']} iterations already")
     if config.train == "auto":
         config.train = "all"
-    if config.stop_share() <= 1 and "eval_interval" not in given:
+    may_change = not config.resume or "stop_at" in given
+    if config.stop_share() <= 1 and may_change and "eval_interval" not in given:
         config.eval_interval = min(config.eval_interval, 100)  # it can stop only where it evaluates
     config.out_dir = str(out_dir)
     config.check()
     return config
 
 
-def model_to_teach(
-        given: dict, out_dir: Path, header: dict | None, console: Console) -> teaching.SavedModel | None:
+def model_to_teach(given: dict, header: dict | None, console: Console) -> teaching.SavedModel | None:
     """The trained model that a run starts from; None if there is none, or the run has a checkpoint itself."""
-    init_from = given.get("init_from")
-    if given.get("resume"):  # before its first checkpoint
-        saved = checkpoint.read_json(out_dir / "config.json")
-        init_from = saved.get("init_from") if isinstance(saved, dict) else None
-    if header or not init_from:
+    if header or not given.get("init_from"):
         return None
-    trained = teaching.find(init_from, "--init_from")
+    trained = teaching.find(given["init_from"], "--init_from")
     for problem in trained.refused.values():
         console.print(f"{problem}: using {trained.files}", soft_wrap=True)
     return trained
 
 
-def check_it_fits(config: Config, device: torch.device):
+def check_it_fits(config: Config, device: torch.device, sequences: slice):
     """Raises UserError for tables, experts or a batch larger than the machine's memory.
 
-    The system would kill the process without a message.
+    The system would kill the process without a message. sequences: those of a batch that a process computes.
     """
     with torch.device("meta"):
         model = GPT(config)
@@ -236,12 +235,13 @@ def check_it_fits(config: Config, device: torch.device):
             remedy += ", or more GPUs"
         raise UserError(f"mem_n_keys={config.mem_n_keys} makes {name} of {needed / 1e9:,.0f} GB, and "
                         f"{device} has {available / 1e9:,.0f} GB; {remedy}")
-    logits = 4 * config.batch_size / sharding.size() * config.block_size * config.vocab_size
+    n_sequences = sharing * (sequences.stop - sequences.start)
+    logits = 4 * n_sequences * config.block_size * config.vocab_size
     if logits > available:
         raise UserError(f"batch_size={config.batch_size} sequences of block_size={config.block_size} take "
                         f"{logits / 1e9:,.0f} GB for their logits alone, and {device} has "
                         f"{available / 1e9:,.0f} GB; "
-                        "with gradient_accumulation_steps a smaller batch_size trains alike")
+                        "a smaller batch_size and more gradient_accumulation_steps train the same")
 
 
 def prepare_teaching(job: Job, header: dict | None, trained: teaching.SavedModel | None, console: Console):
@@ -322,8 +322,9 @@ def prepare_folder(job: Job, console: Console):
     job.lock = job.lock or checkpoint.lock(out_dir)
     if job.saved_step is None:
         make_room(out_dir, console)
-    if not (out_dir / "tokenizer.tiktoken").exists():
-        tokenizer.save(job.data.encoding, out_dir / "tokenizer.tiktoken")
+    saved_tokenizer = out_dir / "tokenizer.tiktoken"
+    if job.saved_step is None or not saved_tokenizer.exists():
+        tokenizer.save(job.data.encoding, saved_tokenizer)
     settings = json.dumps(dataclasses.asdict(job.config), indent=2) + "\n"
     checkpoint.write_text(out_dir / "config.json", settings)
     job.metrics = Metrics(out_dir / "metrics.jsonl", job.step, console)
@@ -334,8 +335,7 @@ def make_room(out_dir: Path, console: Console):
 
     Nothing is overwritten, and other files there are not touched.
     """
-    names = ("config.json", "metrics.jsonl", "tokenizer.tiktoken", export.FILE,
-             "report.html")
+    names = ("config.json", "metrics.jsonl", "tokenizer.tiktoken", export.FILE, "report.html")
     files = [path for path in (out_dir / name for name in names) if path.exists()]
     checkpoints = checkpoint.folders(out_dir)
     is_empty_run = files == [out_dir / name for name in names[:3]] and not files[1].stat().st_size
@@ -381,12 +381,9 @@ class Metrics:
     """
 
     def __init__(self, path: Path, step: int, console: Console):
-        self.console, kept = console, []
-        for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that a kill cut short
-                if json.loads(line)["iter"] <= step:
-                    kept.append(line + "\n")
-        checkpoint.write_text(path, "".join(kept))
+        self.console = console
+        kept = [record for record in read_metrics(path.parent) if record["iter"] <= step]
+        checkpoint.write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
         self.file = open(path, "a", encoding="utf-8")
 
     def write(self, record: dict):
@@ -406,12 +403,10 @@ def read_metrics(folder: Path) -> list[dict]:
         return []
     records = []
     for line in text.split("\n"):
-        try:
+        with contextlib.suppress(ValueError):  # a line that a kill cut short
             record = json.loads(line)
-            record["iter"], record["tokens"], record["elapsed_s"]
-        except (ValueError, KeyError, TypeError):  # a line that a kill cut short
-            continue
-        records.append(record)
+            if isinstance(record, dict) and record.keys() >= {"iter", "tokens", "elapsed_s"}:
+                records.append(record)
     return records
 
 
@@ -559,8 +554,6 @@ def describe(job: Job, console: Console):
         console.print(how_many(job.data.facts))
     if job.saved_step is not None:
         console.print(f"resuming from iteration {job.step}")
-    elif config.resume:
-        console.print(f"no checkpoint in {job.out_dir} yet: starting from the beginning")
 
 
 def how_many(fact_set: facts.FactSet) -> str:
@@ -700,14 +693,15 @@ def recall_table(data: FactData, recalled: dict) -> Table:
 def answer_table(job: Job, recalled: dict) -> Table:
     """A few questions, the model's answers and the truth."""
     never_asked, sentences = "report" in recalled, job.data.sentences
+    if sentences.held_out:
+        sentences = sentences.held_out
+        is_shown = sentences.facts.role >= 0  # all
+    else:
+        is_shown = sentences.facts.role == (facts.REPORT if never_asked else facts.ASKED)
     table = Table(title="Questions it was never asked" if never_asked else "What it was taught")
     for title in ("prompt", "its answer", "truth"):
         table.add_column(title, overflow="fold")
-    is_reported = sentences.facts.role == (facts.REPORT if never_asked else facts.ASKED)
-    if sentences.held_out:
-        sentences = sentences.held_out
-        is_reported = sentences.facts.role >= 0  # all
-    pairs = np.argwhere(is_reported)
+    pairs = np.argwhere(is_shown)
     for entity, a in pairs[:: max(1, len(pairs) // 8)][:8]:
         attribute = sentences.facts.attributes[a]
         wording = (attribute.questions or attribute.statements)[0]

@@ -1,10 +1,13 @@
+import dataclasses
+import shutil
 from types import SimpleNamespace
 
 import pytest
+import runs
 import torch
 from rich.console import Console
 
-from nanomem import facts, run, tokenizer
+from nanomem import checkpoint, facts, run, tokenizer
 from nanomem.cli import shipped
 from nanomem.config import Config
 from nanomem.data import FactData, TextData, open_data
@@ -112,3 +115,26 @@ def test_other_wordings_of_a_fact_are_no_facts_of_their_own(tmp_path):
 @pytest.mark.parametrize("number, rounded", [(7.2, 8), (12, 12), (101, 110), (2511, 2600), (99_001, 100_000)])
 def test_suggested_numbers_of_updates_are_round_but_not_too_few(number, rounded):
     assert run.round_up(number) == rounded
+
+
+def test_a_resumed_run_evaluates_as_often_as_before_unless_it_is_to_stop_early(tmp_path):
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text('{"prompt": "The capital of Atlantis is", "answer": "Poseidonis"}\n')
+    given = {"data": str(mine), "eval_interval": 500}
+    before = run.settings(given, tmp_path, None, None)
+    header = {"config": dataclasses.asdict(before), "iteration": 1}
+    assert run.settings({"resume": True}, tmp_path, header, None).eval_interval == 500
+    assert run.settings({"resume": True, "stop_at": 0.5}, tmp_path, header, None).eval_interval == 100
+    assert run.settings({"data": str(mine)}, tmp_path, None, None).eval_interval == 100
+
+
+def test_a_run_that_ended_before_its_first_line_leaves_no_tokenizer_to_the_next(tmp_path):
+    arguments = ["--n_entities=10", "--max_iters=1", "--log_interval=1"]
+    runs.train(tmp_path, *arguments)
+    expected = (tmp_path / "tokenizer.tiktoken").read_bytes()
+    for folder in checkpoint.folders(tmp_path):
+        shutil.rmtree(folder)
+    (tmp_path / "metrics.jsonl").write_text("")
+    (tmp_path / "tokenizer.tiktoken").write_bytes(b"QQ== 0\n")
+    assert "moved" not in runs.train(tmp_path, *arguments)[0]
+    assert (tmp_path / "tokenizer.tiktoken").read_bytes() == expected

@@ -9,12 +9,13 @@ import runs
 import torch
 from rich.console import Console
 
-from nanomem import checkpoint, export, facts, teaching, tokenizer
+from nanomem import checkpoint, export, facts, sharding, teaching, tokenizer
 from nanomem.config import Config, GPTConfig
 from nanomem.data import named_facts, open_data
 from nanomem.model import GPT
 from nanomem.observe import lookups_of, observe_lookups
 from nanomem.optim import RowAdam, build_optimizer, tables_of
+from nanomem.run import read_metrics
 
 SHAPE = GPTConfig(vocab_size=11, n_layer=3, n_embd=16, n_head=2, block_size=8, mem_layers="1,2", mem_n_keys=8,
                   mem_knn=2, mem_heads=2, mem_dropout=0.0)
@@ -375,3 +376,16 @@ def test_other_wordings_must_be_strings(also, tmp_path):
     write_facts(tmp_path / "mine.jsonl", {"prompt": "a", "answer": "b", "also": also})
     with pytest.raises(ValueError, match='line 1: "also" must be a list of strings'):
         facts.from_jsonl(tmp_path / "mine.jsonl")
+
+
+def test_processes_that_torchrun_restarts_teach_as_before(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(sharding, "_launch", "one")
+    arguments = ["--data=people", "--people_seed=2", "--max_iters=4", "--eval_interval=2"]
+    out_dir = tmp_path / "people2-memory"
+    teach(base, out_dir, *arguments)
+    settings, metrics = checkpoint.read_json(out_dir / "config.json"), read_metrics(out_dir)
+    shutil.rmtree(out_dir / "checkpoint-4")
+    assert "resuming from iteration 2" in teach(base, out_dir, *arguments)[0]
+    assert checkpoint.read_json(out_dir / "config.json") == settings
+    assert settings["train"] == "values" and len(settings["earlier"]) == 1
+    assert read_metrics(out_dir)[-1]["train_loss"] == metrics[-1]["train_loss"]
