@@ -74,8 +74,8 @@ def check_limits(config):
 def parse(cls, argv: list[str]) -> dict:
     """The settings that a command line gives, as {name: value}. cls is a dataclass made of `setting`s.
 
-    An argument without -- names a recipe, a file of settings; what follows on the command line takes
-    precedence. Raises UserError for an unknown name or an invalid value; prints help and exits for --help.
+    An argument without -- names a recipe, a file of settings; options take precedence over it. Raises
+    UserError for an unknown name or an invalid value; prints help and exits for --help.
     """
     settings = settings_of(cls)
     recipe, given = {}, {}
@@ -144,6 +144,7 @@ OTHER_NAMES = {
 
 def nearest_setting(name: str, settings) -> str:
     """' (did you mean X?)' for a setting of another name, or with a similar one; or nothing."""
+    name = name.replace("-", "_")
     for ours, others in OTHER_NAMES.items():
         if ours in settings and name in others.split():
             return f" (did you mean {ours}?)"
@@ -187,11 +188,16 @@ def default_text(setting) -> str:
 
 
 def nearest(name: str, names) -> str:
-    """' (did you mean X?)' for a name that begins so, or the most similar one; or nothing."""
-    name = name.replace("-", "_")
+    """' (did you mean X?)', X being the closest name, or nothing."""
+    close = closest(name, names)
+    return f" (did you mean {close}?)" if close else ""
+
+
+def closest(name: str, names) -> str | None:
+    """The name that begins so, or else the most similar one; None if there is none."""
     longer = [candidate for candidate in names if len(name) > 1 and candidate.startswith(name)]
     close = longer or difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    return f" (did you mean {close[0]}?)" if close else ""
+    return close[0] if close else None
 
 
 def print_help(cls):

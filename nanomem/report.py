@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanomem.cli import UserError, expand, nearest, one_line_errors, parse, safe_streams, setting
+from nanomem.cli import UserError, closest, expand, one_line_errors, parse, safe_streams, setting
 
 TEMPLATE = Path(__file__).with_name("report.html")
 DATA = "/* data */"  # what the template has where the data belongs
@@ -102,8 +102,7 @@ def close_to(folder: Path) -> Path | None:
     """The run with the name most similar to a folder's, beside it or in out/."""
     beside = {path.parent.name: path.parent for path in folder.parent.glob("*/checkpoint-*")}
     runs = beside or {Path(run).name: Path(run) for run in known_runs()}
-    hint = nearest(folder.name, runs.keys())
-    return next((run for name, run in runs.items() if f" {name}?" in hint), None)
+    return runs.get(closest(folder.name, runs))
 
 
 def main():
