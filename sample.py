@@ -330,7 +330,7 @@ def main(config: SampleConfig):
     data = trained.open_data() if config.trace else None
     generator = torch.Generator(trained.device).manual_seed(config.seed)
     is_dialogue = not config.start and sys.stdin.isatty() and sys.stdout.isatty()
-    # In a dialogue an answer needs no echo of the question above it. A text goes on where its beginning ends.
+    # In a dialogue an answer needs no echo of the question above it; a text does, which it continues.
     echo = not (is_dialogue and trained.knows_facts)
     for text in inputs(config, trained):
         advice = ending_advice(trained, text)

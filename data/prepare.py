@@ -237,7 +237,7 @@ def check_both_splits(index, pieces, folder, val_share):
 
 
 def clear(folder):
-    """Deletes unfinished shards from a folder that check_folder has found to be ours."""
+    """Deletes the shards and the plan from a folder that check_folder has found to be ours."""
     for pattern in ("part-*.json", "*.bin", "*.ends.npy", "plan.json"):
         for path in folder.glob(pattern):
             path.unlink()
@@ -284,7 +284,7 @@ def named_pieces(name, folder, config):
         if config.from_file or sum(piece.weight for piece in pieces) >= wanted:
             break
     sizes = itertools.accumulate(piece.weight for piece in pieces)
-    n_pieces = 1 + sum(size < wanted for size in sizes)
+    n_pieces = 1 + len([size for size in sizes if size < wanted])
     return pieces[:n_pieces], downloads
 
 

@@ -1,6 +1,6 @@
 """
 Checkpoints: a folder with the model and the optimizers' state in safetensors files, one from each process
-of the first group that shares the tables, and a JSON file with the settings, where the run stands, and the
+of the first group that shares the tables, and a JSON file with the settings, how far the run is, and the
 files' sizes.
 
     out/people-memory/checkpoint-2560/checkpoint.json
@@ -37,7 +37,7 @@ except ModuleNotFoundError:  # Windows: two runs in one folder don't notice each
     fcntl = None
 
 HEADER = "checkpoint.json"
-FORMAT = 3  # raised when a run saved before can't go on as it would have; without one the format is 1
+FORMAT = 3  # raised when a run saved before can't be continued exactly; without one the format is 1
 KEPT = 2
 
 

@@ -249,7 +249,6 @@ class Config(GPTConfig):
         if self.dtype == "float64" and self.mem_dtype != "float32":
             raise ValueError(f"dtype=float64 includes the tables; leave out mem_dtype={self.mem_dtype}")
 
-
     def check_uses_counts(self, name: str):
         """Raises ValueError where a setting that goes by earlier reads of slots would do nothing."""
         if not self.init_from:
@@ -293,7 +292,7 @@ def pick_device(name: str):
         name = f"cuda:{local_rank if device.index is None else device.index}"
         device = torch.device(name)
     if device is None or device.type not in found or (device.type == "cuda" and (device.index or 0) >= gpus):
-        count = f" ({gpus} GPUs)" if gpus else ""
+        count = f" ({gpus} GPU{'s' if gpus > 1 else ''})" if gpus else ""
         raise UserError(f"--device={name} is not on this machine, which has {', '.join(found)}{count}")
     if device.type == "cuda" and device.index:
         torch.cuda.set_device(device)

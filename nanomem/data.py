@@ -128,7 +128,9 @@ class FactData:
         """Numbers in [0, 1), (batch_size, draws, numbers per draw): for entity, attribute, whether to ask,
         wording, and the order of a biography.
         """
-        each = 4 + self.facts.codes.shape[1] * self.facts.biographies
+        each = 4
+        if self.facts.biographies:
+            each += self.facts.codes.shape[1]
         steps = -(-draws * each // 4)  # Philox makes four numbers a step, and can jump to any step
         philox = np.random.Philox(stream_seed(self.seed, SPLITS.index(split)))
         philox.advance(start * steps)

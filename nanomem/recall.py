@@ -140,7 +140,7 @@ def bits_known(facts: FactSet, pairs: np.ndarray, surprise: np.ndarray, is_of_ki
     attribute.
 
     Args:
-        pairs: (n, 2), the (entity, attribute) that were asked. They stand for all of their kind.
+        pairs: (n, 2), the (entity, attribute) that were asked, a sample of their kind.
         surprise: (n,), what `ask` returned for them, in nats.
         is_of_kind: (entities, attributes) bool, the facts of the kind.
     """

@@ -60,7 +60,7 @@ class Sentences:
         """The number of tokens in the longest document, with its longest accepted answer, and the name of the
         entity it is about.
         """
-        names = {inside: np.array(list(map(len, names))) for inside, names in self.names.items()}
+        names = {inside: np.array([len(name) for name in tokens]) for inside, tokens in self.names.items()}
         documents, biography = [], names[False] + 1                              # 1: <|endoftext|>
         for a, attribute in enumerate(self.facts.attributes):
             values = np.array([max(map(len, spellings)) for spellings in self.values[a]])
@@ -119,8 +119,8 @@ class SentenceArrays:
     def shortest(self) -> int:
         """A number of tokens that every document has at least."""
         wordings = self.lengths[self.before] + self.lengths[self.after]
-        return sum(int(lengths.min()) for lengths in (
-            wordings, self.lengths[self.names], self.lengths[self.answers], self.lengths[[self.end]]))
+        pieces = wordings, self.lengths[self.names], self.lengths[self.answers], self.lengths[[self.end]]
+        return sum(int(lengths.min()) for lengths in pieces)
 
     def documents(
             self, entities: np.ndarray, attributes: np.ndarray, is_question: np.ndarray,

@@ -136,8 +136,9 @@ def describe_changed_slots(counts: dict, before: dict) -> str:
         changed += is_changed.sum().item()
         if name in before:
             read_before += (is_changed & (before[name] > 0)).sum().item()
-    known = before and changed
-    share = f"; earlier training had read {read_before / changed:.0%} of those it changed" if known else ""
+    share = ""
+    if before and changed:
+        share = f"; earlier training had read {read_before / changed:.0%} of those it changed"
     return f"It changed {changed:,} of {n_slots:,} slots{share}."
 
 
@@ -220,10 +221,10 @@ class Rehearsal:
         parts, n_sets, n_new = [], len(self.earlier), batch_size - (last - first)
         if n_new:
             parts.append(self.data.batch("train", start - first, n_new))
-        for i, old in enumerate(self.earlier):  # its turns: the numbers i, i + n_sets, ... from first to last
-            turns = range(-((i - first) // n_sets), -((i - last) // n_sets))
+        for i, old in enumerate(self.earlier):
+            turns = [n for n in range(first, last) if n % n_sets == i]
             if turns:
-                parts.append(old.batch("train", self.BEGIN + turns.start, len(turns)))
+                parts.append(old.batch("train", self.BEGIN + turns[0] // n_sets, len(turns)))
         inputs, targets = zip(*parts)
         return torch.cat(inputs), torch.cat(targets)
 
@@ -254,17 +255,18 @@ class Earlier:
         return known
 
     def saved(self) -> dict:
-        """`number` and `before`, for JSON."""
+        """Its number, a digest of its data, and `before`, for JSON."""
         is_text = self.pairs is None
         before = self.before if is_text else np.packbits(self.before).tobytes().hex()
         return {"number": self.number, "digest": self.data.digest(), "before": before}
 
     def restore(self, saved: dict):
         """Sets `before` to what was saved."""
-        self.before = saved["before"]
-        if self.pairs is not None:
-            bits = np.unpackbits(np.frombuffer(bytes.fromhex(self.before), np.uint8))
-            self.before = bits[:len(self.pairs)].astype(bool)
+        if self.pairs is None:
+            self.before = saved["before"]
+            return
+        bits = np.unpackbits(np.frombuffer(bytes.fromhex(saved["before"]), np.uint8))
+        self.before = bits[:len(self.pairs)].astype(bool)
 
     def describe(self, now: np.ndarray | float) -> str:
         """What `measure` returned, beside before."""
@@ -283,7 +285,8 @@ def open_earlier(config: Config, data, tokenizer: Path, most: int, console: Cons
     data: the new data. Facts that it or a later set contradicts are not asked about, nor their entities
     rehearsed. most: how many facts of each set to ask about at most.
     """
-    found, later = [], [data.facts] if data.facts else []  # later: what was taught after a set
+    found = []
+    later = [data.facts] if data.facts else []  # what was taught after a set
     for number, taught in reversed(list(enumerate(config.earlier))):
         before = config.replace(**taught, earlier=config.earlier[:number])
         try:

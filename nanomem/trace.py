@@ -70,7 +70,9 @@ def readers(model: GPT, data, slots: set, console: Console) -> dict:
 
     A text is a token after the few before it.
     """
-    wanted = {layer: [slot for at, slot in slots if at == layer] for layer, _ in slots}
+    wanted = {}
+    for layer, slot in slots:
+        wanted.setdefault(layer, []).append(slot)
     tracked = functools.partial(
         track, description="searching the training data", total=N_BATCHES, console=console, transient=True)
     sample = Sample.of_training(model, data, N_BATCHES, wanted=wanted, track=tracked)

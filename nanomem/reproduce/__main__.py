@@ -25,7 +25,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanomem import cli
-from nanomem.cli import UserError, nearest, one_line_errors, parse, read_recipe, safe_streams, setting
+from nanomem.cli import (
+    UserError,
+    check_limits,
+    nearest,
+    one_line_errors,
+    parse,
+    read_recipe,
+    safe_streams,
+    setting,
+)
 from nanomem.config import Config, keep_freed_memory
 from nanomem.datasets import DATASETS
 from nanomem.reproduce.presets import PRESETS
@@ -61,7 +70,7 @@ class Settings:
     data: str = setting("", "what the facts are about; by default what the preset is about", ("", *DATASETS))
     text: str = setting(
         "data/wikitext-2", "text to train on: shards that data/prepare.py made, or a text file", path=True)
-    seeds: int = setting(3, "runs of each model")
+    seeds: int = setting(3, "runs of each model", least=1)
     model: str = setting("", "the pretrained model of retrofit: a name, a folder or a .gguf file")
     held_out: str = setting(
         "", "a text on which retrofit measures the loss; by default a short built-in one", path=True)
@@ -90,8 +99,7 @@ def main():
             raise UserError(f"--{name}={path} is a file; expected a folder")
     if settings.held_out and not Path(settings.held_out).is_file():
         raise UserError(f"--held_out={settings.held_out}: there is no such file")
-    if settings.seeds < 1:
-        raise UserError(f"seeds must be 1 or more, got {settings.seeds}")
+    check_limits(settings)
     from nanomem.reproduce import figures, runs
 
     figures.pyplot()  # if a package is missing, say so now and not after hours of training
@@ -159,8 +167,7 @@ def measure_forgetting(settings):
     trainer = make_trainer(settings, console)
     seeds = list(range(base.seed, base.seed + settings.seeds))
     memory, dense = runs_of({"Memory+": base, "dense, 4x": wider}, seeds).values()
-    trainer.train(memory, with_checkpoints=True)
-    trainer.train(dense, with_checkpoints=True)
+    trainer.train([*memory, *dense], with_checkpoints=True)
     trained = {"memory": [(run.name, trainer.folder(run)) for run in memory],
                "dense": [(run.name, trainer.folder(run)) for run in dense]}
     taught = Path(settings.runs).with_name("teaching")

@@ -111,8 +111,8 @@ def forgetting_table(rows: list[dict]) -> str:
     for row in rows:
         most = highest(row["curves"], "new")
         at_end = percent([curve[-1]["kept"] for curve in row["curves"]])
-        first, old = (percent([known[-1] for known in row.get(key, [])])
-                      for key in ("rounds_first", "rounds_old"))
+        first = percent([known[-1] for known in row.get("rounds_first", [])])
+        old = percent([known[-1] for known in row.get("rounds_old", [])])
         kept = or_never(row["kept"], ".1f", 100)
         cells.append([row["model"], f"{row['rate']:g}", kept, most, at_end, first, old])
     return table(header, cells)
@@ -271,9 +271,12 @@ def draw_scaling(rows):
 def draw_models(rows):
     """A bar for each model's mean, with a dot for each seed."""
     is_text = "bits_per_byte" in rows[0]
-    keys = ("bits_per_byte",) if is_text else ("recall", "recall_taught")
-    if "bits_known" in rows[0]:
+    if is_text:
+        keys = ("bits_per_byte",)
+    elif "bits_known" in rows[0]:
         keys = ("recall", "bits_known")
+    else:
+        keys = ("recall", "recall_taught")
     size = (5 + 4 * len(keys), 0.32 * len(rows) + 1.3)
     figure, axes = pyplot().subplots(1, len(keys), figsize=size, sharey=True, squeeze=False,
                                       layout="constrained")
@@ -300,9 +303,10 @@ def draw_models(rows):
     handles, labels = axes[0][0].get_legend_handles_labels()
     legend = figure.legend(
         handles, labels, fontsize=8, ncols=len(labels), loc="outside upper center", frameon=False)
-    for handle in legend.legend_handles if is_text else ():
-        if hasattr(handle, "set_sizes"):  # the marks of the mean, which are too large for a legend
-            handle.set_sizes([60])
+    if is_text:
+        for handle in legend.legend_handles:
+            if hasattr(handle, "set_sizes"):  # the marks of the mean, which are too large for a legend
+                handle.set_sizes([60])
     return figure
 
 

@@ -158,7 +158,7 @@ class Trainer:
                     for run in ended:
                         found[run] = self.finish(run, running.pop(run).returncode)
                     if not ended:
-                        time.sleep(0.2)
+                        time.sleep(1)  # more often, it would slow what it measures
                     names = ", ".join(run.name for run in running)
                     bar.update(
                         task,
@@ -249,9 +249,13 @@ def here() -> dict:
 
 def origin(results: list[dict]) -> dict:
     """{"commit", "machine"} of results, as a table shows them."""
-    commits, machines, versions = (
-        ", ".join(sorted({result[key] for result in results})) for key in ("commit", "machine", "torch"))
-    return {"commit": commits, "machine": f"{machines}; torch {versions}"}
+    machines, versions = all_of(results, "machine"), all_of(results, "torch")
+    return {"commit": all_of(results, "commit"), "machine": f"{machines}; torch {versions}"}
+
+
+def all_of(results: list[dict], key: str) -> str:
+    """The different values of a key, joined by commas."""
+    return ", ".join(sorted({result[key] for result in results}))
 
 
 def settings_as_arguments(config: Config) -> list[str]:

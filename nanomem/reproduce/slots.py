@@ -89,11 +89,11 @@ def measure_overlaps(model, data, n_facts):
             found = prompt_lookups(model, data.sentences, *prompt)
             for layer, position in found:
                 sums[layer][position][name] += overlap(expected[layer, position], found[layer, position])
-    means = {}
-    for layer, positions in sums.items():
-        means[layer] = {position: {name: total / n_facts for name, total in counter.items()}
-                        for position, counter in positions.items()}
-    return means
+    for positions in sums.values():
+        for counter in positions.values():
+            for name in counter:
+                counter[name] /= n_facts
+    return sums
 
 
 def draw_prompts(facts, rng):
