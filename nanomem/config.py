@@ -292,7 +292,8 @@ def pick_device(name: str):
         name = f"cuda:{local_rank if device.index is None else device.index}"
         device = torch.device(name)
     if device is None or device.type not in found or (device.type == "cuda" and (device.index or 0) >= gpus):
-        count = f" ({gpus} GPU{'s' if gpus > 1 else ''})" if gpus else ""
+        unit = "GPU" if gpus == 1 else "GPUs"
+        count = f" ({gpus} {unit})" if gpus else ""
         raise UserError(f"--device={name} is not on this machine, which has {', '.join(found)}{count}")
     if device.type == "cuda" and device.index:
         torch.cuda.set_device(device)

@@ -25,16 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanomem import cli
-from nanomem.cli import (
-    UserError,
-    check_limits,
-    nearest,
-    one_line_errors,
-    parse,
-    read_recipe,
-    safe_streams,
-    setting,
-)
+from nanomem.cli import UserError, nearest, one_line_errors, parse, read_recipe, safe_streams, setting
 from nanomem.config import Config, keep_freed_memory
 from nanomem.datasets import DATASETS
 from nanomem.reproduce.presets import PRESETS
@@ -70,7 +61,7 @@ class Settings:
     data: str = setting("", "what the facts are about; by default what the preset is about", ("", *DATASETS))
     text: str = setting(
         "data/wikitext-2", "text to train on: shards that data/prepare.py made, or a text file", path=True)
-    seeds: int = setting(3, "runs of each model", least=1)
+    seeds: int = setting(3, "runs of each model")
     model: str = setting("", "the pretrained model of retrofit: a name, a folder or a .gguf file")
     held_out: str = setting(
         "", "a text on which retrofit measures the loss; by default a short built-in one", path=True)
@@ -99,7 +90,8 @@ def main():
             raise UserError(f"--{name}={path} is a file; expected a folder")
     if settings.held_out and not Path(settings.held_out).is_file():
         raise UserError(f"--held_out={settings.held_out}: there is no such file")
-    check_limits(settings)
+    if settings.seeds < 1:
+        raise UserError(f"seeds must be 1 or more, got {settings.seeds}")
     from nanomem.reproduce import figures, runs
 
     figures.pyplot()  # if a package is missing, say so now and not after hours of training
