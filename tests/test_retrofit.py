@@ -445,6 +445,19 @@ def test_asking_agrees_with_generation(folder):
 # reproduce retrofit
 
 
+def test_each_round_has_every_statement_in_batches_of_similar_length():
+    lengths = [5, 9, 7, 5, 30, 8, 6, 31, 5, 10]
+    stream = pretrained.batches(lengths, 4, seed=1)
+    rounds = [[next(stream).tolist() for _ in range(3)] for _ in range(2)]
+    for batches in rounds:
+        assert sorted(sum(batches, [])) == list(range(10))
+        assert sorted(map(len, batches)) == [2, 4, 4]
+        assert {4, 7} in map(set, batches)  # the two long ones, together
+    assert rounds[0] != rounds[1]
+    again = pretrained.batches(lengths, 4, seed=1)
+    assert [next(again).tolist() for _ in range(3)] == rounds[0]
+
+
 def test_reproduce_retrofit(folder, tmp_path, monkeypatch):
     pytest.importorskip("peft")
     pytest.importorskip("matplotlib")
