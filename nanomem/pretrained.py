@@ -259,16 +259,20 @@ def pad(rows) -> tuple[Tensor, Tensor]:
 
 
 def batches(lengths: list[int], batch_size: int, seed: int):
-    """Yields the numbers of a batch's statements, without end: each round has all of them, in random order.
+    """Yields the numbers of a batch's statements, without end. Each round has every statement once.
 
     lengths: of the statements, in tokens. A batch has similar ones, so that little of it is padding: an
-    update takes three quarters of the time.
+    update takes three quarters of the time of one with a random batch. Batches come in random order.
     """
     lengths, generator = torch.tensor(lengths), torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(len(lengths), generator=generator)
         order = order[lengths[order].argsort(stable=True)]
-        found = order.split(batch_size)
+        sizes = [batch_size] * (len(order) // batch_size)
+        if len(order) % batch_size:  # not always that of the longest statements
+            place = torch.randint(len(sizes) + 1, (), generator=generator).item()
+            sizes.insert(place, len(order) % batch_size)
+        found = order.split(sizes)
         yield from (found[i] for i in torch.randperm(len(found), generator=generator))
 
 

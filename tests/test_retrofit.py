@@ -452,7 +452,7 @@ def test_each_round_has_every_statement_in_batches_of_similar_length():
     for batches in rounds:
         assert sorted(sum(batches, [])) == list(range(10))
         assert sorted(map(len, batches)) == [2, 4, 4]
-        assert {4, 7} in map(set, batches)  # the two long ones, together
+        assert any({4, 7} <= set(batch) for batch in batches)  # the two long ones, together
     assert rounds[0] != rounds[1]
     again = pretrained.batches(lengths, 4, seed=1)
     assert [next(again).tolist() for _ in range(3)] == rounds[0]
