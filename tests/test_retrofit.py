@@ -441,10 +441,6 @@ def test_asking_agrees_with_generation(folder):
         assert (written in facts.answers(e, 0)) == is_known
 
 
-# ------------------------------------------------------------------------------------------------
-# reproduce retrofit
-
-
 def test_each_round_has_every_statement_in_batches_of_similar_length():
     lengths = [5, 9, 7, 5, 30, 8, 6, 31, 5, 10]
     stream = pretrained.batches(lengths, 4, seed=1)
@@ -456,6 +452,10 @@ def test_each_round_has_every_statement_in_batches_of_similar_length():
     assert rounds[0] != rounds[1]
     again = pretrained.batches(lengths, 4, seed=1)
     assert [next(again).tolist() for _ in range(3)] == rounds[0]
+
+
+# ------------------------------------------------------------------------------------------------
+# reproduce retrofit
 
 
 def test_reproduce_retrofit(folder, tmp_path, monkeypatch):
