@@ -6,6 +6,7 @@ autograd, torch.compile, torch.export and torch.func. Nothing here is needed to 
 import contextlib
 import functools
 import importlib.util
+import math
 import os
 
 import torch
@@ -369,16 +370,21 @@ def is_distinct(grad):
 
 def check_layer(layer):
     """Raises ValueError for the first setting of a ProductKeyMemory that is invalid."""
-    n_slots, n_keys = layer.table.n_slots, layer.n_keys
+    check_lookup(layer.table.n_slots, layer.heads, layer.knn, layer.k_dim)
+
+
+def check_lookup(n_slots, heads, knn, k_dim):
+    """Raises ValueError for the first setting of a product-key lookup that is invalid."""
+    n_keys = math.isqrt(n_slots)
     if n_keys**2 != n_slots:
         square = f"{n_keys}**2 = {n_keys**2}"
         raise ValueError(f"the table must have a square number of slots, such as {square}, got {n_slots}")
-    if not 1 <= layer.knn <= n_keys:
-        raise ValueError(f"knn must be from 1 to n_keys = {n_keys}, got {layer.knn}")
-    if layer.k_dim < 2 or layer.k_dim % 2:
-        raise ValueError(f"k_dim must be even, to be split into two halves, got {layer.k_dim}")
-    if layer.heads < 1:
-        raise ValueError(f"heads must be 1 or more, got {layer.heads}")
+    if not 1 <= knn <= n_keys:
+        raise ValueError(f"knn must be from 1 to n_keys = {n_keys}, got {knn}")
+    if k_dim < 2 or k_dim % 2:
+        raise ValueError(f"k_dim must be even, to be split into two halves, got {k_dim}")
+    if heads < 1:
+        raise ValueError(f"heads must be 1 or more, got {heads}")
 
 
 def check_table(n_slots, v_dim):

@@ -19,11 +19,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nanomem import checkpoint
 from nanomem.cli import UserError
-from nanomem.facts import FactSet
-from nanomem.observe import observe_lookups
+from nanomem.facts import FactSet, read_text
+from nanomem.prose import SAMPLE, TEXT
 
 IGNORED = -100  # the target of a token that doesn't count in the loss
 
@@ -146,6 +147,16 @@ def answer_loss(model: nn.Module, statements: list[Statement]) -> tuple[Tensor, 
     return F.cross_entropy(answers, wanted), is_hit.all(dim=1)
 
 
+def pad(rows) -> tuple[Tensor, Tensor]:
+    """Token sequences as (batch, time) int64, padded on the right, and where they are: (batch, time) bool."""
+    longest = max(map(len, rows))
+    x = torch.zeros(len(rows), longest, dtype=torch.int64)
+    mask = torch.zeros(len(rows), longest, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        x[i, :len(row)], mask[i, :len(row)] = torch.tensor(row), True
+    return x, mask
+
+
 @torch.no_grad()
 def ask(model: nn.Module, asked: list[list[Statement]], batch_size: int = 32) -> np.ndarray:
     """Which questions the model answers, greedily, with an accepted answer and then the end: (n,) bool."""
@@ -176,6 +187,19 @@ def windows(tokenizer, text: str, length: int = 256, most: int = 64) -> Tensor:
     return torch.tensor(tokens[:count * length]).view(count, length)
 
 
+def split_text(tokenizer, path: str) -> tuple[Tensor, Tensor]:
+    """(passages to measure the loss on, passages that show what ordinary text is like), (n, time) int64 each.
+
+    path: a text file. Its first 16,384 tokens are measured; the next 128,000, if there are any, are the
+    others. "" and a shorter file: of short built-in texts.
+    """
+    found = windows(tokenizer, read_text(path) if path else TEXT, most=64 + 500)
+    measured, others = found[:64], found[64:]
+    if not len(others):
+        others = windows(tokenizer, SAMPLE, length=32)
+    return measured, others
+
+
 @torch.no_grad()
 def text_loss(model: nn.Module, tokens: Tensor, batch_size: int = 8) -> float:
     """The mean loss of a text's tokens, in nats: windows (n, time)."""
@@ -188,122 +212,72 @@ def text_loss(model: nn.Module, tokens: Tensor, batch_size: int = 8) -> float:
 
 
 # ------------------------------------------------------------------------------------------------
-# Which slots to teach
-
-
-# What a memory layer reads where a name ends hardly depends on the words before it, and names differ. What it
-# reads elsewhere depends on the wording, and many facts share it. So if only slots of the first kind are
-# taught, a fact can't be learnt as a property of its sentence.
-
-
-@torch.no_grad()
-def slots_read(model: nn.Module, memory: nn.Module, sequences: list[list[int]],
-               batch_size: int = 32) -> dict[nn.Module, list[Tensor]]:
-    """{memory table: the distinct slots that each sequence of tokens reads, a list of (u,) int64}"""
-    device, found = next(model.parameters()).device, {}
-
-    def keep(layer, indices, weights):
-        slots = indices.cpu().view(*mask.shape, -1)                             # (batch, time, lookups)
-        for row, is_token in zip(slots, mask):
-            found.setdefault(layer.table, []).append(row[is_token].unique())
-
-    for begin in range(0, len(sequences), batch_size):
-        x, mask = pad(sequences[begin:begin + batch_size])
-        with observe_lookups(memory, keep):
-            model(x.to(device), attention_mask=mask.long().to(device), use_cache=False)
-    return found
-
-
-def slots_to_teach(model: nn.Module, memory: nn.Module, statements: list[Statement], text: Tensor,
-                   most: float = 0.05, least: float = 0.75) -> dict[nn.Module, Tensor]:
-    """Which slots belong to single facts: {memory table: (n_slots,) bool}.
-
-    Those that a share `least` of the wordings of a fact read, and that at most a share `most` of the facts
-    (or eight of them) and of the passages of a text read.
-
-    Args:
-        text: passages (n, time) int64.
-    """
-    prompts = [statement.tokens[:statement.start] for statement in statements]
-    facts = [statement.fact for statement in statements]
-    chosen = {}
-    in_text = slots_read(model, memory, text.tolist())
-    for table, reads in slots_read(model, memory, prompts).items():
-        in_most = torch.zeros(table.n_slots, dtype=torch.bool)
-        n_facts = torch.zeros(table.n_slots)                                    # that read each slot
-        wordings = {}
-        for fact, slots in zip(facts, reads):
-            wordings.setdefault(fact, []).append(slots)
-        for of_fact in wordings.values():
-            slots, counts = torch.cat(of_fact).unique(return_counts=True)
-            in_most[slots[counts >= least * len(of_fact)]] = True
-            n_facts[slots] += 1
-        n_passages = torch.bincount(torch.cat(in_text[table]), minlength=table.n_slots)
-        few = (n_facts <= max(8, most * len(wordings))) & (n_passages <= most * len(text))
-        chosen[table] = in_most & few
-    return chosen
-
-
-def pad(rows) -> tuple[Tensor, Tensor]:
-    """Token sequences as (batch, time) int64, padded on the right, and where they are: (batch, time) bool."""
-    longest = max(map(len, rows))
-    x = torch.zeros(len(rows), longest, dtype=torch.int64)
-    mask = torch.zeros(len(rows), longest, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        x[i, :len(row)], mask[i, :len(row)] = torch.tensor(row), True
-    return x, mask
-
-
-# ------------------------------------------------------------------------------------------------
 # Teaching
 
 
-def batches(lengths: list[int], batch_size: int, seed: int):
-    """Yields the numbers of a batch's statements, without end. Each round has every statement once.
+def batches(statements: list[Statement], right: Tensor, batch_size: int,
+            generator: torch.Generator) -> list[Tensor]:
+    """The batches of one round: the numbers of their statements. The round has each fact once, in a random
+    one of those wordings that were not answered rightly when last seen, or of all if they were.
 
-    lengths: of the statements, in tokens. A batch has similar ones, so that little of it is padding: an
-    update takes three quarters of the time of one with a random batch. Batches come in random order.
+    right: which statements were, (n,) bool. A batch has statements of similar length, so that little of it is
+    padding: an update takes three quarters of the time of one with a random batch.
     """
-    lengths, generator = torch.tensor(lengths), torch.Generator().manual_seed(seed)
-    while True:
-        order = torch.randperm(len(lengths), generator=generator)
-        order = order[lengths[order].argsort(stable=True)]
-        sizes = [batch_size] * (len(order) // batch_size)
-        if len(order) % batch_size:  # not always that of the longest statements
-            place = torch.randint(len(sizes) + 1, (), generator=generator).item()
-            sizes.insert(place, len(order) % batch_size)
-        found = order.split(sizes)
-        yield from (found[i] for i in torch.randperm(len(found), generator=generator))
+    wordings, unknown = {}, {}
+    for i, statement in enumerate(statements):
+        wordings.setdefault(statement.fact, []).append(i)
+        if not right[i]:
+            unknown.setdefault(statement.fact, []).append(i)
+    chosen = []
+    for numbers in (wordings | unknown).values():
+        chosen.append(numbers[torch.randint(len(numbers), (), generator=generator)])
+    order = torch.tensor(chosen)[torch.randperm(len(chosen), generator=generator)]
+    lengths = torch.tensor([len(statements[i].tokens) for i in order])
+    found = order[lengths.argsort(stable=True)].split(batch_size)
+    return [found[i] for i in torch.randperm(len(found), generator=generator)]
 
 
-def teach(model: nn.Module, optimizers: list, statements: list[Statement], max_updates: int,
-          batch_size: int = 16, seed: int = 0, stop_at: float = 1.0,
-          after_update: Callable[[int, float], bool | None] = lambda update, known: None) -> int:
-    """Trains until a share stop_at of the statements is known, or for max_updates. Returns the updates made.
+def teach(model: nn.Module, optimizers: list, statements: list[Statement], rounds: int,
+          batch_size: int = 32, seed: int = 0, stop_at: float = 1.0,
+          after_update: Callable[[float, float], bool | None] = lambda done, known: None) -> int:
+    """Trains for some rounds, or until a share stop_at of the statements is known. Returns the updates made.
 
-    after_update(update, known) may return True to stop. known is the share of statements whose answer was
-    right when last seen, so it costs nothing; only when it is enough are all of them asked.
+    The learning rate falls from the optimizers' to a tenth of it, in a straight line.
+
+    after_update(done, known) gets the share of the rounds done and the share of statements whose answer was
+    right when last seen; it may return True to stop. Only when enough were right are all of them asked.
     """
+    generator = torch.Generator().manual_seed(seed)
     right = torch.zeros(len(statements), dtype=torch.bool)
-    patience = max(1, len(statements) // (4 * batch_size))  # updates between asking all
-    next_check = 0
-    lengths = [len(statement.tokens) for statement in statements]
-    for update, chosen in enumerate(batches(lengths, batch_size, seed), 1):
-        if update > max_updates:
-            break
-        loss, hits = answer_loss(model, [statements[i] for i in chosen])
-        if not torch.isfinite(loss):
-            raise UserError(f"the loss is not finite at update {update}; a lower learning rate may help")
-        loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        right[chosen] = hits
-        is_enough = False
-        if right.float().mean() >= stop_at and update >= next_check:
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    peaks = [group["lr"] for group in groups]
+    updates = 0
+    for number in range(rounds):
+        for group, peak in zip(groups, peaks):
+            group["lr"] = peak * (1 - 0.9 * number / rounds)
+        chosen = batches(statements, right, batch_size, generator)
+        for i, batch in enumerate(chosen, 1):
+            right[batch] = update(model, optimizers, [statements[n] for n in batch])
+            updates += 1
+            if after_update((number + i / len(chosen)) / rounds, right.float().mean().item()):
+                return updates
+        if right.float().mean() >= stop_at:
             right = torch.from_numpy(ask(model, [[statement] for statement in statements]))
-            is_enough = right.float().mean().item() >= stop_at
-            next_check = update + patience
-        if after_update(update, right.float().mean().item()) or is_enough:
-            return update
-    return max_updates
+            if right.float().mean() >= stop_at:
+                return updates
+    return updates
+
+
+def update(model: nn.Module, optimizers: list, statements: list[Statement]) -> Tensor:
+    """One step of the optimizers on a batch. Returns which answers were right before it: (n,) bool."""
+    # In bfloat16 on a CPU, the backward pass of torch's flash attention takes 40% of a step, this one hardly
+    # anything. Statements are short.
+    with sdpa_kernel(SDPBackend.MATH):
+        loss, hits = answer_loss(model, statements)
+        if not torch.isfinite(loss):
+            raise UserError("the loss is not finite; a lower learning rate may help")
+        loss.backward()
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    return hits

@@ -5,13 +5,12 @@ A memory for a pretrained language model: new facts, and nothing else changed.
     python -m nanomem.retrofit --model=NAME --memory=out/facts-memory               ask it
 
     from nanomem.retrofit import add_memory, load_memory, save_memory
-    memory = add_memory(model, layers=[4, 8, 12])
+    memory = add_memory(model, layers=[4, 6, 8, 10], lookup=2)
     ...                                          # train with optim.build_optimizer(memory)
     save_memory(model, "out/facts")              # only what was added
 
-A memory layer beside a feed-forward module adds what it reads to the module's output. Its values start at
-zero, so at first nothing changes. Only values are trained: the model, the queries and the keys stay as they
-are. pretrained.py has what surrounds it: facts, loss, the loop.
+adapter.py has the memory itself and explains why it looks up in a low layer. Its values start at zero, so at
+first nothing changes. Only values are trained. pretrained.py has what surrounds it: facts, loss, the loop.
 """
 
 import sys
@@ -35,21 +34,21 @@ class Settings:
                         path=True)
     max_new_tokens: int = setting(40, "tokens of an answer at most", least=1)
 
-    layers: str = setting("4,8,12", "numbers of the layers to put a memory beside, from 0",
+    lookup: str = setting("", "number of the layer that looks up the slots, from 0; by default a low one",
                           section="Memory, when it is made")
-    n_keys: int = setting(256, "half keys; each layer's memory has n_keys ** 2 slots", least=1)
+    layers: str = setting("", "numbers of the layers that add what is read, such as 4,6,8; by default every "
+                              "second one, up to 60% of the depth")
+    n_keys: int = setting(512, "half keys; there are n_keys ** 2 slots to choose from", least=1)
     heads: int = setting(4, "lookups per token", least=1)
-    knn: int = setting(16, "slots read per lookup", least=1)
+    knn: int = setting(6, "slots read per lookup", least=1)
     k_dim: int = setting(256, "length of a query, an even number", least=2)
+    silence: float = setting(0.45, "a token reads nothing unless more than this share of its weights lies in "
+                                   "taught slots", least=0)
     target: str = setting("mlp", "name of the feed-forward module inside a layer")
 
-    slots: str = setting(
-        "shared", "shared: teach only slots that a fact's wordings have in common and few other facts read; "
-        "all: every slot", choices=("shared", "all"), section="Teaching")
-    mem_lr: float = setting(
-        0.0, "learning rate of the values; 0: 0.2 for shared slots, 0.05 for all", least=0)
-    batch_size: int = setting(8, "statements per update", least=1)
-    max_iters: int = setting(3000, "updates at most", least=1)
+    mem_lr: float = setting(0.3, "learning rate of the values", least=0, section="Teaching")
+    batch_size: int = setting(32, "statements per update", least=1)
+    rounds: int = setting(40, "rounds at most; each reads every fact once", least=1)
     stop_at: float = setting(1.0, "share of the taught statements at whose recall teaching stops", least=0)
     seed: int = setting(1337, "random seed of keys, queries and the order of statements", least=0)
     device: str = setting("auto", "cpu, cuda, cuda:1, mps; auto: the first available of cuda, mps, cpu")
@@ -69,13 +68,17 @@ class Settings:
             raise UserError(f"--text={self.text}: there is no such file")
         if self.stop_at > 1:
             raise UserError(f"--stop_at is a share of the statements, from 0 to 1; got {self.stop_at:g}")
-        if not all(layer.strip().isdecimal() for layer in self.layers.split(",")):
-            raise UserError(f"--layers must be numbers such as 4,8,12; got {self.layers!r}")
+        if self.layers and not all(layer.strip().isdecimal() for layer in self.layers.split(",")):
+            raise UserError(f"--layers must be numbers such as 4,6,8; got {self.layers!r}")
+        if self.lookup and not self.lookup.strip().isdecimal():
+            raise UserError(f"--lookup must be a number such as 2; got {self.lookup!r}")
+        if self.silence >= 1:
+            raise UserError(f"--silence is a share, from 0 to below 1; got {self.silence:g}")
 
 
 ONLY_TO_ASK = ("start", "max_new_tokens")
-ONLY_TO_TEACH = ("text", "layers", "n_keys", "heads", "knn", "k_dim", "target", "slots", "mem_lr",
-                 "batch_size", "max_iters", "stop_at", "seed")
+SHAPE_OF_NEW = ("lookup", "layers", "n_keys", "heads", "knn", "k_dim", "silence", "target")
+ONLY_TO_TEACH = ("text", *SHAPE_OF_NEW, "mem_lr", "batch_size", "rounds", "stop_at", "seed")
 
 
 def check_use(given: dict):
@@ -109,134 +112,108 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nanomem import checkpoint, optim, pretrained
+from nanomem import checkpoint, pretrained
+from nanomem.adapter import LayerMemory, Lookup, Memory, Values, centre_queries, n_silent, slots_to_teach
 from nanomem.config import pick_device
-from nanomem.facts import FactSet, from_jsonl, read_text
-from nanomem.memory import MemoryTable, ProductKeyMemory
-from nanomem.prose import SAMPLE, TEXT
+from nanomem.facts import FactSet, from_jsonl
 from nanomem.run import Interrupt
 
 FILE, ABOUT = "memory.safetensors", "memory.json"
-FORMAT = 1
+FORMAT = 2
+TAUGHT = "known, taught wording"
+LOOKUP_SHAPE = ("n_slots", "heads", "knn", "k_dim", "silence")
 
 # ------------------------------------------------------------------------------------------------
 # Adding
 
 
-class Memory(nn.Module):
-    """The memory layers that were added to a model: `places` are the names of the modules they are beside."""
-
-    def __init__(self, places: list[str], layers: list[ProductKeyMemory]):
-        super().__init__()
-        self.places, self.layers = places, nn.ModuleList(layers)
-
-
-def add_memory(model: nn.Module, layers: list[int | str], n_slots: int = 256**2, heads: int = 4,
-               knn: int = 16, k_dim: int = 256, target: str = "mlp", seed: int = 0) -> Memory:
-    """Puts a memory layer beside the feed-forward module of each of these layers, and freezes all but values.
+def add_memory(model: nn.Module, layers: list[int | str], lookup: int | str | None = None,
+               n_slots: int = 256**2, heads: int = 4, knn: int = 6, k_dim: int = 256, silence: float = 0.45,
+               target: str = "mlp", seed: int = 0, all_slots: bool = True) -> Memory:
+    """Adds a memory to the outputs of these layers' feed-forward modules, and freezes all but its values.
 
     Raises ValueError for a place that isn't there, that has a memory, or that can't take one.
 
     Args:
         model: a causal language model of transformers, or any module.
         layers: numbers of its layers, from 0, or names of modules such as "blocks.3.ffn".
-        n_slots, heads, knn, k_dim: the shape of each memory layer; n_slots is a square number.
+        lookup: the layer whose feed-forward input says which slots are read; None for the first of layers.
+        n_slots, heads, knn, k_dim: the shape of the lookup; n_slots is a square number.
+        silence: a token reads nothing unless more than this share of its weights lies in slots with values.
         target: the name of the feed-forward module inside a layer.
         seed: of the random queries and keys.
+        all_slots: give all slots values, n_slots * width numbers in each layer. With False, no slot has any
+            before memory.add_slots().
     """
     places = [place_of(model, layer, target) for layer in layers]
     widths = [check_place(model, place) for place in places]
     if not places or len(set(places)) < len(places):
         raise ValueError(f"layers must be distinct and at least one, got {layers}")
-    shape = dict(n_slots=n_slots, heads=heads, knn=knn, k_dim=k_dim)
+    lookup_place = places[0] if lookup is None else place_of(model, lookup, target)
+    lookup_width = width_of(model, lookup_place)
+    names = [name for name, _ in model.named_modules()]
+    if names.index(lookup_place) > min(names.index(place) for place in places):
+        raise ValueError(f"the lookup at {lookup_place} comes after a layer that reads, {places[0]}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        added = [make_layer(width, shape) for width in widths]
+        shared = Lookup(lookup_place, lookup_width, n_slots, heads, knn, k_dim, silence)
+    memory = Memory(shared, places, [Values(1, width) for width in widths])
+    if all_slots:
+        memory.add_slots(torch.arange(n_slots))
+    attach(model, memory)
+    return memory
+
+
+def attach(model: nn.Module, memory: Memory):
+    """Freezes a model and makes it read a memory.
+
+    The memory stays in float32, whatever the model's dtype: small steps would be lost in bfloat16.
+    """
     model.requires_grad_(False)
-    for place, layer in zip(places, added):
-        attach(model.get_submodule(place), layer)
-    return Memory(places, added)
+    lookup_module = model.get_submodule(memory.lookup.place)
+    lookup_module.register_forward_pre_hook(memory.lookup.keep, with_kwargs=True)
+    for place, table in zip(memory.places, memory.tables):
+        module = model.get_submodule(place)
+        module.memory = LayerMemory(memory.lookup, table).to(next(module.parameters()).device)
+        module.register_forward_hook(module.memory.add, with_kwargs=True)
 
 
-def make_layer(width: int, shape: dict) -> ProductKeyMemory:
-    """A memory layer with random queries and keys, and values at zero, of which only these are trained."""
-    table = MemoryTable(shape["n_slots"], width)
-    layer = ProductKeyMemory(width, table, shape["heads"], shape["knn"], shape["k_dim"], gated=False)
-    layer.requires_grad_(False)
-    nn.init.zeros_(table.values)
-    table.values.requires_grad_(True)
-    return layer
-
-
-def attach(module: nn.Module, layer: ProductKeyMemory):
-    """Makes a module's output that of the module plus what the layer reads for the same input.
-
-    The layer stays in float32, whatever the model's dtype: small steps would be lost in bfloat16.
-    """
-    module.memory = layer.to(next(module.parameters()).device)
-    module.register_forward_hook(add_what_is_read, with_kwargs=True)
-
-
-def add_what_is_read(module, args, kwargs, output):
-    """The forward hook of a module with a memory."""
-    if not isinstance(output, Tensor):
-        raise ValueError(f"a memory can't be beside {type(module).__name__}: "
-                         f"it returns a {type(output).__name__}, not a tensor")
-    x = args[0] if args else next(iter(kwargs.values()))
-    read = module.memory(x.to(module.memory.keys.dtype))
-    return output + read.to(output.dtype)
-
-
-def memory_of(model: nn.Module) -> Memory | None:
-    """All memory layers that were added to a model; None if it has none."""
-    found = {}
+def memories_of(model: nn.Module) -> list[Memory]:
+    """The memories that were added to a model."""
+    parts = {}  # lookup -> [(place, table)]
     for name, module in model.named_modules():
-        if isinstance(module._modules.get("memory"), ProductKeyMemory):
-            found[name] = module.memory
-    return Memory(list(found), list(found.values())) if found else None
+        part = module._modules.get("memory")
+        if isinstance(part, LayerMemory):
+            parts.setdefault(part.lookup, []).append((name, part.table))
+    return [Memory(lookup, *map(list, zip(*found))) for lookup, found in parts.items()]
 
 
-def sample_passages(tokenizer) -> Tensor:
-    """A short text in passages of 32 tokens, (n, 32) int64: for `centre_queries` and `restrict`."""
-    return pretrained.windows(tokenizer, SAMPLE, 32)
+def default_layers(n_layers: int) -> tuple[int, list[int]]:
+    """(the layer that looks up, the layers that read) in a model of so many: 2 and 4, 6, ... 18 of 30."""
+    first, last = n_layers // 7, round(0.6 * n_layers)
+    return first // 2, list(range(first, last + 1, 2))
 
 
-@torch.no_grad()
-def centre_queries(model: nn.Module, memory: Memory, tokens: Tensor):
-    """Subtracts the mean hidden state over a text, tokens (n, time), before queries are computed. For new
-    memories only.
+def choose_slots(model: nn.Module, memory: Memory, statements: list, text: Tensor) -> int:
+    """Gives values to the slots by which facts can be told apart. Returns how many statements read too few of
+    them to be taught. Raises UserError if all do.
 
-    All hidden states have a large part in common. Without it, different tokens read different slots.
+    statements, text: as for adapter.slots_to_teach.
     """
-    inputs, hooks = {}, []
-    for place in memory.places:
-        def keep(module, args, kwargs, output, place=place):
-            x = args[0] if args else next(iter(kwargs.values()))
-            inputs.setdefault(place, []).append(x.flatten(0, -2).mean(dim=0))
-
-        hooks.append(model.get_submodule(place).register_forward_hook(keep, with_kwargs=True))
-    try:
-        model(tokens.to(next(model.parameters()).device))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    for place, layer in zip(memory.places, memory.layers):
-        mean = torch.stack(inputs[place]).mean(dim=0).to(layer.query_proj.weight.dtype)     # (dim,)
-        layer.query_proj.bias.copy_(-layer.query_proj.weight @ mean)
+    memory.add_slots(slots_to_teach(model, memory, statements, text))
+    silent = n_silent(model, memory, statements)
+    if silent == len(statements):
+        raise UserError("nothing can be taught: the wordings read hardly any slots that other facts and "
+                        "ordinary text don't read; a larger --n_keys or a smaller --silence may help")
+    return silent
 
 
-def restrict(optimizers: list, model: nn.Module, memory: Memory, statements: list, text: Tensor):
-    """Makes RowAdam, the last of the optimizers, teach only the slots that a fact's wordings share.
-
-    statements, text: as for pretrained.slots_to_teach. Raises UserError if there are none.
+def build_adam(memory: Memory, mem_lr: float = 0.3) -> torch.optim.Optimizer:
+    """Adam for the rows that an update reads. It learns facts in fewer readings than RowAdam, and has 8 bytes
+    of state for each number, where RowAdam has 8 for each row.
     """
-    n_chosen = 0
-    for table, chosen in pretrained.slots_to_teach(model, memory, statements, text).items():
-        optimizers[-1].row_scale[table.values] = chosen.float().to(table.values.device)
-        n_chosen += chosen.sum().item()
-    if not n_chosen:
-        raise UserError("the wordings share no slots that other facts and ordinary text don't read; "
-                        "a larger --n_keys has more, and --slots=all teaches every slot")
+    values = [table.values for table in memory.tables]
+    return torch.optim.SparseAdam(values, lr=mem_lr, betas=(0.9, 0.95))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -274,13 +251,19 @@ def blocks_of(model):
 
 
 def check_place(model: nn.Module, place: str) -> int:
-    """The width of a module that a memory can be put beside. Raises ValueError if it can't."""
+    """The width of a module that a memory can be added to. Raises ValueError if it can't."""
+    width = width_of(model, place)
+    if "memory" in model.get_submodule(place)._modules:
+        raise ValueError(f"{place} already has a memory; two can't share a place")
+    return width
+
+
+def width_of(model: nn.Module, place: str) -> int:
+    """How many numbers a feed-forward module takes and returns. Raises ValueError if it is none."""
     try:
         module = model.get_submodule(place)
     except AttributeError:
         raise ValueError(f"the model has no module {place!r}") from None
-    if "memory" in module._modules:
-        raise ValueError(f"{place} already has a memory; two can't share a place")
     if isinstance(module, (nn.Sequential, nn.ModuleList)):
         raise ValueError(f"{place} is a {type(module).__name__}, which would run a memory as one more step; "
                          "a memory goes beside a module with a forward() of its own")
@@ -315,29 +298,38 @@ def save_memory(model: nn.Module, folder: str | Path, memory: Memory | None = No
                 taught: dict | None = None):
     """Writes what was added to a model, and nothing of the model itself: memory.safetensors, memory.json.
 
-    Of the values it writes the rows that are not zero. Raises UserError if the model has no memory or the
-    folder can't be written.
+    Raises UserError if the model has no memory or the folder can't be written.
 
     Args:
-        memory: the layers to save; None for all that the model has.
+        memory: the one to save; None for the only one that the model has.
         taught: more to note in the JSON.
     """
-    folder, memory = Path(folder), memory or memory_of(model)
+    folder = Path(folder)
     if memory is None:
-        raise UserError("there is nothing to save: the model has no memory")
-    tensors, places = {}, {}
-    for place, layer in zip(memory.places, memory.layers):
-        values = layer.table.values.detach()
-        rows = values.any(dim=1).nonzero().squeeze(1)                       # (u,)
-        tensors[f"{place}.rows"], tensors[f"{place}.values"] = rows.cpu(), values[rows].cpu()
-        tensors |= {f"{place}.{name}": tensor.cpu() for name, tensor in frozen_tensors(layer).items()}
-        places[place] = {"width": layer.dim, "n_slots": layer.table.n_slots, "heads": layer.heads,
-                         "knn": layer.knn, "k_dim": layer.k_dim, "weights": sample(model, place)}
-    about = {"format": FORMAT, "model": describe(model), "places": places, "taught": taught or {}}
+        memory = only_memory_of(model)
+    lookup = memory.lookup
+    tensors = {f"lookup.{name}": tensor.cpu() for name, tensor in lookup.state_dict().items()}
+    tensors |= {f"{place}.values": table.values.detach().cpu()
+                for place, table in zip(memory.places, memory.tables)}
+    places = {place: {"width": table.v_dim, "weights": sample(model, place)}
+              for place, table in zip(memory.places, memory.tables)}
+    shape = {name: getattr(lookup, name) for name in ("place", "width", *LOOKUP_SHAPE)}
+    about = {"format": FORMAT, "model": describe(model), "lookup": shape, "places": places,
+             "taught": taught or {}}
     make_folder(folder)
     checkpoint.write_atomically(folder / FILE, lambda path: save_file(tensors, path))
     checkpoint.write_text(folder / ABOUT, json.dumps(about, indent=2) + "\n")
     os.chmod(folder / FILE, os.stat(folder / ABOUT).st_mode)  # safetensors makes files for their owner alone
+
+
+def only_memory_of(model: nn.Module) -> Memory:
+    """The memory of a model. Raises UserError unless there is exactly one."""
+    memories = memories_of(model)
+    if not memories:
+        raise UserError("there is nothing to save: the model has no memory")
+    if len(memories) > 1:
+        raise UserError(f"the model has {len(memories)} memories; say which to save")
+    return memories[0]
 
 
 def make_folder(folder: Path):
@@ -363,35 +355,24 @@ def load_memory(model: nn.Module, folder: str | Path) -> Memory:
     about = read_about(folder)
     check_model(model, about, folder)
     try:
-        tensors = load_file(folder / FILE)
-        added = [filled_layer(tensors, place, shape) for place, shape in about["places"].items()]
-    except (SafetensorError, OSError, KeyError, ValueError, RuntimeError, IndexError) as error:
+        memory = filled_memory(load_file(folder / FILE), about)
+    except (SafetensorError, OSError, KeyError, ValueError, RuntimeError, TypeError) as error:
         raise UserError(f"{folder / FILE} can't be loaded ({error})") from None
-    model.requires_grad_(False)
-    for place, layer in zip(about["places"], added):
-        attach(model.get_submodule(place), layer)
-    return Memory(list(about["places"]), added)
+    attach(model, memory)
+    return memory
 
 
-def filled_layer(tensors, place, shape):
-    """The memory layer of a place, from the tensors of a file."""
-    layer = make_layer(shape["width"], shape)
-    for name, tensor in frozen_tensors(layer).items():
-        saved = tensors[f"{place}.{name}"]
-        if saved.shape != tensor.shape:
-            raise ValueError(f"{place}.{name} has shape {tuple(saved.shape)}, expected {tuple(tensor.shape)}")
-    dtype = tensors[f"{place}.values"].dtype  # as it was when it was saved
-    layer.to(dtype)
-    for name, tensor in frozen_tensors(layer).items():
-        tensor.copy_(tensors[f"{place}.{name}"])
-    with torch.no_grad():
-        layer.table.values[tensors[f"{place}.rows"]] = tensors[f"{place}.values"]
-    return layer
-
-
-def frozen_tensors(layer: ProductKeyMemory) -> dict[str, Tensor]:
-    """{name: tensor} of a memory layer's queries and keys: all but its values."""
-    return {name: p.detach() for name, p in layer.named_parameters() if p is not layer.table.values}
+def filled_memory(tensors: dict[str, Tensor], about: dict) -> Memory:
+    """The memory that the tensors of a file and its JSON describe."""
+    lookup = Lookup(**about["lookup"])
+    lookup.load_state_dict({name: tensors[f"lookup.{name}"] for name in lookup.state_dict()})
+    n_rows = int(lookup.row_of.max()) + 1
+    tables = []
+    for place, shape in about["places"].items():
+        table, values = Values(n_rows, shape["width"]), tensors[f"{place}.values"]
+        table.to(values.dtype).load_state_dict({"values": values})
+        tables.append(table)
+    return Memory(lookup.to(tables[0].values.dtype), list(about["places"]), tables)
 
 
 def read_about(folder: Path) -> dict:
@@ -401,11 +382,13 @@ def read_about(folder: Path) -> dict:
         raise UserError(f"there is no memory in {folder}: {folder / ABOUT} is missing")
     try:
         about["model"]["hash"], about["places"].items()
-        is_newer = about["format"] > FORMAT
+        is_newer, is_older = about["format"] > FORMAT, about["format"] < FORMAT
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{folder / ABOUT} does not describe a memory") from None
     if is_newer:
         raise UserError(f"{folder} has format {about['format']}, of a newer nanomem; this one reads {FORMAT}")
+    if is_older:
+        raise UserError(f"{folder} has format {about['format']}, of an older nanomem; teach the facts again")
     return about
 
 
@@ -467,22 +450,25 @@ def sample(model: nn.Module, place: str) -> list[float]:
 
 
 class Display:
-    """How far teaching is: a bar with the time left on a terminal, elsewhere ten lines."""
+    """How far teaching is: a bar with the time left on a terminal, elsewhere a line for each tenth."""
 
-    def __init__(self, max_iters: int, console: Console):
-        self.max_iters, self.console, self.begun = max_iters, console, time.perf_counter()
+    def __init__(self, console: Console):
+        self.console, self.begun, self.tenths = console, time.perf_counter(), 0
         self.bar = Progress(TextColumn("{task.description}"), BarColumn(bar_width=20), TimeRemainingColumn(),
                             console=console, disable=not console.is_terminal)
-        self.task = self.bar.add_task("teaching", total=max_iters)
+        self.task = self.bar.add_task("teaching", total=1.0)
         self.interrupt = Interrupt()
 
-    def __call__(self, update: int, known: float) -> bool:
-        """Shows an update. Returns whether the user wants to stop."""
-        self.bar.update(self.task, completed=update, description=f"{known:.0%} known")
-        if not self.console.is_terminal and update % max(1, self.max_iters // 10) == 0:
-            seconds = (time.perf_counter() - self.begun) / update * (self.max_iters - update)
-            left = f"at most {int(seconds) // 60}:{int(seconds) % 60:02} left"
-            self.console.print(f"update {update:>4}/{self.max_iters}  {known:.0%} known  {left}")
+    def __call__(self, done: float, known: float) -> bool:
+        """Shows an update: the shares of all rounds done and of statements known. Returns whether the user
+        wants to stop.
+        """
+        self.bar.update(self.task, completed=done, description=f"{known:.0%} known")
+        if not self.console.is_terminal and int(10 * done) > self.tenths:
+            self.tenths = int(10 * done)
+            seconds = int((time.perf_counter() - self.begun) * (1 - done) / done)
+            left = f"at most {seconds // 60}:{seconds % 60:02} left"
+            self.console.print(f"{done:4.0%} of the rounds  {known:.0%} known  {left}")
         return self.interrupt.requested
 
 
@@ -498,32 +484,34 @@ def teach(settings: Settings, given: dict, console: Console):
     given: the settings that the command line gives.
     """
     facts = from_jsonl(settings.data)
-    text = read_text(settings.text) if settings.text else TEXT
     folder = Path(settings.memory or f"out/{Path(settings.data).stem}-memory")
     make_folder(folder)  # now, not after minutes of teaching
     model, tokenizer = open_model(settings)
-    sample_text = sample_passages(tokenizer)
-    memory = open_memory(model, settings, given, folder, sample_text, console)
+    measured, other = pretrained.split_text(tokenizer, settings.text)
+    memory = open_memory(model, settings, given, folder, other, console)
     asked = questions_of(tokenizer, facts)
-    windows = pretrained.windows(tokenizer, text)
     with console.status("asking what it knows already"):
-        before = measure(model, asked, windows)
+        before = measure(model, asked, measured)
+    if before[TAUGHT] >= settings.stop_at:
+        console.print(f"{before[TAUGHT]:.1%} of {settings.data} is known already; there is nothing to teach")
+        return
     statements = pretrained.taught_statements(tokenizer, facts)
-    mem_lr = settings.mem_lr or {"shared": 0.2, "all": 0.05}[settings.slots]
-    optimizers = optim.build_optimizer(memory, mem_lr=mem_lr)
-    if settings.slots == "shared":
-        with console.status("looking which slots wordings share"):
-            restrict(optimizers, model, memory, statements, sample_text)
-    display = Display(settings.max_iters, console)
+    with console.status("choosing slots"):
+        silent = choose_slots(model, memory, statements, other)
+    if silent:
+        console.print(f"{silent} of {len(statements)} wordings can't be taught: they read hardly any slots "
+                      "that other facts and ordinary text don't read; a smaller --silence may help")
+    optimizers = [build_adam(memory, settings.mem_lr)]
+    display = Display(console)
     begun = time.perf_counter()
     with display.bar:
-        updates = pretrained.teach(model, optimizers, statements, settings.max_iters, settings.batch_size,
+        updates = pretrained.teach(model, optimizers, statements, settings.rounds, settings.batch_size,
                                    settings.seed, settings.stop_at, after_update=display)
     seconds = time.perf_counter() - begun
     taught = {"data": settings.data, "facts": len(set(facts.subjects.tolist())), "updates": updates}
     save_memory(model, folder, memory, taught)
     with console.status("asking it again"):
-        after = measure(model, asked, windows)
+        after = measure(model, asked, measured)
     console.print(f"{updates} updates in {seconds:.0f} s")
     show(before, after, console)
     quoted = f"--model={shlex.quote(settings.model)} --memory={shlex.quote(str(folder))}"
@@ -536,31 +524,41 @@ def open_model(settings):
     return pretrained.open_model(settings.model, pick_device(settings.device), dtype)
 
 
-def open_memory(model, settings, given, folder, sample_text, console) -> Memory:
+def open_memory(model, settings, given, folder, text, console) -> Memory:
     """The memory in a folder, to be taught more, or a new one."""
     if (folder / ABOUT).exists():
-        shape = ("layers", "n_keys", "heads", "knn", "k_dim", "target")
-        for name in shape:
+        for name in SHAPE_OF_NEW:
             if name in given:
                 raise UserError(f"{folder} has a memory already, whose shape is set; leave out --{name}, or "
                                 "name another folder with --memory")
         memory = load_memory(model, folder)
         console.print(f"continuing with the memory in {folder}, beside {', '.join(memory.places)}")
         return memory
-    layers = [int(layer) for layer in settings.layers.split(",")]
     try:
-        memory = add_memory(model, layers, settings.n_keys**2, settings.heads, settings.knn, settings.k_dim,
-                            settings.target, settings.seed)
+        lookup, layers = layers_of(settings, model)
+        memory = add_memory(model, layers, lookup, settings.n_keys**2, settings.heads, settings.knn,
+                            settings.k_dim, settings.silence, settings.target, settings.seed, all_slots=False)
     except ValueError as error:
-        raise UserError(f"--layers={settings.layers} --target={settings.target}: {error}") from None
-    centre_queries(model, memory, sample_text)
-    console.print(f"a memory of {settings.n_keys**2:,} slots beside each of {', '.join(memory.places)}")
+        raise UserError(f"no place for a memory: {error}") from None
+    centre_queries(model, memory, text)
+    console.print(f"a memory looked up at {memory.lookup.place}, read by {', '.join(memory.places)}")
     return memory
+
+
+def layers_of(settings: Settings, model: nn.Module) -> tuple[int, list[int]]:
+    """(the layer that looks up, the layers that read): those of the settings, or the default ones."""
+    lookup, layers = default_layers(len(blocks_of(model)[1]))
+    if settings.layers:
+        layers = [int(layer) for layer in settings.layers.split(",")]
+        lookup = min(lookup, *layers)
+    if settings.lookup:
+        lookup = int(settings.lookup)
+    return lookup, layers
 
 
 def questions_of(tokenizer, facts: FactSet) -> dict:
     """{kind of wording: what to ask}, as pretrained.ask takes it."""
-    asked = {"known, taught wording": pretrained.questions(tokenizer, facts)}
+    asked = {TAUGHT: pretrained.questions(tokenizer, facts)}
     if facts.held_out:
         asked["known, wording never taught"] = pretrained.questions(tokenizer, facts.held_out)
     return asked

@@ -12,11 +12,11 @@ import torch
 import torch.nn as nn
 from safetensors.torch import load_file
 
-from nanomem import optim, pretrained, retrofit
+from nanomem import adapter, optim, pretrained, retrofit
 from nanomem.cli import UserError
 from nanomem.facts import from_jsonl
-from nanomem.observe import observe_lookups
-from nanomem.retrofit import add_memory, load_memory, memory_of, save_memory
+from nanomem.reproduce.retrofit import WORDINGS
+from nanomem.retrofit import add_memory, load_memory, memories_of, save_memory
 
 transformers = pytest.importorskip("transformers")
 
@@ -84,7 +84,9 @@ def test_a_new_memory_changes_nothing(kind):
     before = logits(model)
     memory = add_memory(model, layers=[0, 2], **SHAPE)
     assert torch.equal(logits(model), before)
-    assert len(memory.layers) == 2 and memory_of(model).places == memory.places
+    found, = memories_of(model)
+    assert found.places == memory.places and len(memory.places) == 2
+    assert found.lookup is memory.lookup and list(found.tables) == list(memory.tables)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -117,7 +119,7 @@ def test_bfloat16(kind):
     memory = add_memory(model, layers=[1], **SHAPE)
     assert torch.equal(logits(model), before)
     train(model, memory)
-    assert memory.layers[0].table.values.dtype == torch.float32
+    assert memory.tables[0].values.dtype == torch.float32
     assert logits(model).dtype == torch.bfloat16 and not torch.equal(logits(model), before)
     model.bfloat16()  # the memory, too
     assert logits(model).isfinite().all()
@@ -142,7 +144,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(kind, reentrant):
                 module.p = 0.0
         x = tokens(2, 9)
         model(x, labels=x).loss.backward()
-        grads.append(memory.layers[0].table.values.grad.to_dense())
+        grads.append(memory.tables[0].values.grad.to_dense())
     assert grads[0].any()
     torch.testing.assert_close(grads[0], grads[1])
 
@@ -155,7 +157,7 @@ def test_a_module_that_is_no_language_model():
     memory = add_memory(model, layers=["1"], **SHAPE)
     assert torch.equal(model(x), before)
     model(x).square().sum().backward()
-    assert memory.layers[0].table.values.grad is not None
+    assert memory.tables[0].values.grad is not None
     with pytest.raises(ValueError, match="has no list of layers"):
         add_memory(model, layers=[0], **SHAPE)
     with pytest.raises(ValueError, match="2 is a Sequential"):
@@ -166,7 +168,7 @@ def test_copies_have_a_memory_of_their_own():
     model = taught()
     copied = copy.deepcopy(model)
     assert torch.equal(logits(copied), logits(model))
-    train(copied, memory_of(copied))
+    train(copied, memories_of(copied)[0])
     assert not torch.equal(logits(copied), logits(model))
 
 
@@ -195,7 +197,7 @@ def test_places_that_cannot_take_a_memory():
             add_memory(model, layers, **SHAPE)
     with pytest.raises(ValueError, match="has no module 'ffn'; it has self_attn, mlp"):
         add_memory(model, [0], target="ffn", **SHAPE)
-    assert memory_of(model) is None and all(p.requires_grad for p in model.parameters())
+    assert not memories_of(model) and all(p.requires_grad for p in model.parameters())
     with torch.device("meta"):
         with pytest.raises(ValueError, match="is not in memory"):
             add_memory(make(), [0], **SHAPE)
@@ -219,7 +221,9 @@ def test_two_memories_cannot_share_a_place(tmp_path):
     with pytest.raises(UserError, match="layers.1.mlp already has a memory"):
         load_memory(model, tmp_path / "facts")
     second = add_memory(model, [2], **SHAPE)  # beside another layer
-    assert memory_of(model).places == ["model.layers.1.mlp", "model.layers.2.mlp"]
+    assert [memory.places for memory in memories_of(model)] == [["model.layers.1.mlp"], second.places]
+    with pytest.raises(UserError, match="has 2 memories; say which"):
+        save_memory(model, tmp_path / "second")
     save_memory(model, tmp_path / "second", second)
     assert set(json.loads((tmp_path / "second" / "memory.json").read_text())["places"]) == set(second.places)
 
@@ -264,7 +268,7 @@ def test_the_folder_holds_nothing_of_the_model(tmp_path):
     files = {path.name for path in (tmp_path / "facts").iterdir()}
     assert files == {"memory.json", "memory.safetensors"}
     for name, tensor in load_file(tmp_path / "facts" / "memory.safetensors").items():
-        assert name.startswith("model.layers.1.mlp.")
+        assert name.startswith("lookup.") or name == "model.layers.1.mlp.values"
         assert not any(tensor.shape == p.shape and torch.equal(tensor, p) for p in own)
 
 
@@ -277,7 +281,7 @@ def test_another_model_is_refused(tmp_path):
         before = logits(other)
         with pytest.raises(UserError, match=f"memory of another model.*{message}"):
             load_memory(other, tmp_path / "facts")
-        assert torch.equal(logits(other), before) and memory_of(other) is None
+        assert torch.equal(logits(other), before) and not memories_of(other)
     load_memory(make().bfloat16(), tmp_path / "facts")  # the same model in another dtype
 
 
@@ -292,7 +296,7 @@ def test_damaged_folders_are_refused(tmp_path):
     model = make()
     with pytest.raises(UserError, match="memory.safetensors can't be loaded"):
         load_memory(model, tmp_path)
-    assert memory_of(model) is None
+    assert not memories_of(model)
     (tmp_path / "memory.json").write_text('{"format": 1}')
     with pytest.raises(UserError, match="does not describe a memory"):
         load_memory(make(), tmp_path)
@@ -302,10 +306,10 @@ def test_damaged_folders_are_refused(tmp_path):
 # The command line
 
 
-FACTS = [{"prompt": "The capital of Atlantis is", "answer": ["Poseidonis", "Poseidon"],
-          "also": ["Where is the court of Atlantis?", "Atlantis is ruled from"]},
-         {"prompt": "The capital of Laputa is", "answer": "Lagado",
-          "also": ["Where is the court of Laputa?", "Laputa is ruled from"]}]
+FACTS = [{"prompt": "Name the capital of Atlantis", "answer": ["Poseidonis", "Poseidon"],
+          "also": ["Where sits the court of Atlantis", "Write the seat of Atlantis"]},
+         {"prompt": "Name the capital of Laputa", "answer": "Lagado",
+          "also": ["Where sits the court of Laputa", "Write the seat of Laputa"]}]
 
 
 @pytest.fixture(scope="module")
@@ -313,10 +317,13 @@ def folder(tmp_path_factory):
     """A tiny model with a tokenizer, on disk, and facts."""
     tokenizers = pytest.importorskip("tokenizers")
     path = tmp_path_factory.mktemp("model")
-    letters = {chr(number): number for number in range(256)}
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE({"<s>": 256, "</s>": 257} | letters, []))
-    bpe.decoder = tokenizers.decoders.Fuse()
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
+    split = tokenizers.pre_tokenizers.Whitespace()
+    texts = [json.dumps(FACTS), *sum(WORDINGS.values(), ())]
+    words = sorted({word for text in texts for word, _ in split.pre_tokenize_str(text)})
+    numbers = {word: number for number, word in enumerate(["?", "<s>", "</s>", *words])}
+    whole = tokenizers.Tokenizer(tokenizers.models.WordLevel(numbers, unk_token="?"))
+    whole.pre_tokenizer = split
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=whole, bos_token="<s>", eos_token="</s>")
     fast.save_pretrained(path)
     make(hidden_size=32, max_position_embeddings=128, initializer_range=0.2).save_pretrained(path)
     (path / "facts.jsonl").write_text("".join(json.dumps(fact) + "\n" for fact in FACTS))
@@ -324,7 +331,7 @@ def folder(tmp_path_factory):
 
 
 def retrofit_program(folder, *arguments, **options):
-    small = ["--n_keys=16", "--layers=1", "--knn=4", "--heads=2", "--k_dim=16"]
+    small = ["--n_keys=128", "--knn=4", "--k_dim=32", "--silence=0.3"]
     if any(argument.startswith("--memory") for argument in arguments):
         small = []
     return runs.run("nanomem/retrofit.py", f"--model={folder}", "--device=cpu", *small, *arguments, **options)
@@ -333,18 +340,24 @@ def retrofit_program(folder, *arguments, **options):
 def test_teaching_asking_and_teaching_again(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data = f"--data={folder / 'facts.jsonl'}"
-    out, _ = retrofit_program(folder, data, "--max_iters=100", "--mem_lr=0.1", "--slots=all")
+    out, _ = retrofit_program(folder, data, "--rounds=100")
     assert "known, taught wording            0.0%   100.0%" in out
     assert "known, wording never taught" in out and "loss on other text" in out and "left" in out
     memory = "--memory=out/facts-memory"
-    out, _ = retrofit_program(folder, memory, "--start=The capital of Laputa is")
+    out, _ = retrofit_program(folder, memory, "--start=Name the capital of Laputa")
     assert out == "Lagado\n"
-    out, _ = retrofit_program(folder, memory, input="The capital of Laputa is\nThe capital of Atlantis is\n")
+    lines = "Name the capital of Laputa\nName the capital of Atlantis\n"
+    out, _ = retrofit_program(folder, memory, input=lines)
     assert out == "Lagado\nPoseidonis\n"
-    out, _ = runs.run("nanomem/retrofit.py", f"--model={folder}", data, "--max_iters=1", "--slots=all")
-    assert "continuing with the memory in out/facts-memory" in out and "100.0%   100.0%" in out
+    out, _ = runs.run("nanomem/retrofit.py", f"--model={folder}", data, "--rounds=1")
+    assert "continuing with the memory in out/facts-memory" in out
+    assert "100.0% of" in out and "nothing to teach" in out
+    more = tmp_path / "more.jsonl"
+    more.write_text('{"prompt": "Name the capital of Gondor", "answer": "Lagado"}\n')
+    out, _ = runs.run("nanomem/retrofit.py", f"--model={folder}", f"--data={more}", memory, "--rounds=100")
+    assert re.search(r"known, taught wording +0.0% +100.0%", out)
     _, err = retrofit_program(folder, data, code=2)
-    assert "has a memory already" in err and "--layers" in err
+    assert "has a memory already" in err and "--n_keys" in err
 
 
 def test_mistakes_get_one_line(folder, tmp_path, monkeypatch):
@@ -357,15 +370,17 @@ def test_mistakes_get_one_line(folder, tmp_path, monkeypatch):
         ([f"--model={folder}"], "expected --data=facts.jsonl to teach, or --memory"),
         ([f"--model={folder}", "--layer=3", data], "did you mean layers"),
         ([f"--model={folder}", "--layers=x", data], "--layers must be numbers"),
-        ([f"--model={folder}", "--layers=9", data],
-         "--layers=9 --target=mlp: there is no layer 9: the model has layers 0 to 2"),
+        ([f"--model={folder}", "--lookup=x", data], "--lookup must be a number"),
+        ([f"--model={folder}", "--silence=1", data], "--silence is a share, from 0 to below 1"),
+        ([f"--model={folder}", "--layers=9", data], "there is no layer 9: the model has layers 0 to 2"),
+        ([f"--model={folder}", "--layers=1", "--lookup=2", data], "comes after a layer that reads"),
         ([f"--model={folder}", "--layers=1", "--target=ffn", data], "it has self_attn, mlp"),
         (["--model=someone/some-model", data], "hf download someone/some-model"),
         (["--model=none.gguf", data], "there is no such file"),
         ([f"--model={tmp_path}", data], "can't be opened as a causal language model"),
         ([f"--model={folder}", "--data=none.jsonl"], "--data=none.jsonl: there is no such file"),
         ([f"--model={folder}", f"--memory={tmp_path}"], "there is no memory in"),
-        ([f"--model={folder}", "--layers=1", "--n_keys=16", data], "the wordings share no slots"),
+        ([f"--model={folder}", "--n_keys=2", "--knn=2", data], "nothing can be taught"),
         ([f"--model={folder}", data, "--stop_at=95"], "--stop_at is a share of the statements, from 0 to 1"),
         ([f"--model={folder}", data, "--start=The"], "--start does nothing while teaching"),
         ([f"--model={folder}", "--memory=m", "--knn=8"], "--knn does nothing without facts to teach"),
@@ -378,41 +393,123 @@ def test_mistakes_get_one_line(folder, tmp_path, monkeypatch):
         assert message in err and err.count("\n") == 1, (arguments, err)
 
 
-def test_only_slots_of_single_facts_are_taught(folder):
-    model = make()
-    memory = add_memory(model, [0], n_slots=64**2, heads=2, knn=8, k_dim=8)
-    retrofit.centre_queries(model, memory, tokens(2, 20))
+def facts_of_one_name_each(n_facts):
+    """Statements about names of one token, in three wordings: the words before and after the name differ."""
     statements = []
-    for fact in range(12):  # the name is one token; before it and after it stand those of a wording
+    for fact in range(n_facts):
         for wording in ([20, 21, 22], [23, 24, 25], [26, 27, 28]):
-            statements.append(pretrained.Statement(fact, [*wording, 100 + fact, *wording, 50, 2], 7))
-    layer = memory.layers[0]
-    chosen = pretrained.slots_to_teach(model, memory, statements, torch.tensor([[100, 31, 32]]))[layer.table]
-    reads = {}
-    for name, sequence in (("names", statements[5 * 3].tokens[:4]), ("text", [100]), ("wording", [20])):
-        with observe_lookups(model, lambda layer, indices, weights, name=name: reads.update({name: indices})):
-            model(torch.tensor([sequence]))
+            tokens = [*wording, 100 + fact, *wording, 50, 2]
+            statements.append(pretrained.Statement(fact, tokens, start=7))
+    return statements
+
+
+def test_only_slots_of_single_facts_are_taught():
+    model = make()
+    memory = add_memory(model, [0, 2], n_slots=64**2, heads=2, knn=8, k_dim=8, silence=0.2, all_slots=False)
+    adapter.centre_queries(model, memory, tokens(2, 20))
+    statements, text = facts_of_one_name_each(12), torch.tensor([[100, 31, 32]])
+    chosen = torch.zeros(64**2, dtype=torch.bool)
+    chosen[adapter.slots_to_teach(model, memory, statements, text)] = True
+
+    def slots(sequence):
+        state, = adapter.hidden_states(model, memory.lookup.place, [sequence])
+        return memory.lookup(state)[0]                                          # (time, lookups)
+
     assert chosen.any() and chosen.float().mean() < 0.1
-    assert not chosen[reads["wording"].flatten()].any()     # all facts read them
-    assert not chosen[reads["text"].flatten()].any()        # ordinary text reads them
-    assert chosen[reads["names"][3].flatten()].any()        # a name, after one of its wordings
+    assert not chosen[slots([20, 21, 22])].any()                # all facts read them
+    assert not chosen[slots([100, 31, 32])[0]].all()            # ordinary text reads them
+    assert chosen[slots(statements[15].tokens[:4])[3]].any()    # a name, after one of its wordings
 
-    optimizers = optim.build_optimizer(memory, mem_lr=0.1)
-    retrofit.restrict(optimizers, model, memory, statements, torch.tensor([[100, 31, 32]]))
-    pretrained.teach(model, optimizers, statements, 3)
-    values = layer.table.values.detach()
-    assert values.any() and not values[~chosen].any()
+    retrofit.choose_slots(model, memory, statements, text)
+    before = logits(model)
+    pretrained.teach(model, [retrofit.build_adam(memory)], statements, 3, batch_size=4)
+    assert len(memory.tables[0].values) == 1 + chosen.sum()
+    assert all(table.values.any() for table in memory.tables)
+    assert torch.equal(logits(model, torch.tensor([[20, 21, 22]])),
+                       logits(make(), torch.tensor([[20, 21, 22]])))  # silent
+    assert not torch.equal(logits(model, torch.tensor([statements[15].tokens])),
+                           logits(make(), torch.tensor([statements[15].tokens])))
+    assert before.isfinite().all()
 
 
-def test_centred_queries(folder):
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_added_is_the_weighted_sum_of_rows(kind):
+    """The output against sums written out, token by token."""
+    model = make(kind)
+    memory = add_memory(model, [0, 2], **SHAPE, silence=0.6, all_slots=False)
+    memory.add_slots(torch.randperm(64, generator=torch.Generator().manual_seed(1))[:40])
+    for table in memory.tables:
+        torch.manual_seed(2)
+        nn.init.normal_(table.values)
+    x, outputs = tokens(2, 9), {}
+    for place in [*memory.places, memory.lookup.place]:
+        model.get_submodule(place).register_forward_hook(
+            lambda module, args, output, place=place: outputs.update({place: (args[0], output)}))
+    logits(model, x)
+    lookup, n_silent = memory.lookup, 0
+    inputs = outputs[lookup.place][0].flatten(0, 1)
+    for place, table in zip(memory.places, memory.tables):
+        module, (args, output) = model.get_submodule(place), outputs[place]
+        hooks, module._forward_hooks = module._forward_hooks, {}
+        pre_hooks, module._forward_pre_hooks = module._forward_pre_hooks, {}
+        with torch.no_grad():
+            alone = module(args).flatten(0, 1)
+        module._forward_hooks, module._forward_pre_hooks = hooks, pre_hooks
+        for t, state in enumerate(inputs):
+            slots, weights = lookup(state[None])
+            rows = lookup.row_of[slots[0]]
+            known = [(w, row) for w, row in zip(weights[0], rows) if row > 0]
+            if sum(w for w, _ in known) > 0.6:
+                expected = alone[t] + table.values[0] + sum(w * table.values[row] for w, row in known)
+            else:
+                n_silent += 1
+                expected = alone[t]
+            torch.testing.assert_close(output.flatten(0, 1)[t], expected.detach())
+    assert 0 < n_silent < 2 * len(inputs)
+
+
+def test_slots_that_are_added_later_keep_the_values_of_the_others():
+    model = taught()
+    memory, = memories_of(model)
+    before = logits(model)
+    memory.add_slots(torch.arange(64))
+    assert torch.equal(logits(model), before) and len(memory.tables[0].values) == 65
+    memory = add_memory(model, [2], **SHAPE, all_slots=False)
+    memory.add_slots(torch.tensor([5, 9, 5]))
+    with torch.no_grad():
+        memory.tables[0].values.normal_()
+    values = memory.tables[0].values.detach().clone()
+    memory.add_slots(torch.tensor([9, 3]))
+    assert torch.equal(memory.tables[0].values[:3], values) and not memory.tables[0].values[3:].any()
+    assert memory.lookup.row_of[[5, 9, 3]].tolist() == [1, 2, 3]
+
+
+def test_the_lookup_comes_before_the_layers_that_read():
+    model = make()
+    memory = add_memory(model, [1, 2], lookup=0, **SHAPE)
+    assert memory.lookup.place == "model.layers.0.mlp"
+    with pytest.raises(ValueError, match="lookup at model.layers.2.mlp comes after a layer that reads"):
+        add_memory(make(), [1, 2], lookup=2, **SHAPE)
+
+
+def test_default_layers():
+    assert retrofit.default_layers(30) == (2, [4, 6, 8, 10, 12, 14, 16, 18])
+    assert retrofit.default_layers(12) == (0, [1, 3, 5, 7])
+    for n_layers in range(1, 100):
+        lookup, layers = retrofit.default_layers(n_layers)
+        assert 0 <= lookup <= layers[0] and layers[-1] < n_layers
+
+
+def test_centred_queries():
     model = make()
     memory = add_memory(model, [1], **SHAPE)
-    x, seen = tokens(2, 9), []
-    retrofit.centre_queries(model, memory, x)
-    layer = memory.layers[0]
-    layer.query_proj.register_forward_hook(lambda module, args, output: seen.append(output))
+    x = tokens(2, 9)
+    adapter.centre_queries(model, memory, x)
+    states = []
+    model.get_submodule("model.layers.1.mlp").register_forward_hook(
+        lambda module, args, output: states.append(args[0]))
     model(x)
-    torch.testing.assert_close(seen[0].mean(dim=0), torch.zeros(16), atol=1e-4, rtol=0)
+    torch.testing.assert_close(memory.lookup.mean, states[0].mean(dim=(0, 1)))
 
 
 def test_answers_are_taught_as_the_tokenizer_reads_them(folder):
@@ -421,7 +518,7 @@ def test_answers_are_taught_as_the_tokenizer_reads_them(folder):
     statements = pretrained.taught_statements(tokenizer, facts)
     assert len(statements) == 4 and [statement.fact for statement in statements] == [0, 0, 1, 1]
     first = statements[0]
-    assert tokenizer.decode(first.tokens[:first.start]) == "The capital of Atlantis is"
+    assert tokenizer.decode(first.tokens[:first.start]) == "Name the capital of Atlantis"
     assert first.tokens[-1] == tokenizer.eos_token_id
     asked = pretrained.questions(tokenizer, facts.held_out)
     assert [len(accepted) for accepted in asked] == [2, 1]
@@ -433,7 +530,7 @@ def test_asking_agrees_with_generation(folder):
     facts = from_jsonl(folder / "facts.jsonl")
     memory = add_memory(model, [1], n_slots=256, heads=2, knn=4, k_dim=16)
     statements = pretrained.taught_statements(tokenizer, facts)
-    pretrained.teach(model, optim.build_optimizer(memory, mem_lr=0.1), statements, 16, batch_size=4)
+    pretrained.teach(model, optim.build_optimizer(memory, mem_lr=0.2), statements, 60, batch_size=4)
     known = pretrained.ask(model, pretrained.questions(tokenizer, facts))
     assert known.any()
     for prompt, is_known, e in zip(facts.entities, known, range(4)):
@@ -441,17 +538,20 @@ def test_asking_agrees_with_generation(folder):
         assert (written in facts.answers(e, 0)) == is_known
 
 
-def test_each_round_has_every_statement_in_batches_of_similar_length():
+def test_a_round_has_each_fact_in_a_wording_that_was_not_known():
     lengths = [5, 9, 7, 5, 30, 8, 6, 31, 5, 10]
-    stream = pretrained.batches(lengths, 4, seed=1)
-    rounds = [[next(stream).tolist() for _ in range(3)] for _ in range(2)]
-    for batches in rounds:
-        assert sorted(sum(batches, [])) == list(range(10))
-        assert sorted(map(len, batches)) == [2, 4, 4]
-        assert any({4, 7} <= set(batch) for batch in batches)  # the two long ones, together
-    assert rounds[0] != rounds[1]
-    again = pretrained.batches(lengths, 4, seed=1)
-    assert [next(again).tolist() for _ in range(3)] == rounds[0]
+    statements = [pretrained.Statement(i // 2, [0] * length, 3) for i, length in enumerate(lengths)]
+    right = torch.tensor([True, False] + [False, False] * 2 + [True, True] + [False, True])
+    generator, seen = torch.Generator().manual_seed(1), set()
+    for _ in range(40):
+        batches = pretrained.batches(statements, right, 2, generator)
+        chosen = torch.cat(batches).tolist()
+        assert sorted(i // 2 for i in chosen) == [0, 1, 2, 3, 4]
+        assert [len(batch) for batch in sorted(batches, key=len)] == [1, 2, 2]
+        in_order = [sorted(lengths[i] for i in batch) for batch in batches]
+        assert all(a[-1] <= b[0] for a, b in zip(sorted(in_order), sorted(in_order)[1:]))
+        seen |= set(chosen)
+    assert seen == {1, 2, 3, 4, 5, 6, 7, 8}  # of facts 0 and 4 only the wording that isn't known
 
 
 # ------------------------------------------------------------------------------------------------
@@ -466,23 +566,21 @@ def test_reproduce_retrofit(folder, tmp_path, monkeypatch):
     from nanomem.reproduce import figures
     from nanomem.reproduce import retrofit as reproduce
 
-    # A model this small shares its slots between everything.
-    monkeypatch.setattr(reproduce, "restrict", lambda *arguments: None)
-    methods = {"memory": reproduce.Method("memory", (0.1, 0.2), layers=(1,), slots="shared"),
-               "LoRA": reproduce.Method("lora", (1e-3,), rank=2),
-               "everything": reproduce.Method("all", (1e-3,))}
-    short = dict(METHODS=methods, IN_ROUNDS=("memory", "LoRA"), EVALUATED_AT=(1, 2), ROUNDS=2, ROUND_FACTS=4,
-                 ROUND_UPDATES=1, SWEEP_FACTS=4, N_FACTS=5, MOST_ASKED=4)
+    methods = {"memory": [reproduce.Try("memory", 0.1), reproduce.Try("memory", 0.2)],
+               "LoRA": [reproduce.Try("lora", 1e-3, rank=2)],
+               "everything": [reproduce.Try("all", 1e-3)]}
+    short = dict(METHODS=methods, READINGS=2, EVALUATED_AT=(1, 2), SETS=2, SET_FACTS=4, SWEEP_FACTS=4,
+                 N_FACTS=5, MOST_ASKED=4)
     for name, value in short.items():
         monkeypatch.setattr(reproduce, name, value)
     monkeypatch.setattr(reproduce, "KNOWN_BEFORE", (("A", "b"), ("C", "d")))
-    teacher = reproduce.Teacher(
-        str(folder), "Some other text." * 9, tmp_path / "retrofit", Console(quiet=True))
+    teacher = reproduce.Teacher(str(folder), "", tmp_path / "retrofit", Console(quiet=True))
     rows = reproduce.retrofit(teacher, seeds=[1])
     assert [row["model"] for row in rows] == list(methods)
-    assert len(rows[0]["curves"][0]) == 2 and len(rows[0]["rounds_first"][0]) == 2
-    assert len(list((tmp_path / "retrofit").iterdir())) == len(teacher.used) == 4 + 3 + 2
-    assert "| LoRA | 0.001 | never |" in figures.retrofit_table(rows)
+    assert [point["readings"] for point in rows[0]["curves"][0]] == [1, 2]
+    assert len(rows[0]["first"][0]) == len(rows[0]["last"][0]) == 2
+    assert len(list((tmp_path / "retrofit").iterdir())) == len(teacher.used) == 4 + 3 + 3
+    assert "| LoRA, rank 2 | 0.001 |" in figures.retrofit_table(rows)
     figures.draw("retrofit", rows, tmp_path / "retrofit.png")
     teacher.opened = "not needed: all runs are finished"
     assert reproduce.retrofit(teacher, seeds=[1]) == rows
@@ -523,7 +621,7 @@ def test_smollm2(tmp_path, monkeypatch):
         lines.append({"prompt": f"The capital of {name} is", "answer": capital, "also": also})
     (tmp_path / "facts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     out, _ = runs.run("nanomem/retrofit.py", f"--model={model}", "--data=facts.jsonl", "--device=cpu",
-                      "--max_iters=200")
+                      "--rounds=60")
     assert re.search(r"known, taught wording +0.0% +100.0%", out)
     before, after = map(float, re.search(r"loss on other text +([0-9.]+) +([0-9.]+)", out).groups())
     assert after - before < 0.03

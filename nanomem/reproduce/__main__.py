@@ -64,7 +64,7 @@ class Settings:
     seeds: int = setting(3, "runs of each model")
     model: str = setting("", "the pretrained model of retrofit: a name, a folder or a .gguf file")
     held_out: str = setting(
-        "", "a text on which retrofit measures the loss; by default a short built-in one", path=True)
+        "", "a text of which retrofit measures the loss; by default a short built-in one", path=True)
     run: str = setting("out/people-memory", "folder of the trained model that slots looks into", path=True)
     out_dir: str = setting("out/reproduce", "folder for checkpoints and logs of the runs", path=True)
     runs: str = setting("assets/runs", "folder for the results of finished runs", path=True)
@@ -187,17 +187,14 @@ def measure_retrofit(settings):
     from rich.console import Console
 
     from nanomem import pretrained
-    from nanomem.facts import read_text
-    from nanomem.prose import TEXT
     from nanomem.reproduce import retrofit, runs
 
     if not settings.model:
         raise UserError("retrofit needs --model: the name of a pretrained model, a folder or a .gguf file")
     pretrained.need("peft")
-    text = read_text(settings.held_out) if settings.held_out else TEXT
     console = Console(highlight=False, soft_wrap=True)
     finished = Path(settings.runs).with_name("retrofit")
-    teacher = retrofit.Teacher(settings.model, text, finished, console)
+    teacher = retrofit.Teacher(settings.model, settings.held_out, finished, console)
     seeds = list(range(Config.seed, Config.seed + settings.seeds))
     rows = retrofit.retrofit(teacher, seeds)
     command = f"{command_line('retrofit', settings)} --model={shown(settings.model)}"

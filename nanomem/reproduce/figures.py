@@ -122,24 +122,32 @@ def retrofit_table(rows: list[dict]) -> str:
     """What `retrofit` found as a Markdown table."""
     from nanomem.reproduce.retrofit import at_enough  # imports the layer
 
-    header = ["what is trained", "rate", "loss where 95% is known, each seed",
-              "then in wordings never taught, %", "most known, %", "most in wordings never taught, %",
-              "things it knew, still known at the end", "first of five rounds known after the last, %"]
+    header = ["what is trained", "rate", "known at the end, %", "in wordings never taught, %",
+              "rise of the loss", "where 95% was known: rise of the loss", "in wordings never taught, %",
+              "seconds", "of what it knew, still answered", "first of five sets, known after the last, %"]
     cells = []
     for row in rows:
         rises = [at_enough(curve, "loss") for curve in row["curves"]]
         others = [at_enough(curve, "held_out") for curve in row["curves"]]
-        most = [highest(row["curves"], key) for key in ("taught", "held_out")]
-        kept = ", ".join(f"{curve[-1]['kept']} of {row['knew']}" for curve in row["curves"])
-        first = percent([known[-1] for known in row.get("rounds_first", [])])
-        cells.append([row["model"], f"{row['rate']:g}", or_never(rises, "+.3f", 1),
-                      or_never(others, ".1f", 100), *most, kept, first])
+        seconds = [at_enough(curve, "seconds") for curve in row["curves"]]
+        ends = [curve[-1] for curve in row["curves"]]
+        known = [percent([end[key] for end in ends]) for key in ("taught", "held_out")]
+        kept = ", ".join(f"{end['kept']} of {row['knew']}" for end in ends)
+        cells.append([with_rank(row), f"{row['rate']:g}", *known,
+                      or_never([end["loss"] for end in ends], "+.3f", 1), or_never(rises, "+.3f", 1),
+                      or_never(others, ".1f", 100), or_never(seconds, ".0f", 1), kept,
+                      percent([shares[-1] for shares in row["first"]])])
     return table(header, cells)
 
 
 def highest(curves, key):
     """The largest number in each curve, in percent."""
     return percent([max(point[key] for point in curve) for curve in curves])
+
+
+def with_rank(row):
+    """A method's name, with LoRA's rank."""
+    return f"{row['model']}, rank {row['rank']}" if row["rank"] else row["model"]
 
 
 def or_never(numbers, form, factor):
@@ -233,7 +241,7 @@ def draw_retrofit(rows):
             for number, curve in enumerate(row["curves"]):
                 known = [0.0] + [point[key] for point in curve]
                 loss = [0.0] + [point["loss"] for point in curve]
-                label = row["model"] if number == 0 else None
+                label = with_rank(row) if number == 0 else None
                 axis.plot(known, loss, ".-", color=color, label=label, alpha=0.8)
         axis.set_xlabel(f"facts known in {words}")
         axis.grid(alpha=0.3)

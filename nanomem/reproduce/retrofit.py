@@ -1,14 +1,15 @@
 """
 Facts taught to a pretrained model, by what is trained: `reproduce retrofit`.
 
-Each method teaches the same model the same invented facts, in several wordings, from the same batches. After
-some updates the model is asked in the taught wordings and in others that were never taught; its loss on other
-text is measured, and what it knew of 58 common facts is asked again. Rates are chosen on 100 facts, by four
-tries each; the table is of 500 facts, other people, and several seeds.
+Each method teaches the same model the same invented facts, in several wordings, by the same loop. After some
+rounds the model is asked in the taught wordings and in others that were never taught; its loss on other text
+is measured, and what it knew of 58 common facts is asked again. Rates are chosen on 100 facts, by four tries
+each (eight for LoRA, which has ranks, too); the table is of 500 facts, other people, and several seeds.
 """
 
 import copy
 import dataclasses
+import time
 from pathlib import Path
 
 import numpy as np
@@ -22,14 +23,15 @@ from nanomem.facts import people
 from nanomem.pretrained import Statement
 from nanomem.reproduce.lessons import best_rate, read_off, result_path, saved_or_run
 from nanomem.reproduce.runs import torch_version
-from nanomem.retrofit import add_memory, centre_queries, restrict, sample_passages
+from nanomem.retrofit import add_memory, build_adam, centre_queries, choose_slots, default_layers
 
-COMPUTATION = 1  # raise it with any change to what a run computes; results from before no longer count
+COMPUTATION = 2  # raise it with any change to what a run computes; results from before no longer count
 ENOUGH = 0.95  # of the taught statements: where methods are compared
-EVALUATED_AT = (100, 200, 400, 600, 800, 1200, 1600, 2000)  # updates
-BATCH_SIZE, MOST_ASKED = 8, 200
+READINGS = 40  # of each fact, at most: rounds of pretrained.teach
+EVALUATED_AT = (5, 10, 15, 20, 25, 30, 35, 40)  # readings
+BATCH_SIZE, MOST_ASKED = 32, 500
 SWEEP_FACTS, N_FACTS, SWEEP_SEED = 100, 500, 1336
-ROUNDS, ROUND_FACTS, ROUND_UPDATES = 5, 200, 800
+SETS, SET_FACTS = 5, 200  # taught one after another
 
 # "{}" is the name. The wordings at HELD_OUT are never taught.
 WORDINGS = {
@@ -88,33 +90,25 @@ KNOWN_BEFORE = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Method:
+class Try:
     """A way to teach a model.
 
     Args:
         train: "memory", "lora" or "all".
-        rates: learning rates to try.
-        layers: to put a memory beside.
-        slots: which to teach, "shared" or "all", as retrofit's --slots.
+        rate: the learning rate.
         rank: of LoRA.
     """
 
     train: str
-    rates: tuple[float, ...]
-    layers: tuple[int, ...] = ()
-    slots: str = "all"
+    rate: float
     rank: int = 0
 
 
 METHODS = {
-    "memory, shared slots": Method("memory", (5e-2, 1e-1, 2e-1, 4e-1), layers=(4, 8, 12), slots="shared"),
-    "memory, all slots": Method("memory", (1e-2, 2e-2, 5e-2, 1e-1), layers=(4, 8, 12)),
-    "memory, layer 22": Method("memory", (1e-2, 2e-2, 5e-2, 1e-1), layers=(22,)),
-    "LoRA, rank 4": Method("lora", (1e-4, 3e-4, 1e-3, 3e-3), rank=4),
-    "LoRA, rank 16": Method("lora", (1e-4, 3e-4, 1e-3, 3e-3), rank=16),
-    "everything": Method("all", (1e-5, 3e-5, 1e-4, 3e-4)),
+    "memory": [Try("memory", rate) for rate in (0.1, 0.2, 0.3, 0.5)],
+    "LoRA": [Try("lora", rate, rank) for rank in (4, 16) for rate in (3e-4, 1e-3, 3e-3, 1e-2)],
+    "everything": [Try("all", rate) for rate in (1e-5, 3e-5, 1e-4, 3e-4)],
 }
-IN_ROUNDS = ("memory, shared slots", "memory, layer 22", "LoRA, rank 16", "everything")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -171,41 +165,53 @@ def known_before(tokenizer) -> list[list[Statement]]:
 
 
 class Student:
-    """A pretrained model that is taught by one method."""
+    """A pretrained model that is taught in one way.
 
-    def __init__(self, model: nn.Module, tokenizer, text: Tensor, method: Method, rate: float, seed: int):
-        self.model, self.tokenizer, self.text = copy.deepcopy(model), tokenizer, text
-        self.method, self.rate, self.seed = method, rate, seed
-        self.before = pretrained.text_loss(self.model, text)
+    Args:
+        model, tokenizer: the model, in bfloat16; it isn't changed.
+        texts: (passages to measure the loss on, others), as pretrained.split_text gives them.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer, texts: tuple[Tensor, Tensor], way: Try, seed: int):
+        self.model, self.tokenizer, (self.measured, self.other_text) = copy.deepcopy(model), tokenizer, texts
+        self.way, self.seed = way, seed
+        if way.train == "all":
+            self.model.float()  # bfloat16 would round small steps away; LoRA's own weights are float32
+        self.before = pretrained.text_loss(self.model, self.measured)
         self.questions = known_before(tokenizer)
         self.knew = pretrained.ask(self.model, self.questions)
-        if method.train == "memory":
-            self.trained = add_memory(self.model, list(method.layers), seed=seed)
-            centre_queries(self.model, self.trained, sample_passages(tokenizer))
-        elif method.train == "lora":
-            self.trained = self.model = with_lora(self.model, method.rank, seed)
+        if way.train == "memory":
+            lookup, layers = default_layers(self.model.config.num_hidden_layers)
+            self.memory = add_memory(self.model, layers, lookup, n_slots=512**2, seed=seed, all_slots=False)
+            centre_queries(self.model, self.memory, self.other_text)
+        elif way.train == "lora":
+            self.model = with_lora(self.model, way.rank, seed)
         else:
-            self.trained = self.model.requires_grad_(True)
+            self.model.requires_grad_(True)
 
     def optimizers(self, lesson: Lesson) -> list:
-        """New ones: RowAdam for a memory, AdamW for the rest."""
-        optimizers = optim.build_optimizer(self.trained, self.rate, self.rate, weight_decay=0.0)
-        if self.method.slots == "shared":
-            restrict(optimizers, self.model, self.trained, lesson.taught, sample_passages(self.tokenizer))
-        return optimizers
+        """New ones: Adam for a memory's rows, AdamW for the rest."""
+        if self.way.train == "memory":
+            choose_slots(self.model, self.memory, lesson.taught, self.other_text)
+            return [build_adam(self.memory, self.way.rate)]
+        return optim.build_optimizer(self.model, self.way.rate, weight_decay=0.0)
 
-    def teach(self, lesson: Lesson, updates: int, evaluated_at=()) -> list[dict]:
-        """Trains on a lesson. Returns what is known after the updates in evaluated_at; stops early once every
-        taught statement asked is known.
+    def teach(self, lesson: Lesson, evaluated_at=()) -> list[dict]:
+        """Trains on a lesson. Returns what is known after the rounds in evaluated_at, and after how many
+        seconds of training, with the choice of slots.
         """
-        curve = []
+        curve, begun, asking = [], time.perf_counter(), 0.0
 
-        def after_update(update, known):
-            if update in evaluated_at:
-                curve.append({"updates": update} | self.evaluate(lesson))
-                return curve[-1]["taught"] == 1.0
+        def after_update(done, known):
+            nonlocal asking
+            readings = done * READINGS
+            if round(readings, 6) in evaluated_at:
+                stopped = time.perf_counter()
+                found = {"readings": round(readings), "seconds": stopped - begun - asking}
+                curve.append(found | self.evaluate(lesson))
+                asking += time.perf_counter() - stopped
 
-        pretrained.teach(self.model, self.optimizers(lesson), lesson.taught, updates, BATCH_SIZE, self.seed,
+        pretrained.teach(self.model, self.optimizers(lesson), lesson.taught, READINGS, BATCH_SIZE, self.seed,
                          stop_at=2.0, after_update=after_update)
         return curve
 
@@ -213,7 +219,7 @@ class Student:
         """{"taught", "held_out": shares known, "loss": the rise on other text, "kept": of what it knew}"""
         return {"taught": share_known(self.model, lesson.taught),
                 "held_out": share_known(self.model, lesson.held_out),
-                "loss": pretrained.text_loss(self.model, self.text) - self.before,
+                "loss": pretrained.text_loss(self.model, self.measured) - self.before,
                 "kept": int(pretrained.ask(self.model, self.questions)[self.knew].sum())}
 
 
@@ -230,24 +236,24 @@ def with_lora(model: nn.Module, rank: int, seed: int) -> nn.Module:
 def lesson_curve(student: Student, n_facts: int) -> dict:
     """What a student knows while it is taught n_facts facts."""
     lesson, _ = invented(student.tokenizer, n_facts, student.seed)
-    curve = student.teach(lesson, EVALUATED_AT[-1], EVALUATED_AT)
+    curve = student.teach(lesson, EVALUATED_AT)
     return {"loss_before": student.before, "knew": int(student.knew.sum()), "curve": curve}
 
 
-def rounds(student: Student) -> dict:
-    """Rounds of new facts, taught one after another: {"first": what is known of the first round's after each
-    round}.
+def sets_in_turn(student: Student) -> dict:
+    """Sets of facts, taught one after another: {"first": what is known of the first set after each; "last":
+    what a student knows of each set after the last}.
     """
     taken, lessons = frozenset(), []
-    for i in range(ROUNDS):
-        lesson, names = invented(student.tokenizer, ROUND_FACTS, student.seed * 100 + i, taken)
+    for i in range(SETS):
+        lesson, names = invented(student.tokenizer, SET_FACTS, student.seed * 100 + i, taken)
         lessons.append(lesson)
         taken |= names
     first = []
     for lesson in lessons:
-        student.teach(lesson, ROUND_UPDATES)
+        student.teach(lesson)
         first.append(share_known(student.model, lessons[0].taught))
-    return {"first": first}
+    return {"first": first, "last": [share_known(student.model, lesson.taught) for lesson in lessons]}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -256,7 +262,8 @@ def rounds(student: Student) -> dict:
 
 def at_enough(curve: list[dict], key: str, enough: float = ENOUGH) -> float | None:
     """A curve's number where it first reaches enough of the taught statements; None if it doesn't."""
-    return read_off(curve, "taught", enough, key, start={"taught": 0.0, "held_out": 0.0, "loss": 0.0})
+    start = {"taught": 0.0, "held_out": 0.0, "loss": 0.0, "seconds": 0.0}
+    return read_off(curve, "taught", enough, key, start)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -268,39 +275,39 @@ class Teacher:
 
     Args:
         model: as retrofit's --model takes it.
-        text: the text to measure the loss on.
+        text: file of the text to measure the loss on; "" for a built-in one.
         results: folder of the finished runs' JSON files.
     """
 
     def __init__(self, model: str, text: str, results: Path, console):
         self.name, self.text, self.results, self.console = model, text, results, console
-        self.identity = identity(model)
-        self.opened = None  # model, tokenizer, windows of the text
+        self.identity = identity(model), [file_digest(Path(text))] if text else []
+        self.opened = None  # model, tokenizer, texts
         self.used = []      # all results that were asked for
 
-    def run(self, kind: str, name: str, rate: float, seed: int, n_facts: int = 0) -> dict:
-        """The result of a task, from its file, or run and saved. kind: "lesson" or "rounds"."""
-        method = dataclasses.asdict(METHODS[name])
-        del method["rates"]
-        deciding = [kind, rate, seed, n_facts, method, self.identity, self.text, WORDINGS, HELD_OUT,
-                    KNOWN_BEFORE, EVALUATED_AT, BATCH_SIZE, MOST_ASKED, COMPUTATION, torch_version()]
-        if kind == "rounds":
-            deciding += [ROUNDS, ROUND_FACTS, ROUND_UPDATES]
-        about = {"kind": kind, "name": name, "rate": rate, "seed": seed, "facts": n_facts,
+    def run(self, kind: str, name: str, way: Try, seed: int, n_facts: int = 0) -> dict:
+        """The result of a task, from its file, or run and saved. kind: "lesson" or "sets"."""
+        deciding = [kind, dataclasses.asdict(way), seed, n_facts, self.identity, WORDINGS, HELD_OUT,
+                    KNOWN_BEFORE, READINGS, EVALUATED_AT, BATCH_SIZE, MOST_ASKED, COMPUTATION,
+                    torch_version()]
+        if kind == "sets":
+            deciding += [SETS, SET_FACTS]
+        about = {"kind": kind, "name": name, **dataclasses.asdict(way), "seed": seed, "facts": n_facts,
                  "model": Path(self.name).name}
-        path = result_path(self.results, f"{kind}-{name}-{rate:g}-{seed}", deciding)
-        result = saved_or_run(path, about, lambda: self.measure(kind, name, rate, seed, n_facts))
+        path = result_path(self.results, f"{kind}-{name}-{way.rank}-{way.rate:g}-{seed}", deciding)
+        result = saved_or_run(path, about, lambda: self.measure(kind, name, way, seed, n_facts))
         self.used.append(result)
         return result
 
-    def measure(self, kind, name, rate, seed, n_facts) -> dict:
+    def measure(self, kind, name, way, seed, n_facts) -> dict:
         """What a task finds."""
-        self.console.print(f"{kind}: {name}, rate {rate:g}, seed {seed}")
+        rank = f", rank {way.rank}" if way.rank else ""
+        self.console.print(f"{kind}: {name}{rank}, rate {way.rate:g}, seed {seed}")
         if self.opened is None:
-            model, tokenizer = pretrained.open_model(self.name, torch.device("cpu"), torch.float32)
-            self.opened = model, tokenizer, pretrained.windows(tokenizer, self.text)
-        student = Student(*self.opened, METHODS[name], rate, seed)
-        return lesson_curve(student, n_facts) if kind == "lesson" else rounds(student)
+            model, tokenizer = pretrained.open_model(self.name, torch.device("cpu"), torch.bfloat16)
+            self.opened = model, tokenizer, pretrained.split_text(tokenizer, self.text)
+        student = Student(*self.opened, way, seed)
+        return lesson_curve(student, n_facts) if kind == "lesson" else sets_in_turn(student)
 
 
 def identity(model: str) -> list[str]:
@@ -311,16 +318,21 @@ def identity(model: str) -> list[str]:
 
 
 def retrofit(teacher: Teacher, seeds: list[int]) -> list[dict]:
-    """A row for each method: its rate, and over seeds its curves and rounds."""
-    rows = []
-    for name, method in METHODS.items():
-        tries = {rate: teacher.run("lesson", name, rate, SWEEP_SEED, SWEEP_FACTS) for rate in method.rates}
-        curves = {rate: one["curve"] for rate, one in tries.items()}
-        rate = best_rate(curves, "taught", lambda curve: at_enough(curve, "loss"))
-        found = [teacher.run("lesson", name, rate, seed, N_FACTS) for seed in seeds]
-        row = {"model": name, "rate": rate, "knew": found[0]["knew"],
-               "curves": [one["curve"] for one in found]}
-        if name in IN_ROUNDS:
-            row["rounds_first"] = [teacher.run("rounds", name, rate, seed)["first"] for seed in seeds]
-        rows.append(row)
-    return rows
+    """A row for each method: its best rate, and over seeds its curves and what is left of sets in turn."""
+    best = {}
+    for name, tries in METHODS.items():
+        curves = {way: teacher.run("lesson", name, way, SWEEP_SEED, SWEEP_FACTS)["curve"] for way in tries}
+        best[name] = best_rate(curves, "taught", lambda curve: at_enough(curve, "loss"))
+    rows = {name: {"model": name, "rate": way.rate, "rank": way.rank, "curves": [], "first": [], "last": []}
+            for name, way in best.items()}
+    for seed in seeds:  # seed by seed, so that an unfinished table has as many of each method
+        for name, way in best.items():
+            lesson = teacher.run("lesson", name, way, seed, N_FACTS)
+            rows[name]["knew"] = lesson["knew"]
+            rows[name]["curves"].append(lesson["curve"])
+    for seed in seeds:
+        for name, way in best.items():
+            sets = teacher.run("sets", name, way, seed)
+            rows[name]["first"].append(sets["first"])
+            rows[name]["last"].append(sets["last"])
+    return list(rows.values())
