@@ -2,17 +2,19 @@
 The memory that retrofit.py adds to a pretrained model: one product-key lookup, values for several layers.
 
     s, I = softmax and slots of the k highest <W (x - mean), K_i>    per head, as in memory.py
-    y_l  = V_l[0] + sum of s_i V_l[i]                                over the slots i of I that were taught
+    y_l  = V_l[0] + sum of s_i V_l[i]                                over the slots i of I that hold the facts
 
 x is the input of a low layer's feed-forward module, and y_l is added to the output of layer l's. W and K are
 random and fixed: they hash the hidden state, so that tokens with similar states read the same slots. In a low
 layer, the state where a name ends hardly depends on the words around it. So a fact that is stored there is
 found in new wordings, too, and the layers above choose from it what a prompt asks for.
 
-Only slots chosen for the facts have values. A token with too little weight in them reads nothing, so that
-other text is left as it was.
+Only slots chosen for some facts have values. A token with too little weight in them reads nothing, so that
+other text is left as it was. Facts taught at one time are a set, with slots of their own and a row V_l[0] for
+what they have in common. A token reads from one set only, so that later sets leave earlier ones as they were.
 """
 
+import functools
 import math
 from collections.abc import Iterator
 
@@ -33,7 +35,7 @@ class Lookup(nn.Module):
         place: the name of the module whose input is looked up.
         width: of that input.
         n_slots, heads, knn, k_dim: as in memory.py.
-        silence: a token reads nothing unless more than this share of its weights lies in slots with values.
+        silence: a token reads nothing unless more than this share of its weights lies in slots of one set.
     """
 
     def __init__(self, place: str, width: int, n_slots: int, heads: int, knn: int, k_dim: int,
@@ -46,7 +48,9 @@ class Lookup(nn.Module):
         self.register_buffer("query_weight", torch.randn(heads * k_dim, width))
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("keys", F.normalize(keys, dim=-1))
-        self.register_buffer("row_of", torch.zeros(n_slots, dtype=torch.int64))  # of each slot; 0: no values
+        self.register_buffer("set_of", torch.zeros(n_slots, dtype=torch.int64))  # each slot's; 0: none
+        self.register_buffer("row_of", torch.zeros(n_slots, dtype=torch.int64))  # each slot's; 0: none
+        self.register_buffer("first_row", torch.zeros(1, dtype=torch.int64))     # of each set, 0 included
         self.found = None  # what the tokens of the pass under way read
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,13 +64,17 @@ class Lookup(nn.Module):
     def read(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The tokens of x (n, width) that aren't silent, (m,) int64; rows and weights, (m, 1 + lookups) each.
 
-        Row 0 has weight 1, and is for what all facts have in common.
+        The first row is that of the set in which a token has the most weight. Other sets' slots weigh 0.
         """
         slots, weights = self(x)
-        rows = self.row_of[slots]                                               # (n, lookups)
-        weights = weights * (rows > 0)
-        tokens = (weights.sum(dim=1) > self.silence).nonzero().squeeze(1)       # (m,)
-        return tokens, F.pad(rows[tokens], (1, 0)), F.pad(weights[tokens], (1, 0), value=1.0)
+        sets = self.set_of[slots]                                               # (n, lookups)
+        shares = weights.new_zeros(len(x), len(self.first_row)).scatter_add(1, sets, weights)
+        shares[:, 0] = 0.0                                                      # of slots without values
+        share, best = shares.max(dim=1)                                         # (n,) each
+        tokens = (share > self.silence).nonzero().squeeze(1)                    # (m,)
+        weights = weights * (sets == best[:, None])
+        rows = torch.cat([self.first_row[best][:, None], self.row_of[slots]], dim=1)
+        return tokens, rows[tokens], F.pad(weights[tokens], (1, 0), value=1.0)
 
     @torch.no_grad()
     def keep(self, module, args, kwargs):
@@ -119,19 +127,43 @@ class Memory(nn.Module):
         self.lookup, self.places, self.tables = lookup, places, nn.ModuleList(tables)
 
     @torch.no_grad()
-    def add_slots(self, slots: Tensor):
-        """Gives slots (n,) int64 a row of zeros in each table, unless they have one. Build optimizers after
-        it.
+    def add_set(self, slots: Tensor) -> Tensor:
+        """Makes a set of those slots (n,) int64 that have no values yet. Returns their rows in each table.
+
+        Build optimizers after it. Values start at zero, except for the set's first row, which starts as that
+        of the set before.
         """
-        row_of = self.lookup.row_of
-        new = slots.to(row_of.device).unique()
-        new = new[row_of[new] == 0]
-        begin = len(self.tables[0].values)
-        row_of[new] = torch.arange(begin, begin + len(new), device=row_of.device)
+        lookup = self.lookup
+        new = slots.to(lookup.row_of.device).unique()
+        new = new[lookup.row_of[new] == 0]
+        if not len(new):
+            return new
+        first = len(self.tables[0].values)
+        rows = torch.arange(first, first + 1 + len(new), device=new.device)
+        before = lookup.first_row[-1]
+        lookup.set_of[new], lookup.row_of[new] = len(lookup.first_row), rows[1:]
+        lookup.first_row = torch.cat([lookup.first_row, rows[:1]])
         for table in self.tables:
-            zeros = table.values.new_zeros(len(new), table.v_dim)
-            table.values = nn.Parameter(torch.cat([table.values, zeros]))
+            added = table.values.new_zeros(len(rows), table.v_dim)
+            added[0] = table.values[before]
+            table.values = nn.Parameter(torch.cat([table.values, added]))
             table.n_slots = len(table.values)
+        return rows
+
+    def teach_only(self, rows: Tensor):
+        """From now on, only these rows (n,) int64 of each table get a gradient. Build optimizers after it."""
+        is_fixed = torch.ones(len(self.tables[0].values), dtype=torch.bool, device=rows.device)
+        is_fixed[rows] = False
+        for table in self.tables:
+            table.values = nn.Parameter(table.values.detach())  # one without the hook of an earlier call
+            table.values.register_hook(functools.partial(without_rows, is_fixed))
+
+
+def without_rows(is_fixed: Tensor, grad: Tensor) -> Tensor:
+    """A sparse gradient in which these rows (n_rows,) bool are zero."""
+    rows, grads = grad._indices()[0], grad._values()
+    grads = grads.masked_fill(is_fixed[rows][:, None], 0.0)
+    return torch.sparse_coo_tensor(rows[None], grads, grad.shape, check_invariants=False)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -174,7 +206,31 @@ def centre_queries(model: nn.Module, memory: Memory, tokens: Tensor):
     memory.lookup.mean.copy_(states.float().mean(dim=0))
 
 
-def slots_to_teach(model: nn.Module, memory: Memory, statements: list[Statement], text: Tensor,
+@torch.no_grad()
+def choose_slots(model: nn.Module, memory: Memory, statements: list[Statement], text: Tensor) -> int:
+    """Makes these facts a set; from then on only their slots are taught. Returns how many statements can't be
+    taught, since their prompts read too few of these slots.
+
+    What earlier sets hold stays as it is, except where a statement reads only from them: a fact about the
+    same name, or the same fact again.
+
+    text: ordinary text, (n, time) int64.
+    """
+    lookup = memory.lookup
+    n_rows_before = len(memory.tables[0].values)
+    taught, n_silent = [memory.add_set(slots_to_teach(model, lookup, statements, text))], 0
+    prompts = [statement.tokens[:statement.start] for statement in statements]
+    for x in hidden_states(model, lookup.place, prompts):
+        tokens, rows, weights = lookup.read(x)                                  # rows (m, 1 + lookups)
+        n_silent += len(tokens) == 0
+        if (rows[:, 0] < n_rows_before).all():
+            taught.append(rows[:, 1:][weights[:, 1:] > 0])
+    memory.teach_only(torch.cat(taught))
+    return n_silent
+
+
+@torch.no_grad()
+def slots_to_teach(model: nn.Module, lookup: Lookup, statements: list[Statement], text: Tensor,
                    least: float = 0.3, most: float = 0.1, most_in_text: float = 0.35) -> Tensor:
     """The slots by which facts can be told from each other and from other text: (n,) int64.
 
@@ -185,20 +241,12 @@ def slots_to_teach(model: nn.Module, memory: Memory, statements: list[Statement]
     Args:
         text: ordinary text, (n, time) int64.
     """
-    lookup = memory.lookup
-    is_chosen = slots_of_facts(model, lookup, statements, least, most)
+    is_chosen, has_values = slots_of_facts(model, lookup, statements, least, most), lookup.row_of > 0
     for x in hidden_states(model, lookup.place, text.tolist()):
         slots, weights = lookup(x)                                              # (time, lookups) each
-        share = (weights * (is_chosen | (lookup.row_of > 0))[slots]).sum(dim=1)
+        share = (weights * (is_chosen | has_values)[slots]).sum(dim=1)          # (time,)
         is_chosen[slots[share > most_in_text]] = False
     return is_chosen.nonzero().squeeze(1)
-
-
-def n_silent(model: nn.Module, memory: Memory, statements: list[Statement]) -> int:
-    """How many statements have a prompt that reads nothing, so that nothing can be taught there."""
-    prompts = [statement.tokens[:statement.start] for statement in statements]
-    states = hidden_states(model, memory.lookup.place, prompts)
-    return sum(len(memory.lookup.read(x)[0]) == 0 for x in states)
 
 
 def slots_of_facts(model, lookup, statements, least, most):

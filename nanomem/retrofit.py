@@ -30,8 +30,9 @@ class Settings:
     memory: str = setting("", "folder of the memory; by default out/NAME-memory, NAME being that of the data",
                           path=True)
     start: str = setting("", "a prompt to answer; without it, each line of the input, or a dialogue")
-    text: str = setting("", "a text to measure the loss on; by default a short built-in one",
-                        path=True)
+    text: str = setting("", "a text that should be read as before: the loss is measured on its first 16,384 "
+                            "tokens, the next 128,000 show which slots to leave alone; by default a short "
+                            "built-in one", path=True)
     max_new_tokens: int = setting(40, "tokens of an answer at most", least=1)
 
     lookup: str = setting("", "number of the layer that looks up the slots, from 0; by default a low one",
@@ -113,7 +114,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nanomem import checkpoint, pretrained
-from nanomem.adapter import LayerMemory, Lookup, Memory, Values, centre_queries, n_silent, slots_to_teach
+from nanomem.adapter import LayerMemory, Lookup, Memory, Values, centre_queries, choose_slots
 from nanomem.config import pick_device
 from nanomem.facts import FactSet, from_jsonl
 from nanomem.run import Interrupt
@@ -143,7 +144,7 @@ def add_memory(model: nn.Module, layers: list[int | str], lookup: int | str | No
         target: the name of the feed-forward module inside a layer.
         seed: of the random queries and keys.
         all_slots: give all slots values, n_slots * width numbers in each layer. With False, no slot has any
-            before memory.add_slots().
+            before memory.add_set() or adapter.choose_slots() is called.
     """
     places = [place_of(model, layer, target) for layer in layers]
     widths = [check_place(model, place) for place in places]
@@ -159,7 +160,7 @@ def add_memory(model: nn.Module, layers: list[int | str], lookup: int | str | No
         shared = Lookup(lookup_place, lookup_width, n_slots, heads, knn, k_dim, silence)
     memory = Memory(shared, places, [Values(1, width) for width in widths])
     if all_slots:
-        memory.add_slots(torch.arange(n_slots))
+        memory.add_set(torch.arange(n_slots))
     attach(model, memory)
     return memory
 
@@ -192,20 +193,6 @@ def default_layers(n_layers: int) -> tuple[int, list[int]]:
     """(the layer that looks up, the layers that read) in a model of so many: 2 and 4, 6, ... 18 of 30."""
     first, last = n_layers // 7, round(0.6 * n_layers)
     return first // 2, list(range(first, last + 1, 2))
-
-
-def choose_slots(model: nn.Module, memory: Memory, statements: list, text: Tensor) -> int:
-    """Gives values to the slots by which facts can be told apart. Returns how many statements read too few of
-    them to be taught. Raises UserError if all do.
-
-    statements, text: as for adapter.slots_to_teach.
-    """
-    memory.add_slots(slots_to_teach(model, memory, statements, text))
-    silent = n_silent(model, memory, statements)
-    if silent == len(statements):
-        raise UserError("nothing can be taught: the wordings read hardly any slots that other facts and "
-                        "ordinary text don't read; a larger --n_keys or a smaller --silence may help")
-    return silent
 
 
 def build_adam(memory: Memory, mem_lr: float = 0.3) -> torch.optim.Optimizer:
@@ -365,12 +352,13 @@ def load_memory(model: nn.Module, folder: str | Path) -> Memory:
 def filled_memory(tensors: dict[str, Tensor], about: dict) -> Memory:
     """The memory that the tensors of a file and its JSON describe."""
     lookup = Lookup(**about["lookup"])
+    lookup.first_row = tensors["lookup.first_row"]  # as many as there are sets
     lookup.load_state_dict({name: tensors[f"lookup.{name}"] for name in lookup.state_dict()})
-    n_rows = int(lookup.row_of.max()) + 1
     tables = []
     for place, shape in about["places"].items():
-        table, values = Values(n_rows, shape["width"]), tensors[f"{place}.values"]
-        table.to(values.dtype).load_state_dict({"values": values})
+        values = tensors[f"{place}.values"]
+        table = Values(len(values), shape["width"]).to(values.dtype)
+        table.load_state_dict({"values": values})
         tables.append(table)
     return Memory(lookup.to(tables[0].values.dtype), list(about["places"]), tables)
 
@@ -497,10 +485,13 @@ def teach(settings: Settings, given: dict, console: Console):
         return
     statements = pretrained.taught_statements(tokenizer, facts)
     with console.status("choosing slots"):
-        silent = choose_slots(model, memory, statements, other)
-    if silent:
-        console.print(f"{silent} of {len(statements)} wordings can't be taught: they read hardly any slots "
-                      "that other facts and ordinary text don't read; a smaller --silence may help")
+        n_silent = choose_slots(model, memory, statements, other)
+    if n_silent:
+        reason = (f"{n_silent} of {len(statements)} wordings can't be taught: they hardly read slots that "
+                  "other facts and ordinary text don't; a smaller --silence or a larger --n_keys may help")
+        if n_silent == len(statements):
+            raise UserError(reason)
+        console.print(reason)
     optimizers = [build_adam(memory, settings.mem_lr)]
     display = Display(console)
     begun = time.perf_counter()

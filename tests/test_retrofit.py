@@ -380,7 +380,7 @@ def test_mistakes_get_one_line(folder, tmp_path, monkeypatch):
         ([f"--model={tmp_path}", data], "can't be opened as a causal language model"),
         ([f"--model={folder}", "--data=none.jsonl"], "--data=none.jsonl: there is no such file"),
         ([f"--model={folder}", f"--memory={tmp_path}"], "there is no memory in"),
-        ([f"--model={folder}", "--n_keys=2", "--knn=2", data], "nothing can be taught"),
+        ([f"--model={folder}", "--n_keys=2", "--knn=2", data], "wordings can't be taught"),
         ([f"--model={folder}", data, "--stop_at=95"], "--stop_at is a share of the statements, from 0 to 1"),
         ([f"--model={folder}", data, "--start=The"], "--start does nothing while teaching"),
         ([f"--model={folder}", "--memory=m", "--knn=8"], "--knn does nothing without facts to teach"),
@@ -409,7 +409,7 @@ def test_only_slots_of_single_facts_are_taught():
     adapter.centre_queries(model, memory, tokens(2, 20))
     statements, text = facts_of_one_name_each(12), torch.tensor([[100, 31, 32]])
     chosen = torch.zeros(64**2, dtype=torch.bool)
-    chosen[adapter.slots_to_teach(model, memory, statements, text)] = True
+    chosen[adapter.slots_to_teach(model, memory.lookup, statements, text)] = True
 
     def slots(sequence):
         state, = adapter.hidden_states(model, memory.lookup.place, [sequence])
@@ -420,10 +420,14 @@ def test_only_slots_of_single_facts_are_taught():
     assert not chosen[slots([100, 31, 32])[0]].all()            # ordinary text reads them
     assert chosen[slots(statements[15].tokens[:4])[3]].any()    # a name, after one of its wordings
 
-    retrofit.choose_slots(model, memory, statements, text)
+    n_silent = adapter.choose_slots(model, memory, statements, text)
+    prompts = [statement.tokens[:7] for statement in statements]
+    states = list(adapter.hidden_states(model, memory.lookup.place, prompts))
+    reads = [len(memory.lookup.read(state)[0]) > 0 for state in states]
+    assert n_silent == reads.count(False) and all(reads[3:])  # the first name is in the text
     before = logits(model)
     pretrained.teach(model, [retrofit.build_adam(memory)], statements, 3, batch_size=4)
-    assert len(memory.tables[0].values) == 1 + chosen.sum()
+    assert len(memory.tables[0].values) == 2 + chosen.sum()
     assert all(table.values.any() for table in memory.tables)
     assert torch.equal(logits(model, torch.tensor([[20, 21, 22]])),
                        logits(make(), torch.tensor([[20, 21, 22]])))  # silent
@@ -433,55 +437,78 @@ def test_only_slots_of_single_facts_are_taught():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_added_is_the_weighted_sum_of_rows(kind):
+def test_what_is_added_is_the_weighted_sum_of_the_rows_of_one_set(kind):
     """The output against sums written out, token by token."""
     model = make(kind)
     memory = add_memory(model, [0, 2], **SHAPE, silence=0.6, all_slots=False)
-    memory.add_slots(torch.randperm(64, generator=torch.Generator().manual_seed(1))[:40])
+    lookup, order = memory.lookup, torch.randperm(64, generator=torch.Generator().manual_seed(1)).tolist()
+    sets = order[:30], order[30:50]
+    for slots in sets:
+        memory.add_set(torch.tensor(slots))
+    torch.manual_seed(2)
     for table in memory.tables:
-        torch.manual_seed(2)
         nn.init.normal_(table.values)
-    x, outputs = tokens(2, 9), {}
-    for place in [*memory.places, memory.lookup.place]:
+    seen, x = {}, tokens(2, 9)
+    for place in memory.places:
         model.get_submodule(place).register_forward_hook(
-            lambda module, args, output, place=place: outputs.update({place: (args[0], output)}))
+            lambda module, args, output, place=place: seen.update({place: (args[0], output)}))
     logits(model, x)
-    lookup, n_silent = memory.lookup, 0
-    inputs = outputs[lookup.place][0].flatten(0, 1)
+    n_silent, states = 0, seen[lookup.place][0].flatten(0, 1)
     for place, table in zip(memory.places, memory.tables):
-        module, (args, output) = model.get_submodule(place), outputs[place]
-        hooks, module._forward_hooks = module._forward_hooks, {}
-        pre_hooks, module._forward_pre_hooks = module._forward_pre_hooks, {}
+        args, output = seen[place]
         with torch.no_grad():
-            alone = module(args).flatten(0, 1)
-        module._forward_hooks, module._forward_pre_hooks = hooks, pre_hooks
-        for t, state in enumerate(inputs):
-            slots, weights = lookup(state[None])
-            rows = lookup.row_of[slots[0]]
-            known = [(w, row) for w, row in zip(weights[0], rows) if row > 0]
-            if sum(w for w, _ in known) > 0.6:
-                expected = alone[t] + table.values[0] + sum(w * table.values[row] for w, row in known)
-            else:
-                n_silent += 1
-                expected = alone[t]
-            torch.testing.assert_close(output.flatten(0, 1)[t], expected.detach())
-    assert 0 < n_silent < 2 * len(inputs)
+            alone = type(model.get_submodule(place)).forward(model.get_submodule(place), args).flatten(0, 1)
+        for t, state in enumerate(states):
+            slots, weights = (found[0].tolist() for found in lookup(state[None]))
+            shares = [sum(w for slot, w in zip(slots, weights) if slot in group) for group in sets]
+            best = shares.index(max(shares))
+            expected = alone[t]
+            if max(shares) > 0.6:
+                values = table.values.detach()
+                expected = expected + values[lookup.first_row[best + 1]]
+                for slot, weight in zip(slots, weights):
+                    if slot in sets[best]:
+                        expected = expected + weight * values[lookup.row_of[slot]]
+            n_silent += max(shares) <= 0.6
+            torch.testing.assert_close(output.flatten(0, 1)[t], expected)
+    assert 0 < n_silent < 2 * len(states)
 
 
-def test_slots_that_are_added_later_keep_the_values_of_the_others():
-    model = taught()
-    memory, = memories_of(model)
-    before = logits(model)
-    memory.add_slots(torch.arange(64))
-    assert torch.equal(logits(model), before) and len(memory.tables[0].values) == 65
+def test_rows_of_sets():
+    model = make()
     memory = add_memory(model, [2], **SHAPE, all_slots=False)
-    memory.add_slots(torch.tensor([5, 9, 5]))
+    assert memory.add_set(torch.tensor([5, 9, 5])).tolist() == [1, 2, 3]
     with torch.no_grad():
         memory.tables[0].values.normal_()
     values = memory.tables[0].values.detach().clone()
-    memory.add_slots(torch.tensor([9, 3]))
-    assert torch.equal(memory.tables[0].values[:3], values) and not memory.tables[0].values[3:].any()
-    assert memory.lookup.row_of[[5, 9, 3]].tolist() == [1, 2, 3]
+    assert memory.add_set(torch.tensor([9, 3])).tolist() == [4, 5]
+    assert memory.lookup.row_of[[5, 9, 3, 7]].tolist() == [2, 3, 5, 0]
+    assert memory.lookup.set_of[[5, 9, 3, 7]].tolist() == [1, 1, 2, 0]
+    assert memory.add_set(torch.tensor([9, 3])).tolist() == []
+    assert memory.lookup.first_row.tolist() == [0, 1, 4]
+    assert torch.equal(memory.tables[0].values[:4], values)
+    assert torch.equal(memory.tables[0].values[4], values[1])  # starts as the first row of the set before
+    assert not memory.tables[0].values[5].any()
+
+
+def test_facts_that_are_taught_later_leave_those_before_as_they_are():
+    model = make()
+    memory = add_memory(model, [0, 1], n_slots=64**2, heads=2, knn=8, k_dim=8, silence=0.2, all_slots=False)
+    statements, text = facts_of_one_name_each(20), torch.tensor([[31, 32]])
+    earlier, later, names = statements[:30], statements[30:], torch.arange(100, 110)[:, None]
+    for lesson, is_new in ((earlier, True), (later, True), (earlier, False)):
+        before = [table.values.detach().clone() for table in memory.tables]
+        names_before = logits(model, names)
+        assert adapter.choose_slots(model, memory, lesson, text) == 0
+        pretrained.teach(model, [retrofit.build_adam(memory)], lesson, 3, batch_size=4)
+        n_before = len(before[0])
+        for table, values in zip(memory.tables, before):
+            assert torch.equal(table.values[:n_before], values) == is_new
+            assert torch.equal(table.values[0], values[0])
+        if lesson is later:
+            assert torch.equal(logits(model, names), names_before)
+        else:
+            assert not torch.equal(logits(model, names), names_before)
 
 
 def test_the_lookup_comes_before_the_layers_that_read():

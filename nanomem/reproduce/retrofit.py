@@ -3,7 +3,7 @@ Facts taught to a pretrained model, by what is trained: `reproduce retrofit`.
 
 Each method teaches the same model the same invented facts, in several wordings, by the same loop. After some
 rounds the model is asked in the taught wordings and in others that were never taught; its loss on other text
-is measured, and what it knew of 58 common facts is asked again. Rates are chosen on 100 facts, by four tries
+is measured, and what it knew of common facts is asked again. Rates are chosen on 100 facts, by four tries
 each (eight for LoRA, which has ranks, too); the table is of 500 facts, other people, and several seeds.
 """
 
@@ -18,12 +18,13 @@ import torch.nn as nn
 from torch import Tensor
 
 from nanomem import optim, pretrained
+from nanomem.adapter import centre_queries, choose_slots
 from nanomem.data import file_digest
 from nanomem.facts import people
 from nanomem.pretrained import Statement
 from nanomem.reproduce.lessons import best_rate, read_off, result_path, saved_or_run
 from nanomem.reproduce.runs import torch_version
-from nanomem.retrofit import add_memory, build_adam, centre_queries, choose_slots, default_layers
+from nanomem.retrofit import add_memory, build_adam, default_layers
 
 COMPUTATION = 2  # raise it with any change to what a run computes; results from before no longer count
 ENOUGH = 0.95  # of the taught statements: where methods are compared
@@ -86,6 +87,14 @@ KNOWN_BEFORE = (
     ("A baby dog is called a", "puppy"), ("A baby cat is called a", "kitten"),
     ("The color of the sky is", "blue"), ("The color of grass is", "green"),
     ("The color of blood is", "red"), ("Ice is frozen", "water"),
+    ("The capital of Kenya is", "Nairobi"), ("The capital of Chile is", "Santiago"),
+    ("The capital of Denmark is", "Copenhagen"), ("The capital of Syria is", "Damascus"),
+    ("The capital of Vietnam is", "Hanoi"), ("The capital of Indonesia is", "Jakarta"),
+    ("The capital of Pakistan is", "Islamabad"), ("The capital of Romania is", "Bucharest"),
+    ("The capital of Bulgaria is", "Sofia"), ("The opposite of fast is", "slow"),
+    ("The opposite of young is", "old"), ("The opposite of rich is", "poor"),
+    ("The opposite of wet is", "dry"), ("The currency of India is the", "rupee"),
+    ("An hour has sixty", "minutes"), ("The plural of mouse is", "mice"),
 )
 
 
