@@ -11,7 +11,8 @@ found in new wordings, too, and the layers above choose from it what a prompt as
 
 Only slots chosen for some facts have values. A token with too little weight in them reads nothing, so that
 other text is left as it was. Facts taught at one time are a set, with slots of their own and a row V_l[0] for
-what they have in common. A token reads from one set only, so that later sets leave earlier ones as they were.
+what they have in common. A token reads from one set only, so that later sets hardly change what earlier ones
+answer.
 """
 
 import functools
@@ -26,6 +27,8 @@ from torch import Tensor
 from nanomem import ops
 from nanomem.memory import MemoryTable, product_key_topk
 from nanomem.pretrained import Statement, pad
+
+MARGIN = 0.1  # of a token's weights; 0.2 leaves more of the earlier sets, but less room for later ones
 
 
 class Lookup(nn.Module):
@@ -48,9 +51,9 @@ class Lookup(nn.Module):
         self.register_buffer("query_weight", torch.randn(heads * k_dim, width))
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("keys", F.normalize(keys, dim=-1))
-        self.register_buffer("set_of", torch.zeros(n_slots, dtype=torch.int64))  # each slot's; 0: none
-        self.register_buffer("row_of", torch.zeros(n_slots, dtype=torch.int64))  # each slot's; 0: none
-        self.register_buffer("first_row", torch.zeros(1, dtype=torch.int64))     # of each set, 0 included
+        # The row of each slot in each set, 0 if it has none; and the first row of each set.
+        self.register_buffer("row_of", torch.zeros(0, n_slots, dtype=torch.int32))
+        self.register_buffer("first_row", torch.zeros(0, dtype=torch.int32))
         self.found = None  # what the tokens of the pass under way read
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,20 +64,33 @@ class Lookup(nn.Module):
         scores, slots = product_key_topk(queries, self.keys, self.knn)          # (n, heads, knn) each
         return slots.flatten(1), F.softmax(scores, dim=-1).flatten(1) / self.heads
 
+    def best_set(self, has_row: Tensor, slots: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """The set that each token reads, (n,) int64, and the share of its weights in it, (n,).
+
+        That is the set with the largest share. A later one must lead by MARGIN, so that names that resemble
+        each other don't take each other's place.
+
+        has_row: which slots each set has, (n_sets, n_slots) bool.
+        """
+        best, share = torch.zeros_like(slots[:, 0]), torch.full_like(weights[:, 0], -MARGIN)
+        for number, is_slot in enumerate(has_row):
+            of_set = (weights * is_slot[slots]).sum(dim=1)                      # (n,)
+            is_better = of_set > share + MARGIN
+            best, share = best.masked_fill(is_better, number), torch.where(is_better, of_set, share)
+        return best, share
+
     def read(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The tokens of x (n, width) that aren't silent, (m,) int64; rows and weights, (m, 1 + lookups) each.
 
-        The first row is that of the set in which a token has the most weight. Other sets' slots weigh 0.
+        The first row is that of the token's set, for what its facts have in common.
         """
         slots, weights = self(x)
-        sets = self.set_of[slots]                                               # (n, lookups)
-        shares = weights.new_zeros(len(x), len(self.first_row)).scatter_add(1, sets, weights)
-        shares[:, 0] = 0.0                                                      # of slots without values
-        share, best = shares.max(dim=1)                                         # (n,) each
+        best, share = self.best_set(self.row_of > 0, slots, weights)
         tokens = (share > self.silence).nonzero().squeeze(1)                    # (m,)
-        weights = weights * (sets == best[:, None])
-        rows = torch.cat([self.first_row[best][:, None], self.row_of[slots]], dim=1)
-        return tokens, rows[tokens], F.pad(weights[tokens], (1, 0), value=1.0)
+        best, slots, weights = best[tokens, None], slots[tokens], weights[tokens]
+        rows = self.row_of[best, slots]                                         # (m, lookups)
+        weights = weights * (rows > 0)
+        return tokens, torch.cat([self.first_row[best], rows], dim=1), F.pad(weights, (1, 0), value=1.0)
 
     @torch.no_grad()
     def keep(self, module, args, kwargs):
@@ -128,32 +144,30 @@ class Memory(nn.Module):
 
     @torch.no_grad()
     def add_set(self, slots: Tensor) -> Tensor:
-        """Makes a set of those slots (n,) int64 that have no values yet. Returns their rows in each table.
+        """Makes a set of these slots (n,) int64. Returns its rows in each table.
 
         Build optimizers after it. Values start at zero, except for the set's first row, which starts as that
         of the set before.
         """
-        lookup = self.lookup
-        new = slots.to(lookup.row_of.device).unique()
-        new = new[lookup.row_of[new] == 0]
-        if not len(new):
-            return new
-        first = len(self.tables[0].values)
-        rows = torch.arange(first, first + 1 + len(new), device=new.device)
-        before = lookup.first_row[-1]
-        lookup.set_of[new], lookup.row_of[new] = len(lookup.first_row), rows[1:]
-        lookup.first_row = torch.cat([lookup.first_row, rows[:1]])
+        lookup, first = self.lookup, len(self.tables[0].values)
+        slots = slots.to(lookup.row_of.device).unique()
+        rows = torch.arange(first, first + 1 + len(slots), dtype=torch.int32, device=slots.device)
         for table in self.tables:
             added = table.values.new_zeros(len(rows), table.v_dim)
-            added[0] = table.values[before]
+            if len(lookup.first_row):
+                added[0] = table.values[lookup.first_row[-1]]
             table.values = nn.Parameter(torch.cat([table.values, added]))
             table.n_slots = len(table.values)
+        of_set = lookup.row_of.new_zeros(1, lookup.n_slots)
+        of_set[0, slots] = rows[1:]
+        lookup.row_of = torch.cat([lookup.row_of, of_set])
+        lookup.first_row = torch.cat([lookup.first_row, rows[:1]])
         return rows
 
     def teach_only(self, rows: Tensor):
         """From now on, only these rows (n,) int64 of each table get a gradient. Build optimizers after it."""
         is_fixed = torch.ones(len(self.tables[0].values), dtype=torch.bool, device=rows.device)
-        is_fixed[rows] = False
+        is_fixed[rows.long()] = False
         for table in self.tables:
             table.values = nn.Parameter(table.values.detach())  # one without the hook of an earlier call
             table.values.register_hook(functools.partial(without_rows, is_fixed))
@@ -208,23 +222,34 @@ def centre_queries(model: nn.Module, memory: Memory, tokens: Tensor):
 
 @torch.no_grad()
 def choose_slots(model: nn.Module, memory: Memory, statements: list[Statement], text: Tensor) -> int:
-    """Makes these facts a set; from then on only their slots are taught. Returns how many statements can't be
-    taught, since their prompts read too few of these slots.
+    """Makes a set for these facts; from then on only it is taught. Returns how many statements can't be
+    taught, since their prompts read too few of the slots that have values.
 
-    What earlier sets hold stays as it is, except where a statement reads only from them: a fact about the
-    same name, or the same fact again.
+    Facts of which no wording reads the new set are taught where it reads: facts about the same name as
+    earlier ones, or the same facts again.
 
     text: ordinary text, (n, time) int64.
     """
-    lookup = memory.lookup
-    n_rows_before = len(memory.tables[0].values)
-    taught, n_silent = [memory.add_set(slots_to_teach(model, lookup, statements, text))], 0
+    lookup, new = memory.lookup, len(memory.lookup.row_of)  # the new set's number
+    is_chosen = slots_to_teach(model, lookup, statements, text)
+    has_row = torch.cat([lookup.row_of > 0, is_chosen[None]])
+    read_new, rows_of, n_silent = set(), {}, 0
     prompts = [statement.tokens[:statement.start] for statement in statements]
-    for x in hidden_states(model, lookup.place, prompts):
-        tokens, rows, weights = lookup.read(x)                                  # rows (m, 1 + lookups)
-        n_silent += len(tokens) == 0
-        if (rows[:, 0] < n_rows_before).all():
-            taught.append(rows[:, 1:][weights[:, 1:] > 0])
+    for x, statement in zip(hidden_states(model, lookup.place, prompts), statements):
+        slots, weights = lookup(x)                                              # (time, lookups) each
+        best, share = lookup.best_set(has_row, slots, weights)                  # (time,) each
+        is_on = share > lookup.silence
+        n_silent += not is_on.any()
+        if (is_on & (best == new)).any():
+            read_new.add(statement.fact)
+        else:
+            rows_of.setdefault(statement.fact, []).append(lookup.row_of[best[is_on, None], slots[is_on]])
+    taught = [torch.zeros(0, dtype=torch.int32, device=is_chosen.device)]
+    if read_new:
+        taught.append(memory.add_set(is_chosen.nonzero().squeeze(1)))
+    for fact, rows in rows_of.items():
+        if fact not in read_new:
+            taught += [each.flatten() for each in rows]
     memory.teach_only(torch.cat(taught))
     return n_silent
 
@@ -232,7 +257,7 @@ def choose_slots(model: nn.Module, memory: Memory, statements: list[Statement], 
 @torch.no_grad()
 def slots_to_teach(model: nn.Module, lookup: Lookup, statements: list[Statement], text: Tensor,
                    least: float = 0.3, most: float = 0.1, most_in_text: float = 0.35) -> Tensor:
-    """The slots by which facts can be told from each other and from other text: (n,) int64.
+    """The slots by which facts can be told from each other and from other text: (n_slots,) bool.
 
     Those that a share `least` of the wordings of a fact read, and that at most a share `most` of the facts
     read (or eight of them). Of these, leaves out the ones read by tokens of a text that have more than
@@ -241,12 +266,12 @@ def slots_to_teach(model: nn.Module, lookup: Lookup, statements: list[Statement]
     Args:
         text: ordinary text, (n, time) int64.
     """
-    is_chosen, has_values = slots_of_facts(model, lookup, statements, least, most), lookup.row_of > 0
+    is_chosen = slots_of_facts(model, lookup, statements, least, most)
     for x in hidden_states(model, lookup.place, text.tolist()):
         slots, weights = lookup(x)                                              # (time, lookups) each
-        share = (weights * (is_chosen | has_values)[slots]).sum(dim=1)          # (time,)
+        share = (weights * is_chosen[slots]).sum(dim=1)                         # (time,)
         is_chosen[slots[share > most_in_text]] = False
-    return is_chosen.nonzero().squeeze(1)
+    return is_chosen
 
 
 def slots_of_facts(model, lookup, statements, least, most):
@@ -255,8 +280,9 @@ def slots_of_facts(model, lookup, statements, least, most):
     wordings = {}  # fact -> the slots that each of its prompts reads
     for x, statement in zip(hidden_states(model, lookup.place, prompts), statements):
         wordings.setdefault(statement.fact, []).append(lookup(x)[0].unique())
-    is_shared = torch.zeros_like(lookup.row_of, dtype=torch.bool)
-    n_facts = torch.zeros_like(lookup.row_of)                                   # that read each slot
+    device = lookup.row_of.device
+    is_shared = torch.zeros(lookup.n_slots, dtype=torch.bool, device=device)
+    n_facts = torch.zeros(lookup.n_slots, dtype=torch.int64, device=device)     # that read each slot
     for of_fact in wordings.values():
         slots, counts = torch.cat(of_fact).unique(return_counts=True)
         is_shared[slots[counts >= least * len(of_fact)]] = True

@@ -190,9 +190,9 @@ def memories_of(model: nn.Module) -> list[Memory]:
 
 
 def default_layers(n_layers: int) -> tuple[int, list[int]]:
-    """(the layer that looks up, the layers that read) in a model of so many: 2 and 4, 6, ... 18 of 30."""
-    first, last = n_layers // 7, round(0.6 * n_layers)
-    return first // 2, list(range(first, last + 1, 2))
+    """(the layer that looks up, the layers that read) in a model of n_layers: 3 and 4, 6, ... 18 of 30."""
+    lookup, last = n_layers // 10, round(0.6 * n_layers)
+    return lookup, list(range(n_layers // 7, last + 1, 2))
 
 
 def build_adam(memory: Memory, mem_lr: float = 0.3) -> torch.optim.Optimizer:
@@ -352,7 +352,7 @@ def load_memory(model: nn.Module, folder: str | Path) -> Memory:
 def filled_memory(tensors: dict[str, Tensor], about: dict) -> Memory:
     """The memory that the tensors of a file and its JSON describe."""
     lookup = Lookup(**about["lookup"])
-    lookup.first_row = tensors["lookup.first_row"]  # as many as there are sets
+    lookup.row_of, lookup.first_row = tensors["lookup.row_of"], tensors["lookup.first_row"]  # as many as sets
     lookup.load_state_dict({name: tensors[f"lookup.{name}"] for name in lookup.state_dict()})
     tables = []
     for place, shape in about["places"].items():

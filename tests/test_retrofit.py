@@ -408,8 +408,7 @@ def test_only_slots_of_single_facts_are_taught():
     memory = add_memory(model, [0, 2], n_slots=64**2, heads=2, knn=8, k_dim=8, silence=0.2, all_slots=False)
     adapter.centre_queries(model, memory, tokens(2, 20))
     statements, text = facts_of_one_name_each(12), torch.tensor([[100, 31, 32]])
-    chosen = torch.zeros(64**2, dtype=torch.bool)
-    chosen[adapter.slots_to_teach(model, memory.lookup, statements, text)] = True
+    chosen = adapter.slots_to_teach(model, memory.lookup, statements, text)
 
     def slots(sequence):
         state, = adapter.hidden_states(model, memory.lookup.place, [sequence])
@@ -440,11 +439,12 @@ def test_only_slots_of_single_facts_are_taught():
 def test_what_is_added_is_the_weighted_sum_of_the_rows_of_one_set(kind):
     """The output against sums written out, token by token."""
     model = make(kind)
-    memory = add_memory(model, [0, 2], **SHAPE, silence=0.6, all_slots=False)
-    lookup, order = memory.lookup, torch.randperm(64, generator=torch.Generator().manual_seed(1)).tolist()
-    sets = order[:30], order[30:50]
+    memory = add_memory(model, [0, 2], **SHAPE, silence=0.4, all_slots=False)
+    lookup, generator = memory.lookup, torch.Generator().manual_seed(1)
+    sets = [torch.randperm(64, generator=generator)[:size].tolist() for size in (25, 25, 30)]
     for slots in sets:
         memory.add_set(torch.tensor(slots))
+    rows_of = lookup.row_of.tolist()
     torch.manual_seed(2)
     for table in memory.tables:
         nn.init.normal_(table.values)
@@ -453,7 +453,7 @@ def test_what_is_added_is_the_weighted_sum_of_the_rows_of_one_set(kind):
         model.get_submodule(place).register_forward_hook(
             lambda module, args, output, place=place: seen.update({place: (args[0], output)}))
     logits(model, x)
-    n_silent, states = 0, seen[lookup.place][0].flatten(0, 1)
+    n_silent, read, states = 0, set(), seen[lookup.place][0].flatten(0, 1)
     for place, table in zip(memory.places, memory.tables):
         args, output = seen[place]
         with torch.no_grad():
@@ -461,17 +461,22 @@ def test_what_is_added_is_the_weighted_sum_of_the_rows_of_one_set(kind):
         for t, state in enumerate(states):
             slots, weights = (found[0].tolist() for found in lookup(state[None]))
             shares = [sum(w for slot, w in zip(slots, weights) if slot in group) for group in sets]
-            best = shares.index(max(shares))
+            best = 0
+            for number in (1, 2):
+                if shares[number] > shares[best] + 0.1:
+                    best = number
             expected = alone[t]
-            if max(shares) > 0.6:
+            if shares[best] > 0.4:
                 values = table.values.detach()
-                expected = expected + values[lookup.first_row[best + 1]]
+                expected = expected + values[lookup.first_row[best]]
                 for slot, weight in zip(slots, weights):
                     if slot in sets[best]:
-                        expected = expected + weight * values[lookup.row_of[slot]]
-            n_silent += max(shares) <= 0.6
+                        expected = expected + weight * values[rows_of[best][slot]]
+                read.add(best)
+            else:
+                n_silent += 1
             torch.testing.assert_close(output.flatten(0, 1)[t], expected)
-    assert 0 < n_silent < 2 * len(states)
+    assert n_silent and len(read) > 1
 
 
 def test_rows_of_sets():
@@ -481,14 +486,12 @@ def test_rows_of_sets():
     with torch.no_grad():
         memory.tables[0].values.normal_()
     values = memory.tables[0].values.detach().clone()
-    assert memory.add_set(torch.tensor([9, 3])).tolist() == [4, 5]
-    assert memory.lookup.row_of[[5, 9, 3, 7]].tolist() == [2, 3, 5, 0]
-    assert memory.lookup.set_of[[5, 9, 3, 7]].tolist() == [1, 1, 2, 0]
-    assert memory.add_set(torch.tensor([9, 3])).tolist() == []
-    assert memory.lookup.first_row.tolist() == [0, 1, 4]
+    assert memory.add_set(torch.tensor([9, 3])).tolist() == [4, 5, 6]
+    assert memory.lookup.row_of[:, [5, 9, 3, 7]].tolist() == [[2, 3, 0, 0], [0, 6, 5, 0]]
+    assert memory.lookup.first_row.tolist() == [1, 4]
     assert torch.equal(memory.tables[0].values[:4], values)
     assert torch.equal(memory.tables[0].values[4], values[1])  # starts as the first row of the set before
-    assert not memory.tables[0].values[5].any()
+    assert not memory.tables[0].values[5:].any()
 
 
 def test_facts_that_are_taught_later_leave_those_before_as_they_are():
@@ -520,8 +523,8 @@ def test_the_lookup_comes_before_the_layers_that_read():
 
 
 def test_default_layers():
-    assert retrofit.default_layers(30) == (2, [4, 6, 8, 10, 12, 14, 16, 18])
-    assert retrofit.default_layers(12) == (0, [1, 3, 5, 7])
+    assert retrofit.default_layers(30) == (3, [4, 6, 8, 10, 12, 14, 16, 18])
+    assert retrofit.default_layers(12) == (1, [1, 3, 5, 7])
     for n_layers in range(1, 100):
         lookup, layers = retrofit.default_layers(n_layers)
         assert 0 <= lookup <= layers[0] and layers[-1] < n_layers
