@@ -275,16 +275,30 @@ def slots_to_teach(model: nn.Module, lookup: Lookup, statements: list[Statement]
 
 
 def slots_of_facts(model, lookup, statements, least, most):
-    """The slots that wordings of a fact share and few other facts read: (n_slots,) bool."""
+    """The slots that wordings of a fact share and few other facts read: (n_slots,) bool.
+
+    Of these, only those that the last token with most of its weight in them reads: the end of a name. The
+    tokens before it are parts that other names and other text have, too.
+    """
     prompts = [statement.tokens[:statement.start] for statement in statements]
-    wordings = {}  # fact -> the slots that each of its prompts reads
+    wordings = {}  # fact -> for each of its prompts, the slots and weights of its tokens
     for x, statement in zip(hidden_states(model, lookup.place, prompts), statements):
-        wordings.setdefault(statement.fact, []).append(lookup(x)[0].unique())
+        wordings.setdefault(statement.fact, []).append(lookup(x))               # (time, lookups) each
     device = lookup.row_of.device
-    is_shared = torch.zeros(lookup.n_slots, dtype=torch.bool, device=device)
     n_facts = torch.zeros(lookup.n_slots, dtype=torch.int64, device=device)     # that read each slot
     for of_fact in wordings.values():
-        slots, counts = torch.cat(of_fact).unique(return_counts=True)
+        n_facts[torch.cat([slots.unique() for slots, _ in of_fact])] += 1
+    is_rare = n_facts <= max(8, most * len(wordings))
+    is_chosen = torch.zeros_like(is_rare)
+    for of_fact in wordings.values():
+        slots, counts = torch.cat([slots.unique() for slots, _ in of_fact]).unique(return_counts=True)
+        is_shared = torch.zeros_like(is_rare)
         is_shared[slots[counts >= least * len(of_fact)]] = True
-        n_facts[slots] += 1
-    return is_shared & (n_facts <= max(8, most * len(wordings)))
+        is_shared &= is_rare
+        for slots, weights in of_fact:
+            share = (weights * is_shared[slots]).sum(dim=1)                     # (time,)
+            ends = (share > 0.5).nonzero().flatten()
+            if len(ends):
+                last = slots[ends[-1]]
+                is_chosen[last[is_shared[last]]] = True
+    return is_chosen
