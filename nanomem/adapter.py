@@ -259,9 +259,9 @@ def slots_to_teach(model: nn.Module, lookup: Lookup, statements: list[Statement]
                    least: float = 0.3, most: float = 0.1, most_in_text: float = 0.35) -> Tensor:
     """The slots by which facts can be told from each other and from other text: (n_slots,) bool.
 
-    Those that a share `least` of the wordings of a fact read, and that at most a share `most` of the facts
-    read (or eight of them). Of these, leaves out the ones read by tokens of a text that have more than
-    `most_in_text` of their weights in them.
+    Those that a share `least` of the wordings of a fact read where the name ends, and that at most a share
+    `most` of the facts read (or eight of them). Of these, leaves out the ones read by tokens of a text that
+    have more than `most_in_text` of their weights in them.
 
     Args:
         text: ordinary text, (n, time) int64.
@@ -275,30 +275,29 @@ def slots_to_teach(model: nn.Module, lookup: Lookup, statements: list[Statement]
 
 
 def slots_of_facts(model, lookup, statements, least, most):
-    """The slots that wordings of a fact share and few other facts read: (n_slots,) bool.
-
-    Of these, only those that the last token with most of its weight in them reads: the end of a name. The
-    tokens before it are parts that other names and other text have, too.
-    """
+    """The slots where names end that wordings of a fact share and few other facts read: (n_slots,) bool."""
     prompts = [statement.tokens[:statement.start] for statement in statements]
     wordings = {}  # fact -> for each of its prompts, the slots and weights of its tokens
     for x, statement in zip(hidden_states(model, lookup.place, prompts), statements):
         wordings.setdefault(statement.fact, []).append(lookup(x))               # (time, lookups) each
-    device = lookup.row_of.device
-    n_facts = torch.zeros(lookup.n_slots, dtype=torch.int64, device=device)     # that read each slot
-    for of_fact in wordings.values():
-        n_facts[torch.cat([slots.unique() for slots, _ in of_fact])] += 1
+    read = [torch.cat([slots.unique() for slots, _ in of_fact]) for of_fact in wordings.values()]
+    n_facts = torch.bincount(torch.cat([slots.unique() for slots in read]), minlength=lookup.n_slots)
     is_rare = n_facts <= max(8, most * len(wordings))
     is_chosen = torch.zeros_like(is_rare)
-    for of_fact in wordings.values():
-        slots, counts = torch.cat([slots.unique() for slots, _ in of_fact]).unique(return_counts=True)
-        is_shared = torch.zeros_like(is_rare)
-        is_shared[slots[counts >= least * len(of_fact)]] = True
-        is_shared &= is_rare
+    for of_fact, slots in zip(wordings.values(), read):
+        n_wordings = torch.bincount(slots, minlength=lookup.n_slots)
+        is_shared = is_rare & (n_wordings >= max(1, least * len(of_fact)))
         for slots, weights in of_fact:
-            share = (weights * is_shared[slots]).sum(dim=1)                     # (time,)
-            ends = (share > 0.5).nonzero().flatten()
-            if len(ends):
-                last = slots[ends[-1]]
-                is_chosen[last[is_shared[last]]] = True
+            is_chosen[slots_of_end(slots, weights, is_shared)] = True
     return is_chosen
+
+
+def slots_of_end(slots: Tensor, weights: Tensor, is_shared: Tensor) -> Tensor:
+    """The shared slots of the last token that has most of its weight in them: the end of a name.
+
+    The tokens before it are parts of a name, which other names and other text have, too.
+    """
+    share = (weights * is_shared[slots]).sum(dim=1)                             # (time,)
+    ends = (share > 0.5).nonzero().flatten()
+    last = slots[ends[-1:]].flatten()
+    return last[is_shared[last]]

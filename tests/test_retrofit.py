@@ -435,6 +435,21 @@ def test_only_slots_of_single_facts_are_taught():
     assert before.isfinite().all()
 
 
+def test_the_slots_where_a_name_ends():
+    slots = torch.tensor([[0, 1], [2, 3], [4, 5]])
+    weights = torch.tensor([[0.5, 0.5], [0.4, 0.6], [0.5, 0.5]])
+
+    def end(*shared):
+        is_shared = torch.zeros(6, dtype=torch.bool)
+        is_shared[list(shared)] = True
+        return adapter.slots_of_end(slots, weights, is_shared).tolist()
+
+    assert end(0, 1, 2, 3, 5) == [2, 3]  # the last token has only half of its weight in them
+    assert end(0, 1, 3) == [3]
+    assert end(0, 1, 2) == [0, 1]
+    assert end(0, 2, 4) == []
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_added_is_the_weighted_sum_of_the_rows_of_one_set(kind):
     """The output against sums written out, token by token."""
