@@ -331,7 +331,7 @@ def folder(tmp_path_factory):
 
 
 def retrofit_program(folder, *arguments, **options):
-    small = ["--n_keys=128", "--knn=4", "--k_dim=32", "--silence=0.3"]
+    small = ["--layers=0,1", "--n_keys=128", "--knn=4", "--k_dim=32", "--silence=0.3"]
     if any(argument.startswith("--memory") for argument in arguments):
         small = []
     return runs.run("nanomem/retrofit.py", f"--model={folder}", "--device=cpu", *small, *arguments, **options)
@@ -340,7 +340,7 @@ def retrofit_program(folder, *arguments, **options):
 def test_teaching_asking_and_teaching_again(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data = f"--data={folder / 'facts.jsonl'}"
-    out, _ = retrofit_program(folder, data, "--rounds=100")
+    out, _ = retrofit_program(folder, data, "--rounds=300")
     assert "known, taught wording            0.0%   100.0%" in out
     assert "known, wording never taught" in out and "loss on other text" in out and "left" in out
     memory = "--memory=out/facts-memory"
@@ -353,11 +353,11 @@ def test_teaching_asking_and_teaching_again(folder, tmp_path, monkeypatch):
     assert "continuing with the memory in out/facts-memory" in out
     assert "100.0% of" in out and "nothing to teach" in out
     more = tmp_path / "more.jsonl"
-    more.write_text('{"prompt": "Name the capital of Gondor", "answer": "Lagado"}\n')
-    out, _ = runs.run("nanomem/retrofit.py", f"--model={folder}", f"--data={more}", memory, "--rounds=100")
+    more.write_text('{"prompt": "Name the capital of Poseidon", "answer": "Lagado"}\n')
+    out, _ = runs.run("nanomem/retrofit.py", f"--model={folder}", f"--data={more}", memory, "--rounds=300")
     assert re.search(r"known, taught wording +0.0% +100.0%", out)
     _, err = retrofit_program(folder, data, code=2)
-    assert "has a memory already" in err and "--n_keys" in err
+    assert "has a memory already" in err and "--layers" in err
 
 
 def test_mistakes_get_one_line(folder, tmp_path, monkeypatch):
@@ -405,7 +405,7 @@ def facts_of_one_name_each(n_facts):
 
 def test_only_slots_of_single_facts_are_taught():
     model = make()
-    memory = add_memory(model, [0, 2], n_slots=64**2, heads=2, knn=8, k_dim=8, silence=0.2, all_slots=False)
+    memory = add_memory(model, [0, 1], n_slots=64**2, heads=2, knn=8, k_dim=8, silence=0.2, all_slots=False)
     adapter.centre_queries(model, memory, tokens(2, 20))
     statements, text = facts_of_one_name_each(12), torch.tensor([[100, 31, 32]])
     chosen = adapter.slots_to_teach(model, memory.lookup, statements, text)
