@@ -64,20 +64,21 @@ class Lookup(nn.Module):
         scores, slots = product_key_topk(queries, self.keys, self.knn)          # (n, heads, knn) each
         return slots.flatten(1), F.softmax(scores, dim=-1).flatten(1) / self.heads
 
-    def best_set(self, has_row: Tensor, slots: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """The set that each token reads, (n,) int64, and the share of its weights in it, (n,).
+    def best_set(self, is_in: Tensor, weights: Tensor) -> Tensor:
+        """The number of the set that each token reads, (n,) int64; -1 for a silent token.
 
-        That is the set with the largest share. A later one must lead by MARGIN, so that names that resemble
-        each other don't take each other's place.
+        It is the first set in which the token isn't silent, unless a later one leads by MARGIN: names that
+        resemble each other shouldn't take each other's place.
 
-        has_row: which slots each set has, (n_sets, n_slots) bool.
+        is_in: which slots of each token are in each set, (n_sets, n, lookups) bool; weights (n, lookups).
         """
-        best, share = torch.zeros_like(slots[:, 0]), torch.full_like(weights[:, 0], -MARGIN)
-        for number, is_slot in enumerate(has_row):
-            of_set = (weights * is_slot[slots]).sum(dim=1)                      # (n,)
+        best = torch.full((len(weights),), -1, device=weights.device)
+        share = torch.full_like(weights[:, 0], self.silence - MARGIN)           # to be exceeded by MARGIN
+        for number, is_slot in enumerate(is_in):
+            of_set = (weights * is_slot).sum(dim=1)                             # (n,)
             is_better = of_set > share + MARGIN
             best, share = best.masked_fill(is_better, number), torch.where(is_better, of_set, share)
-        return best, share
+        return best
 
     def read(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The tokens of x (n, width) that aren't silent, (m,) int64; rows and weights, (m, 1 + lookups) each.
@@ -85,8 +86,8 @@ class Lookup(nn.Module):
         The first row is that of the token's set, for what its facts have in common.
         """
         slots, weights = self(x)
-        best, share = self.best_set(self.row_of > 0, slots, weights)
-        tokens = (share > self.silence).nonzero().squeeze(1)                    # (m,)
+        best = self.best_set(self.row_of[:, slots] > 0, weights)
+        tokens = (best >= 0).nonzero().squeeze(1)                               # (m,)
         best, slots, weights = best[tokens, None], slots[tokens], weights[tokens]
         rows = self.row_of[best, slots]                                         # (m, lookups)
         weights = weights * (rows > 0)
@@ -104,6 +105,9 @@ class Values(MemoryTable):
 
     def __init__(self, n_rows: int, width: int):
         super().__init__(n_rows, width)
+
+    def reset_parameters(self):
+        """Sets the values to zero, so that a new memory changes nothing."""
         nn.init.zeros_(self.values)
 
     def forward(self, rows: Tensor, weights: Tensor) -> Tensor:
@@ -165,19 +169,23 @@ class Memory(nn.Module):
         return rows
 
     def teach_only(self, rows: Tensor):
-        """From now on, only these rows (n,) int64 of each table get a gradient. Build optimizers after it."""
+        """From now on, only these rows (n,) int64 of each table get a gradient.
+
+        Build optimizers after it. A copy of the model doesn't know about it.
+        """
         is_fixed = torch.ones(len(self.tables[0].values), dtype=torch.bool, device=rows.device)
         is_fixed[rows.long()] = False
+        is_fixed[0] = True  # what slots without values read, with a weight of 0
         for table in self.tables:
             table.values = nn.Parameter(table.values.detach())  # one without the hook of an earlier call
             table.values.register_hook(functools.partial(without_rows, is_fixed))
 
 
 def without_rows(is_fixed: Tensor, grad: Tensor) -> Tensor:
-    """A sparse gradient in which these rows (n_rows,) bool are zero."""
+    """A sparse gradient, less the rows with is_fixed (n_rows,) bool."""
     rows, grads = grad._indices()[0], grad._values()
-    grads = grads.masked_fill(is_fixed[rows][:, None], 0.0)
-    return torch.sparse_coo_tensor(rows[None], grads, grad.shape, check_invariants=False)
+    is_kept = ~is_fixed.to(rows.device)[rows]
+    return torch.sparse_coo_tensor(rows[None, is_kept], grads[is_kept], grad.shape, check_invariants=False)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -216,42 +224,45 @@ def centre_queries(model: nn.Module, memory: Memory, tokens: Tensor):
 
     All hidden states have a large part in common. Without it, different tokens read different slots.
     """
-    states = torch.cat(list(hidden_states(model, memory.lookup.place, tokens.tolist())))
-    memory.lookup.mean.copy_(states.float().mean(dim=0))
+    total, count = torch.zeros_like(memory.lookup.mean), 0
+    for x in hidden_states(model, memory.lookup.place, tokens.tolist()):
+        total += x.sum(dim=0, dtype=total.dtype)
+        count += len(x)
+    memory.lookup.mean.copy_(total / count)
 
 
 @torch.no_grad()
-def choose_slots(model: nn.Module, memory: Memory, statements: list[Statement], text: Tensor) -> int:
-    """Makes a set for these facts; from then on only it is taught. Returns how many statements can't be
-    taught, since their prompts read too few of the slots that have values.
+def choose_slots(model: nn.Module, memory: Memory, statements: list[Statement],
+                 text: Tensor) -> list[Statement]:
+    """Makes a set for these facts; from then on only it is taught. Returns the statements that can be taught:
+    those that read it.
 
-    Facts of which no wording reads the new set are taught where it reads: facts about the same name as
-    earlier ones, or the same facts again.
+    Facts of which no wording reads the new set are taught in the set that they read: facts about the same
+    name as earlier ones, or the same facts again.
 
     text: ordinary text, (n, time) int64.
     """
     lookup, new = memory.lookup, len(memory.lookup.row_of)  # the new set's number
     is_chosen = slots_to_teach(model, lookup, statements, text)
-    has_row = torch.cat([lookup.row_of > 0, is_chosen[None]])
-    read_new, rows_of, n_silent = set(), {}, 0
+    read_new, read_old = [], []
     prompts = [statement.tokens[:statement.start] for statement in statements]
     for x, statement in zip(hidden_states(model, lookup.place, prompts), statements):
         slots, weights = lookup(x)                                              # (time, lookups) each
-        best, share = lookup.best_set(has_row, slots, weights)                  # (time,) each
-        is_on = share > lookup.silence
-        n_silent += not is_on.any()
-        if (is_on & (best == new)).any():
-            read_new.add(statement.fact)
-        else:
-            rows_of.setdefault(statement.fact, []).append(lookup.row_of[best[is_on, None], slots[is_on]])
-    taught = [torch.zeros(0, dtype=torch.int32, device=is_chosen.device)]
+        is_in = torch.cat([lookup.row_of[:, slots] > 0, is_chosen[None, slots]])
+        best = lookup.best_set(is_in, weights)                                  # (time,)
+        if (best == new).any():
+            read_new.append(statement)
+        elif (best >= 0).any():
+            is_on = best >= 0
+            read_old.append((statement, lookup.row_of[best[is_on, None], slots[is_on]]))
+    in_new = {statement.fact for statement in read_new}
+    read_old = [(statement, rows) for statement, rows in read_old if statement.fact not in in_new]
+    rows_taught = [rows.flatten() for _, rows in read_old]
     if read_new:
-        taught.append(memory.add_set(is_chosen.nonzero().squeeze(1)))
-    for fact, rows in rows_of.items():
-        if fact not in read_new:
-            taught += [each.flatten() for each in rows]
-    memory.teach_only(torch.cat(taught))
-    return n_silent
+        rows_taught.append(memory.add_set(is_chosen.nonzero().squeeze(1)))
+    if rows_taught:
+        memory.teach_only(torch.cat(rows_taught))
+    return read_new + [statement for statement, _ in read_old]
 
 
 @torch.no_grad()
@@ -259,45 +270,59 @@ def slots_to_teach(model: nn.Module, lookup: Lookup, statements: list[Statement]
                    least: float = 0.3, most: float = 0.1, most_in_text: float = 0.35) -> Tensor:
     """The slots by which facts can be told from each other and from other text: (n_slots,) bool.
 
-    Those that a share `least` of the wordings of a fact read where the name ends, and that at most a share
-    `most` of the facts read (or eight of them). Of these, leaves out the ones read by tokens of a text that
-    have more than `most_in_text` of their weights in them.
+    Those that a share `least` of the wordings of a fact read, and that at most a share `most` of the facts
+    read (or eight of them). Of these, leaves out the ones read by tokens of a text that have more than
+    `most_in_text` of their weights in them, and then all but those where a name ends.
 
     Args:
         text: ordinary text, (n, time) int64.
     """
-    is_chosen = slots_of_facts(model, lookup, statements, least, most)
-    for x in hidden_states(model, lookup.place, text.tolist()):
-        slots, weights = lookup(x)                                              # (time, lookups) each
-        share = (weights * is_chosen[slots]).sum(dim=1)                         # (time,)
-        is_chosen[slots[share > most_in_text]] = False
-    return is_chosen
-
-
-def slots_of_facts(model, lookup, statements, least, most):
-    """The slots where names end that wordings of a fact share and few other facts read: (n_slots,) bool."""
-    prompts = [statement.tokens[:statement.start] for statement in statements]
     wordings = {}  # fact -> for each of its prompts, the slots and weights of its tokens
+    prompts = [statement.tokens[:statement.start] for statement in statements]
     for x, statement in zip(hidden_states(model, lookup.place, prompts), statements):
         wordings.setdefault(statement.fact, []).append(lookup(x))               # (time, lookups) each
-    read = [torch.cat([slots.unique() for slots, _ in of_fact]) for of_fact in wordings.values()]
-    n_facts = torch.bincount(torch.cat([slots.unique() for slots in read]), minlength=lookup.n_slots)
-    is_rare = n_facts <= max(8, most * len(wordings))
-    is_chosen = torch.zeros_like(is_rare)
-    for of_fact, slots in zip(wordings.values(), read):
-        n_wordings = torch.bincount(slots, minlength=lookup.n_slots)
-        is_shared = is_rare & (n_wordings >= max(1, least * len(of_fact)))
+    n_facts, shared = slots_of_facts(wordings.values(), lookup.n_slots, least)
+    is_free = n_facts <= max(8, most * len(wordings))                           # (n_slots,)
+    is_candidate = torch.zeros_like(is_free)
+    is_candidate[torch.cat(shared)] = True
+    is_candidate &= is_free
+    for x in hidden_states(model, lookup.place, text.tolist()):
+        slots, weights = lookup(x)
+        share = (weights * is_candidate[slots]).sum(dim=1)                      # (time,)
+        is_candidate[slots[share > most_in_text]] = False
+    is_chosen = torch.zeros_like(is_free)
+    for of_fact, slots_shared in zip(wordings.values(), shared):
+        worth = torch.zeros(lookup.n_slots, device=is_free.device)
+        worth[slots_shared] = is_candidate[slots_shared] / n_facts[slots_shared]
         for slots, weights in of_fact:
-            is_chosen[slots_of_end(slots, weights, is_shared)] = True
+            is_chosen[slots_of_end(slots, weights, worth)] = True
     return is_chosen
 
 
-def slots_of_end(slots: Tensor, weights: Tensor, is_shared: Tensor) -> Tensor:
-    """The shared slots of the last token that has most of its weight in them: the end of a name.
+def slots_of_facts(facts, n_slots, least):
+    """How many facts read each slot, (n_slots,) int64; and the slots that a share `least` of the prompts of
+    each fact read, a list of (u,) int64.
 
-    The tokens before it are parts of a name, which other names and other text have, too.
+    facts: for each, a list of (slots, weights), (time, lookups) each, of its prompts.
     """
-    share = (weights * is_shared[slots]).sum(dim=1)                             # (time,)
-    ends = (share > 0.5).nonzero().flatten()
+    n_facts, shared = 0, []
+    for prompts in facts:
+        slots, counts = torch.cat([slots.unique() for slots, _ in prompts]).unique(return_counts=True)
+        n_facts = n_facts + torch.bincount(slots, minlength=n_slots)
+        shared.append(slots[counts >= least * len(prompts)])
+    return n_facts, shared
+
+
+def slots_of_end(slots: Tensor, weights: Tensor, worth: Tensor) -> Tensor:
+    """The slots with a worth that the end of a name reads: (u,) int64.
+
+    That is the last token whose slots, weighted, are worth more than half of those of the best token.
+    The tokens before it are parts of a name, which other names and other text have, too.
+
+    slots, weights: of a prompt's tokens, (time, lookups) each. worth (n_slots,): 1 for a slot that only this
+    fact reads, less for others, 0 for those that can't be used.
+    """
+    total = (weights * worth[slots]).sum(dim=1)                                 # (time,)
+    ends = (total > total.max() / 2).nonzero().flatten()
     last = slots[ends[-1:]].flatten()
-    return last[is_shared[last]]
+    return last[worth[last] > 0]

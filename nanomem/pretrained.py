@@ -6,6 +6,7 @@ end count in the loss. Which parameters learn is up to the caller: those of a me
 all.
 """
 
+import contextlib
 import importlib.util
 import inspect
 import logging
@@ -134,7 +135,8 @@ def answer_loss(model: nn.Module, statements: list[Statement]) -> tuple[Tensor, 
         targets[i, statement.start - 1:end - 1] = tokens[i, statement.start:end]  # of the token before each
     counts = targets != IGNORED                                                 # (batch, time)
     options = {}
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # of peft's
+    if "logits_to_keep" in inspect.signature(base.forward).parameters:
         # Of a small model, the output layer is a fifth of the work.
         kept = counts.any(dim=0).nonzero().squeeze(1)
         targets, counts, options = targets[:, kept], counts[:, kept], {"logits_to_keep": kept.to(device)}
@@ -242,19 +244,32 @@ def teach(model: nn.Module, optimizers: list, statements: list[Statement], round
           after_update: Callable[[float, float], bool | None] = lambda done, known: None) -> int:
     """Trains for some rounds, or until a share stop_at of the statements is known. Returns the updates made.
 
-    The learning rate falls from the optimizers' to a tenth of it, in a straight line.
+    The learning rate falls from the optimizers' to a tenth of it, in a straight line, and is then as before.
 
     after_update(done, known) gets the share of the rounds done and the share of statements whose answer was
     right when last seen; it may return True to stop. Only when enough were right are all of them asked.
     """
-    generator = torch.Generator().manual_seed(seed)
-    right = torch.zeros(len(statements), dtype=torch.bool)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     peaks = [group["lr"] for group in groups]
+
+    def scale_rates(factor):
+        for group, peak in zip(groups, peaks):
+            group["lr"] = factor * peak
+
+    try:
+        return teach_rounds(model, optimizers, statements, rounds, batch_size, seed, stop_at, after_update,
+                            scale_rates)
+    finally:
+        scale_rates(1.0)
+
+
+def teach_rounds(model, optimizers, statements, rounds, batch_size, seed, stop_at, after_update, scale_rates):
+    """The loop of `teach`. scale_rates(factor) sets the learning rates."""
+    generator = torch.Generator().manual_seed(seed)
+    right = torch.zeros(len(statements), dtype=torch.bool)
     updates = 0
     for number in range(rounds):
-        for group, peak in zip(groups, peaks):
-            group["lr"] = peak * (1 - 0.9 * number / rounds)
+        scale_rates(1 - 0.9 * number / rounds)
         chosen = batches(statements, right, batch_size, generator)
         for i, batch in enumerate(chosen, 1):
             right[batch] = update(model, optimizers, [statements[n] for n in batch])
@@ -270,9 +285,10 @@ def teach(model: nn.Module, optimizers: list, statements: list[Statement], round
 
 def update(model: nn.Module, optimizers: list, statements: list[Statement]) -> Tensor:
     """One step of the optimizers on a batch. Returns which answers were right before it: (n,) bool."""
-    # In bfloat16 on a CPU, the backward pass of torch's flash attention takes 40% of a step, this one hardly
-    # anything. Statements are short.
-    with sdpa_kernel(SDPBackend.MATH):
+    # In bfloat16 on a CPU, the backward pass of torch's flash attention takes 40% of a step, that of MATH
+    # hardly anything: statements are short.
+    is_on_cpu = next(model.parameters()).device.type == "cpu"
+    with sdpa_kernel(SDPBackend.MATH) if is_on_cpu else contextlib.nullcontext():
         loss, hits = answer_loss(model, statements)
         if not torch.isfinite(loss):
             raise UserError("the loss is not finite; a lower learning rate may help")

@@ -50,7 +50,7 @@ class Settings:
     mem_lr: float = setting(0.3, "learning rate of the values", least=0, section="Teaching")
     batch_size: int = setting(32, "statements per update", least=1)
     rounds: int = setting(40, "rounds at most; each reads every fact once", least=1)
-    stop_at: float = setting(1.0, "share of the taught statements at whose recall teaching stops", least=0)
+    stop_at: float = setting(1.0, "teaching stops once this share of the taught statements is known", least=0)
     seed: int = setting(1337, "random seed of keys, queries and the order of statements", least=0)
     device: str = setting("auto", "cpu, cuda, cuda:1, mps; auto: the first available of cuda, mps, cpu")
     dtype: str = setting("float32", "of the model; the memory is always float32",
@@ -138,7 +138,7 @@ def add_memory(model: nn.Module, layers: list[int | str], lookup: int | str | No
     Args:
         model: a causal language model of transformers, or any module.
         layers: numbers of its layers, from 0, or names of modules such as "blocks.3.ffn".
-        lookup: the layer whose feed-forward input says which slots are read; None for the first of layers.
+        lookup: the layer whose feed-forward input says which slots are read; None for the lowest of layers.
         n_slots, heads, knn, k_dim: the shape of the lookup; n_slots is a square number.
         silence: a token reads nothing unless more than this share of its weights lies in slots with values.
         target: the name of the feed-forward module inside a layer.
@@ -150,11 +150,12 @@ def add_memory(model: nn.Module, layers: list[int | str], lookup: int | str | No
     widths = [check_place(model, place) for place in places]
     if not places or len(set(places)) < len(places):
         raise ValueError(f"layers must be distinct and at least one, got {layers}")
-    lookup_place = places[0] if lookup is None else place_of(model, lookup, target)
+    order = [name for name, _ in model.named_modules()]
+    first = min(places, key=order.index)
+    lookup_place = first if lookup is None else place_of(model, lookup, target)
     lookup_width = width_of(model, lookup_place)
-    names = [name for name, _ in model.named_modules()]
-    if names.index(lookup_place) > min(names.index(place) for place in places):
-        raise ValueError(f"the lookup at {lookup_place} comes after a layer that reads, {places[0]}")
+    if order.index(lookup_place) > order.index(first):
+        raise ValueError(f"the lookup at {lookup_place} comes after a layer that reads, {first}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         shared = Lookup(lookup_place, lookup_width, n_slots, heads, knn, k_dim, silence)
@@ -351,7 +352,8 @@ def load_memory(model: nn.Module, folder: str | Path) -> Memory:
 
 def filled_memory(tensors: dict[str, Tensor], about: dict) -> Memory:
     """The memory that the tensors of a file and its JSON describe."""
-    lookup = Lookup(**about["lookup"])
+    with torch.random.fork_rng(devices=[]):
+        lookup = Lookup(**about["lookup"])
     lookup.row_of, lookup.first_row = tensors["lookup.row_of"], tensors["lookup.first_row"]  # as many as sets
     lookup.load_state_dict({name: tensors[f"lookup.{name}"] for name in lookup.state_dict()})
     tables = []
@@ -369,7 +371,9 @@ def read_about(folder: Path) -> dict:
     if about is None:
         raise UserError(f"there is no memory in {folder}: {folder / ABOUT} is missing")
     try:
-        about["model"]["hash"], about["places"].items()
+        about["model"]["hash"], about["model"]["config"].items(), about["lookup"]["place"]
+        for shape in about["places"].values():
+            shape["width"], shape["weights"]
         is_newer, is_older = about["format"] > FORMAT, about["format"] < FORMAT
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{folder / ABOUT} does not describe a memory") from None
@@ -393,6 +397,7 @@ def check_model(model: nn.Module, about: dict, folder: Path):
     for place, shape in about["places"].items():
         try:
             width = check_place(model, place)
+            width_of(model, about["lookup"]["place"])
         except ValueError as error:
             raise UserError(f"{folder} can't be loaded: {error}") from None
         if width != shape["width"]:
@@ -429,7 +434,7 @@ def sample(model: nn.Module, place: str) -> list[float]:
         if p.dim() == 2 and p.is_floating_point() and not name.startswith("memory."):
             flat = p.detach().flatten()
             chosen = flat[:: max(1, len(flat) // 16)][:16]
-            return [float(f"{number:.3g}") for number in chosen.double().tolist()]
+            return [float(f"{number:.3g}") for number in chosen.cpu().double().tolist()]
     return []
 
 
@@ -485,18 +490,18 @@ def teach(settings: Settings, given: dict, console: Console):
         return
     statements = pretrained.taught_statements(tokenizer, facts)
     with console.status("choosing slots"):
-        n_silent = choose_slots(model, memory, statements, other)
-    if n_silent:
-        reason = (f"{n_silent} of {len(statements)} wordings can't be taught: they hardly read slots that "
-                  "other facts and ordinary text don't; a smaller --silence or a larger --n_keys may help")
-        if n_silent == len(statements):
-            raise UserError(reason)
+        teachable = choose_slots(model, memory, statements, other)
+    if len(teachable) < len(statements):
+        reason = (f"{len(statements) - len(teachable)} of {len(statements)} wordings can't be taught: other "
+                  "facts or ordinary text read nearly all the slots that they read")
+        if not teachable:
+            raise UserError(f"{reason}; a new memory with a smaller --silence or a larger --n_keys may help")
         console.print(reason)
     optimizers = [build_adam(memory, settings.mem_lr)]
     display = Display(console)
     begun = time.perf_counter()
     with display.bar:
-        updates = pretrained.teach(model, optimizers, statements, settings.rounds, settings.batch_size,
+        updates = pretrained.teach(model, optimizers, teachable, settings.rounds, settings.batch_size,
                                    settings.seed, settings.stop_at, after_update=display)
     seconds = time.perf_counter() - begun
     taught = {"data": settings.data, "facts": len(set(facts.subjects.tolist())), "updates": updates}
@@ -530,7 +535,7 @@ def open_memory(model, settings, given, folder, text, console) -> Memory:
         memory = add_memory(model, layers, lookup, settings.n_keys**2, settings.heads, settings.knn,
                             settings.k_dim, settings.silence, settings.target, settings.seed, all_slots=False)
     except ValueError as error:
-        raise UserError(f"no place for a memory: {error}") from None
+        raise UserError(f"no memory can be added: {error}") from None
     centre_queries(model, memory, text)
     console.print(f"a memory looked up at {memory.lookup.place}, read by {', '.join(memory.places)}")
     return memory

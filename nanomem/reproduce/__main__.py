@@ -64,7 +64,7 @@ class Settings:
     seeds: int = setting(3, "runs of each model")
     model: str = setting("", "the pretrained model of retrofit: a name, a folder or a .gguf file")
     held_out: str = setting(
-        "", "a text of which retrofit measures the loss; by default a short built-in one", path=True)
+        "", "a text on which retrofit measures the loss; by default a short built-in one", path=True)
     run: str = setting("out/people-memory", "folder of the trained model that slots looks into", path=True)
     out_dir: str = setting("out/reproduce", "folder for checkpoints and logs of the runs", path=True)
     runs: str = setting("assets/runs", "folder for the results of finished runs", path=True)
