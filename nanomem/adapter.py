@@ -188,6 +188,14 @@ def without_rows(is_fixed: Tensor, grad: Tensor) -> Tensor:
     return torch.sparse_coo_tensor(rows[None, is_kept], grads[is_kept], grad.shape, check_invariants=False)
 
 
+def build_adam(memory: Memory, mem_lr: float = 0.3) -> torch.optim.Optimizer:
+    """Adam for the rows that an update reads. It learns facts in fewer readings than RowAdam, and has 8 bytes
+    of state for each number, where RowAdam has 8 for each row.
+    """
+    values = [table.values for table in memory.tables]
+    return torch.optim.SparseAdam(values, lr=mem_lr, betas=(0.9, 0.95))
+
+
 # ------------------------------------------------------------------------------------------------
 # Which slots to teach
 

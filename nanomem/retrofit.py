@@ -1,5 +1,5 @@
 """
-A memory for a pretrained language model: new facts, and nothing else changed.
+A memory for a pretrained language model: new facts, and hardly anything else changed.
 
     python -m nanomem.retrofit --model=NAME_OR_FOLDER_OR_GGUF --data=facts.jsonl    teach it; out/facts-memory
     python -m nanomem.retrofit --model=NAME --memory=out/facts-memory               ask it
@@ -114,7 +114,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nanomem import checkpoint, pretrained
-from nanomem.adapter import LayerMemory, Lookup, Memory, Values, centre_queries, choose_slots
+from nanomem.adapter import LayerMemory, Lookup, Memory, Values, build_adam, centre_queries, choose_slots
 from nanomem.config import pick_device
 from nanomem.facts import FactSet, from_jsonl
 from nanomem.run import Interrupt
@@ -194,14 +194,6 @@ def default_layers(n_layers: int) -> tuple[int, list[int]]:
     """(the layer that looks up, the layers that read) in a model of n_layers: 3 and 4, 6, ... 18 of 30."""
     lookup, last = n_layers // 10, round(0.6 * n_layers)
     return lookup, list(range(n_layers // 7, last + 1, 2))
-
-
-def build_adam(memory: Memory, mem_lr: float = 0.3) -> torch.optim.Optimizer:
-    """Adam for the rows that an update reads. It learns facts in fewer readings than RowAdam, and has 8 bytes
-    of state for each number, where RowAdam has 8 for each row.
-    """
-    values = [table.values for table in memory.tables]
-    return torch.optim.SparseAdam(values, lr=mem_lr, betas=(0.9, 0.95))
 
 
 # ------------------------------------------------------------------------------------------------

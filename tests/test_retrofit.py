@@ -12,37 +12,16 @@ import torch
 import torch.nn as nn
 from safetensors.torch import load_file
 
-from nanomem import adapter, optim, pretrained, retrofit
+from nanomem import optim, pretrained, retrofit
 from nanomem.cli import UserError
 from nanomem.facts import from_jsonl
 from nanomem.reproduce.retrofit import WORDINGS
 from nanomem.retrofit import add_memory, load_memory, memories_of, save_memory
 
 transformers = pytest.importorskip("transformers")
+from tiny_models import KINDS, SHAPE, logits, make, tokens  # noqa: E402 (it needs transformers)
 
-SHAPE = dict(n_slots=64, heads=2, knn=3, k_dim=8)
-LLAMA = dict(vocab_size=300, hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2,
-             num_key_value_heads=1, max_position_embeddings=64)
-GPT2 = dict(vocab_size=300, n_embd=16, n_inner=32, n_layer=3, n_head=2, n_positions=64)
-KINDS = ("llama", "qwen2", "mistral", "gpt2")
 PLACE = {"gpt2": "transformer.h.1.mlp"}
-
-
-def make(kind="llama", seed=0, **changes):
-    """A tiny random model."""
-    torch.manual_seed(seed)
-    shape = (GPT2 if kind == "gpt2" else LLAMA) | changes
-    config = transformers.AutoConfig.for_model(kind, **shape, bos_token_id=1, eos_token_id=2, pad_token_id=2)
-    return transformers.AutoModelForCausalLM.from_config(config).eval()
-
-
-def tokens(*shape, seed=0):
-    return torch.randint(3, 300, shape, generator=torch.Generator().manual_seed(seed))
-
-
-def logits(model, x=None):
-    with torch.no_grad():
-        return model(tokens(2, 9) if x is None else x).logits
 
 
 def train(model, memory, steps=3, lr=0.1):
@@ -393,153 +372,6 @@ def test_mistakes_get_one_line(folder, tmp_path, monkeypatch):
         assert message in err and err.count("\n") == 1, (arguments, err)
 
 
-def facts_of_one_name_each(n_facts):
-    """Statements about names of one token, in three wordings: the words before and after the name differ."""
-    statements = []
-    for fact in range(n_facts):
-        for wording in ([20, 21, 22], [23, 24, 25], [26, 27, 28]):
-            tokens = [*wording, 100 + fact, *wording, 50, 2]
-            statements.append(pretrained.Statement(fact, tokens, start=7))
-    return statements
-
-
-def test_only_slots_of_single_facts_are_taught():
-    model = make()
-    memory = add_memory(model, [0, 1], n_slots=64**2, heads=2, knn=8, k_dim=8, silence=0.2, all_slots=False)
-    adapter.centre_queries(model, memory, tokens(2, 20))
-    statements, text = facts_of_one_name_each(12), torch.tensor([[100, 31, 32]])
-    chosen = adapter.slots_to_teach(model, memory.lookup, statements, text)
-
-    def slots(sequence):
-        state, = adapter.hidden_states(model, memory.lookup.place, [sequence])
-        return memory.lookup(state)[0]                                          # (time, lookups)
-
-    assert chosen.any() and chosen.float().mean() < 0.1
-    assert not chosen[slots([20, 21, 22])].any()                # all facts read them
-    assert not chosen[slots([100, 31, 32])[0]].all()            # ordinary text reads them
-    assert chosen[slots(statements[15].tokens[:4])[3]].any()    # a name, after one of its wordings
-
-    teachable = adapter.choose_slots(model, memory, statements, text)
-    prompts = [statement.tokens[:7] for statement in statements]
-    states = list(adapter.hidden_states(model, memory.lookup.place, prompts))
-    reads = [len(memory.lookup.read(state)[0]) > 0 for state in states]
-    assert teachable == [statement for statement, is_read in zip(statements, reads) if is_read]
-    assert all(reads[3:])  # the first name is in the text
-    before = logits(model)
-    pretrained.teach(model, [retrofit.build_adam(memory)], statements, 3, batch_size=4)
-    assert len(memory.tables[0].values) == 2 + chosen.sum()
-    assert all(table.values.any() for table in memory.tables)
-    assert torch.equal(logits(model, torch.tensor([[20, 21, 22]])),
-                       logits(make(), torch.tensor([[20, 21, 22]])))  # silent
-    assert not torch.equal(logits(model, torch.tensor([statements[15].tokens])),
-                           logits(make(), torch.tensor([statements[15].tokens])))
-    assert before.isfinite().all()
-
-
-def test_the_slots_where_a_name_ends():
-    slots = torch.tensor([[0, 1], [2, 3], [4, 5]])
-    weights = torch.tensor([[0.5, 0.5], [0.4, 0.6], [0.5, 0.5]])
-
-    def end(*worth):
-        return sorted(adapter.slots_of_end(slots, weights, torch.tensor(worth)).tolist())
-
-    assert end(1.0, 1.0, 1.0, 1.0, 0.0, 0.9) == [2, 3]  # the last token has less than half of it
-    assert end(1.0, 1.0, 1.0, 1.0, 0.1, 1.0) == [4, 5]
-    assert end(0.2, 0.2, 0.0, 0.1, 0.0, 0.0) == [0, 1]
-    assert end(0.0, 0.0, 0.0, 0.0, 0.0, 0.0) == []
-
-
-@pytest.mark.parametrize("n_facts", [4, 12])
-def test_few_facts_are_stored_at_their_names_too(n_facts):
-    model = make()
-    memory = add_memory(model, [0, 1], n_slots=64**2, heads=4, knn=6, k_dim=16, all_slots=False)
-    statements = facts_of_one_name_each(n_facts)
-    adapter.centre_queries(model, memory, tokens(2, 20))
-    adapter.choose_slots(model, memory, statements, torch.tensor([[31, 32]]))
-    prompts = [statement.tokens[:7] for statement in statements]
-    for state in adapter.hidden_states(model, memory.lookup.place, prompts):
-        assert 3 in memory.lookup.read(state)[0]  # where the name is
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_is_added_is_the_weighted_sum_of_the_rows_of_one_set(kind):
-    """The output against sums written out, token by token."""
-    model = make(kind)
-    memory = add_memory(model, [0, 2], **SHAPE, silence=0.4, all_slots=False)
-    lookup, generator = memory.lookup, torch.Generator().manual_seed(1)
-    sets = [torch.randperm(64, generator=generator)[:size].tolist() for size in (25, 25, 30)]
-    for slots in sets:
-        memory.add_set(torch.tensor(slots))
-    rows_of = lookup.row_of.tolist()
-    torch.manual_seed(2)
-    for table in memory.tables:
-        nn.init.normal_(table.values)
-    seen, x = {}, tokens(2, 9)
-    for place in memory.places:
-        model.get_submodule(place).register_forward_hook(
-            lambda module, args, output, place=place: seen.update({place: (args[0], output)}))
-    logits(model, x)
-    n_silent, read, states = 0, set(), seen[lookup.place][0].flatten(0, 1)
-    for place, table in zip(memory.places, memory.tables):
-        args, output = seen[place]
-        with torch.no_grad():
-            alone = type(model.get_submodule(place)).forward(model.get_submodule(place), args).flatten(0, 1)
-        for t, state in enumerate(states):
-            slots, weights = (found[0].tolist() for found in lookup(state[None]))
-            shares = [sum(w for slot, w in zip(slots, weights) if slot in group) for group in sets]
-            best = None
-            for number, share in enumerate(shares):
-                if share > 0.4 and (best is None or share > shares[best] + 0.1):
-                    best = number
-            expected = alone[t]
-            if best is not None:
-                values = table.values.detach()
-                expected = expected + values[lookup.first_row[best]]
-                for slot, weight in zip(slots, weights):
-                    if slot in sets[best]:
-                        expected = expected + weight * values[rows_of[best][slot]]
-                read.add(best)
-            else:
-                n_silent += 1
-            torch.testing.assert_close(output.flatten(0, 1)[t], expected)
-    assert n_silent and len(read) > 1
-
-
-def test_rows_of_sets():
-    model = make()
-    memory = add_memory(model, [2], **SHAPE, all_slots=False)
-    assert memory.add_set(torch.tensor([5, 9, 5])).tolist() == [1, 2, 3]
-    with torch.no_grad():
-        memory.tables[0].values.normal_()
-    values = memory.tables[0].values.detach().clone()
-    assert memory.add_set(torch.tensor([9, 3])).tolist() == [4, 5, 6]
-    assert memory.lookup.row_of[:, [5, 9, 3, 7]].tolist() == [[2, 3, 0, 0], [0, 6, 5, 0]]
-    assert memory.lookup.first_row.tolist() == [1, 4]
-    assert torch.equal(memory.tables[0].values[:4], values)
-    assert torch.equal(memory.tables[0].values[4], values[1])  # starts as the first row of the set before
-    assert not memory.tables[0].values[5:].any()
-
-
-def test_facts_that_are_taught_later_leave_those_before_as_they_are():
-    model = make()
-    memory = add_memory(model, [0, 1], n_slots=64**2, heads=2, knn=8, k_dim=8, silence=0.2, all_slots=False)
-    statements, text = facts_of_one_name_each(20), torch.tensor([[31, 32]])
-    earlier, later, names = statements[:30], statements[30:], torch.arange(100, 110)[:, None]
-    for lesson, is_new in ((earlier, True), (later, True), (earlier, False)):
-        before = [table.values.detach().clone() for table in memory.tables]
-        names_before = logits(model, names)
-        assert adapter.choose_slots(model, memory, lesson, text) == lesson
-        pretrained.teach(model, [retrofit.build_adam(memory)], lesson, 3, batch_size=4)
-        n_before = len(before[0])
-        for table, values in zip(memory.tables, before):
-            assert torch.equal(table.values[:n_before], values) == is_new
-            assert torch.equal(table.values[0], values[0])
-        if lesson is later:
-            assert torch.equal(logits(model, names), names_before)
-        else:
-            assert not torch.equal(logits(model, names), names_before)
-
-
 def test_the_lookup_comes_before_the_layers_that_read():
     model = make()
     memory = add_memory(model, [1, 2], lookup=0, **SHAPE)
@@ -554,18 +386,6 @@ def test_default_layers():
     for n_layers in range(1, 100):
         lookup, layers = retrofit.default_layers(n_layers)
         assert 0 <= lookup <= layers[0] and layers[-1] < n_layers
-
-
-def test_centred_queries():
-    model = make()
-    memory = add_memory(model, [1], **SHAPE)
-    x = tokens(2, 9)
-    adapter.centre_queries(model, memory, x)
-    states = []
-    model.get_submodule("model.layers.1.mlp").register_forward_hook(
-        lambda module, args, output: states.append(args[0]))
-    model(x)
-    torch.testing.assert_close(memory.lookup.mean, states[0].mean(dim=(0, 1)))
 
 
 def test_answers_are_taught_as_the_tokenizer_reads_them(folder):

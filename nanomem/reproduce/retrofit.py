@@ -18,13 +18,13 @@ import torch.nn as nn
 from torch import Tensor
 
 from nanomem import optim, pretrained
-from nanomem.adapter import centre_queries, choose_slots
+from nanomem.adapter import build_adam, centre_queries, choose_slots
 from nanomem.data import file_digest
 from nanomem.facts import people
 from nanomem.pretrained import Statement
 from nanomem.reproduce.lessons import best_rate, read_off, result_path, saved_or_run
 from nanomem.reproduce.runs import torch_version
-from nanomem.retrofit import add_memory, build_adam, default_layers
+from nanomem.retrofit import add_memory, default_layers
 
 COMPUTATION = 4  # raise it with any change to what a run computes; results from before no longer count
 ENOUGH = 0.95  # of the taught statements: where methods are compared
