@@ -103,9 +103,6 @@ class Lookup(nn.Module):
 class Values(MemoryTable):
     """The values of one layer. Its gradient is sparse on every device: torch.optim.SparseAdam takes it."""
 
-    def __init__(self, n_rows: int, width: int):
-        super().__init__(n_rows, width)
-
     def reset_parameters(self):
         """Sets the values to zero, so that a new memory changes nothing."""
         nn.init.zeros_(self.values)
