@@ -10,9 +10,9 @@ layer, the state where a name ends hardly depends on the words around it. So a f
 found in new wordings, too, and the layers above choose from it what a prompt asks for.
 
 Only slots chosen for some facts have values. A token with too little weight in them reads nothing, so that
-other text is left as it was. Facts taught at one time are a set, with slots of their own and a row V_l[0] for
-what they have in common. A token reads from one set only, so that later sets hardly change what earlier ones
-answer.
+nearly all other text is left as it was. Facts taught at one time are a set, with rows of their own and a row
+V_l[0] for what they have in common. A token reads from one set only, so that later sets leave the rows of
+earlier ones as they were.
 """
 
 import functools
@@ -29,6 +29,11 @@ from nanomem.memory import MemoryTable, product_key_topk
 from nanomem.pretrained import Statement, pad
 
 MARGIN = 0.1  # of a token's weights; 0.2 leaves more of the earlier sets, but less room for later ones
+
+
+def input_of(args, kwargs) -> Tensor:
+    """What a module was called with, from the arguments of its hook."""
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 class Lookup(nn.Module):
@@ -96,8 +101,7 @@ class Lookup(nn.Module):
     @torch.no_grad()
     def keep(self, module, args, kwargs):
         """A hook before the module at `place`: keeps what its tokens read for the layers above."""
-        x = args[0] if args else next(iter(kwargs.values()))
-        self.found = self.read(x.reshape(-1, self.width))
+        self.found = self.read(input_of(args, kwargs).reshape(-1, self.width))
 
 
 class Values(MemoryTable):
@@ -208,7 +212,7 @@ def hidden_states(model: nn.Module, place: str, sequences: list[list[int]],
     states = []
 
     def keep(module, args, kwargs):
-        states.append(args[0] if args else next(iter(kwargs.values())))
+        states.append(input_of(args, kwargs))
         raise Enough
 
     device = next(model.parameters()).device
@@ -248,11 +252,10 @@ def choose_slots(model: nn.Module, memory: Memory, statements: list[Statement],
     text: ordinary text, (n, time) int64.
     """
     lookup, new = memory.lookup, len(memory.lookup.row_of)  # the new set's number
-    is_chosen = slots_to_teach(model, lookup, statements, text)
+    found = lookups_of_prompts(model, lookup, statements)
+    is_chosen = slots_to_teach(model, lookup, statements, found, text)
     read_new, read_old = [], []
-    prompts = [statement.tokens[:statement.start] for statement in statements]
-    for x, statement in zip(hidden_states(model, lookup.place, prompts), statements):
-        slots, weights = lookup(x)                                              # (time, lookups) each
+    for statement, (slots, weights) in zip(statements, found):
         is_in = torch.cat([lookup.row_of[:, slots] > 0, is_chosen[None, slots]])
         best = lookup.best_set(is_in, weights)                                  # (time,)
         if (best == new).any():
@@ -271,7 +274,16 @@ def choose_slots(model: nn.Module, memory: Memory, statements: list[Statement],
 
 
 @torch.no_grad()
-def slots_to_teach(model: nn.Module, lookup: Lookup, statements: list[Statement], text: Tensor,
+def lookups_of_prompts(model: nn.Module, lookup: Lookup,
+                       statements: list[Statement]) -> list[tuple[Tensor, Tensor]]:
+    """The slots that the tokens of each statement's prompt read and their weights, (time, lookups) each."""
+    prompts = [statement.tokens[:statement.start] for statement in statements]
+    return [lookup(x) for x in hidden_states(model, lookup.place, prompts)]
+
+
+@torch.no_grad()
+def slots_to_teach(model: nn.Module, lookup: Lookup, statements: list[Statement],
+                   found: list[tuple[Tensor, Tensor]], text: Tensor,
                    least: float = 0.3, most: float = 0.1, most_in_text: float = 0.35) -> Tensor:
     """The slots by which facts can be told from each other and from other text: (n_slots,) bool.
 
@@ -280,12 +292,12 @@ def slots_to_teach(model: nn.Module, lookup: Lookup, statements: list[Statement]
     `most_in_text` of their weights in them, and then all but those where a name ends.
 
     Args:
+        found: the lookups_of_prompts of the statements.
         text: ordinary text, (n, time) int64.
     """
     wordings = {}  # fact -> for each of its prompts, the slots and weights of its tokens
-    prompts = [statement.tokens[:statement.start] for statement in statements]
-    for x, statement in zip(hidden_states(model, lookup.place, prompts), statements):
-        wordings.setdefault(statement.fact, []).append(lookup(x))               # (time, lookups) each
+    for statement, read in zip(statements, found):
+        wordings.setdefault(statement.fact, []).append(read)
     n_facts, shared = slots_of_facts(wordings.values(), lookup.n_slots, least)
     is_free = n_facts <= max(8, most * len(wordings))                           # (n_slots,)
     is_candidate = torch.zeros_like(is_free)

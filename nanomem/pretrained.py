@@ -244,32 +244,19 @@ def teach(model: nn.Module, optimizers: list, statements: list[Statement], round
           after_update: Callable[[float, float], bool | None] = lambda done, known: None) -> int:
     """Trains for some rounds, or until a share stop_at of the statements is known. Returns the updates made.
 
-    The learning rate falls from the optimizers' to a tenth of it, in a straight line, and is then as before.
+    The learning rate falls from the optimizers' "peak_lr" (or "lr", if a group has none) to a tenth of it, in
+    a straight line.
 
     after_update(done, known) gets the share of the rounds done and the share of statements whose answer was
     right when last seen; it may return True to stop. Only when enough were right are all of them asked.
     """
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    peaks = [group["lr"] for group in groups]
-
-    def scale_rates(factor):
-        for group, peak in zip(groups, peaks):
-            group["lr"] = factor * peak
-
-    try:
-        return teach_rounds(model, optimizers, statements, rounds, batch_size, seed, stop_at, after_update,
-                            scale_rates)
-    finally:
-        scale_rates(1.0)
-
-
-def teach_rounds(model, optimizers, statements, rounds, batch_size, seed, stop_at, after_update, scale_rates):
-    """The loop of `teach`. scale_rates(factor) sets the learning rates."""
     generator = torch.Generator().manual_seed(seed)
     right = torch.zeros(len(statements), dtype=torch.bool)
     updates = 0
     for number in range(rounds):
-        scale_rates(1 - 0.9 * number / rounds)
+        for group in groups:
+            group["lr"] = group.setdefault("peak_lr", group["lr"]) * (1 - 0.9 * number / rounds)
         chosen = batches(statements, right, batch_size, generator)
         for i, batch in enumerate(chosen, 1):
             right[batch] = update(model, optimizers, [statements[n] for n in batch])

@@ -289,10 +289,10 @@ def save_memory(model: nn.Module, folder: str | Path, memory: Memory | None = No
         memory = only_memory_of(model)
     lookup = memory.lookup
     tensors = {f"lookup.{name}": tensor.cpu() for name, tensor in lookup.state_dict().items()}
-    tensors |= {f"{place}.values": table.values.detach().cpu()
-                for place, table in zip(memory.places, memory.tables)}
-    places = {place: {"width": table.v_dim, "weights": sample(model, place)}
-              for place, table in zip(memory.places, memory.tables)}
+    places = {}
+    for place, table in zip(memory.places, memory.tables):
+        tensors[f"{place}.values"] = table.values.detach().cpu()
+        places[place] = {"width": table.v_dim, "weights": sample(model, place)}
     shape = {name: getattr(lookup, name) for name in ("place", "width", *LOOKUP_SHAPE)}
     about = {"format": FORMAT, "model": describe(model), "lookup": shape, "places": places,
              "taught": taught or {}}
@@ -386,12 +386,12 @@ def check_model(model: nn.Module, about: dict, folder: Path):
             if saved != value:
                 different.append(f"{name} {saved} instead of {value}")
         raise UserError(f"{folder} has the memory of another model ({', '.join(different)})")
-    for place, shape in about["places"].items():
-        try:
-            width = check_place(model, place)
-            width_of(model, about["lookup"]["place"])
-        except ValueError as error:
-            raise UserError(f"{folder} can't be loaded: {error}") from None
+    try:
+        width_of(model, about["lookup"]["place"])
+        widths = [check_place(model, place) for place in about["places"]]
+    except ValueError as error:
+        raise UserError(f"{folder} can't be loaded: {error}") from None
+    for (place, shape), width in zip(about["places"].items(), widths):
         if width != shape["width"]:
             raise UserError(f"{folder} has the memory of another model: {place} has width {shape['width']} "
                             f"there and {width} here")
@@ -527,7 +527,9 @@ def open_memory(model, settings, given, folder, text, console) -> Memory:
         memory = add_memory(model, layers, lookup, settings.n_keys**2, settings.heads, settings.knn,
                             settings.k_dim, settings.silence, settings.target, settings.seed, all_slots=False)
     except ValueError as error:
-        raise UserError(f"no memory can be added: {error}") from None
+        places = ("lookup", "layers", "target")
+        named = [f"--{name}={getattr(settings, name)}" for name in places if getattr(settings, name)]
+        raise UserError(f"{' '.join(named)}: {error}") from None
     centre_queries(model, memory, text)
     console.print(f"a memory looked up at {memory.lookup.place}, read by {', '.join(memory.places)}")
     return memory

@@ -351,7 +351,8 @@ def test_mistakes_get_one_line(folder, tmp_path, monkeypatch):
         ([f"--model={folder}", "--layers=x", data], "--layers must be numbers"),
         ([f"--model={folder}", "--lookup=x", data], "--lookup must be a number"),
         ([f"--model={folder}", "--silence=1", data], "--silence is a share, from 0 to below 1"),
-        ([f"--model={folder}", "--layers=9", data], "there is no layer 9: the model has layers 0 to 2"),
+        ([f"--model={folder}", "--layers=9", data],
+         "--layers=9 --target=mlp: there is no layer 9: the model has layers 0 to 2"),
         ([f"--model={folder}", "--layers=1", "--lookup=2", data], "comes after a layer that reads"),
         ([f"--model={folder}", "--layers=1", "--target=ffn", data], "it has self_attn, mlp"),
         (["--model=someone/some-model", data], "hf download someone/some-model"),
@@ -427,6 +428,9 @@ def test_a_round_has_each_fact_in_a_wording_that_was_not_known():
         in_order = [sorted(lengths[i] for i in batch) for batch in batches]
         assert all(a[-1] <= b[0] for a, b in zip(sorted(in_order), sorted(in_order)[1:]))
         seen |= set(chosen)
+    streams = [torch.Generator().manual_seed(2) for _ in range(2)]
+    first, again = (pretrained.batches(statements, right, 2, stream) for stream in streams)
+    assert [batch.tolist() for batch in first] == [batch.tolist() for batch in again]
     assert seen == {1, 2, 3, 4, 5, 6, 7, 8}  # of facts 0 and 4 only the wording that isn't known
 
 
