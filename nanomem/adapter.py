@@ -11,10 +11,14 @@ found in new wordings, too, and the layers above choose from it what a prompt as
 
 Only slots chosen for some facts have values. A token with too little weight in them reads nothing, so that
 nearly all other text is left as it was. Facts taught at one time are a set, with rows of their own and a row
-V_l[0] for what they have in common. A token reads from one set only, so that later sets leave the rows of
-earlier ones as they were.
+V_l[0] for what they have in common. A token reads from one set only, the one with most of its weights, so
+that later sets leave the rows of earlier ones as they were.
+
+Still, a later set can take tokens of earlier statements, where names resemble each other. So a memory keeps
+the statements that it was taught, and those that a later set changes are taught again together with it.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Iterator
@@ -27,8 +31,6 @@ from torch import Tensor
 from nanomem import ops
 from nanomem.memory import MemoryTable, product_key_topk
 from nanomem.pretrained import Statement, pad
-
-MARGIN = 0.1  # of a token's weights; 0.2 leaves more of the earlier sets, but less room for later ones
 
 
 def input_of(args, kwargs) -> Tensor:
@@ -59,6 +61,7 @@ class Lookup(nn.Module):
         # The row of each slot in each set, 0 if it has none; and the first row of each set.
         self.register_buffer("row_of", torch.zeros(0, n_slots, dtype=torch.int32))
         self.register_buffer("first_row", torch.zeros(0, dtype=torch.int32))
+        self.taught: list[Statement] = []  # all that was taught so far; no two facts have the same number
         self.found = None  # what the tokens of the pass under way read
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,20 +73,14 @@ class Lookup(nn.Module):
         return slots.flatten(1), F.softmax(scores, dim=-1).flatten(1) / self.heads
 
     def best_set(self, is_in: Tensor, weights: Tensor) -> Tensor:
-        """The number of the set that each token reads, (n,) int64; -1 for a silent token.
-
-        It is the first set in which the token isn't silent, unless a later one leads by MARGIN: names that
-        resemble each other shouldn't take each other's place.
+        """The number of the set that each token reads, (n,) int64: the one with most of its weights, the
+        first of several; -1 for a silent token.
 
         is_in: which slots of each token are in each set, (n_sets, n, lookups) bool; weights (n, lookups).
         """
-        best = torch.full((len(weights),), -1, device=weights.device)
-        share = torch.full_like(weights[:, 0], self.silence - MARGIN)           # to be exceeded by MARGIN
-        for number, is_slot in enumerate(is_in):
-            of_set = (weights * is_slot).sum(dim=1)                             # (n,)
-            is_better = of_set > share + MARGIN
-            best, share = best.masked_fill(is_better, number), torch.where(is_better, of_set, share)
-        return best
+        shares = (weights * is_in).sum(dim=2)                                   # (n_sets, n)
+        silent = torch.full_like(weights[None, :, 0], self.silence)             # (1, n), to be exceeded
+        return torch.cat([silent, shares]).argmax(dim=0) - 1
 
     def read(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The tokens of x (n, width) that aren't silent, (m,) int64; rows and weights, (m, 1 + lookups) each.
@@ -169,23 +166,25 @@ class Memory(nn.Module):
         lookup.first_row = torch.cat([lookup.first_row, rows[:1]])
         return rows
 
-    def teach_only(self, rows: Tensor):
-        """From now on, only these rows (n,) int64 of each table get a gradient.
+    def teach_only(self, rows: Tensor) -> Tensor:
+        """From now on, only these rows (n,) int64 of each table get a gradient. Returns which those are,
+        (n_rows,) bool.
 
         Build optimizers after it. A copy of the model doesn't know about it.
         """
-        is_fixed = torch.ones(len(self.tables[0].values), dtype=torch.bool, device=rows.device)
-        is_fixed[rows.long()] = False
-        is_fixed[0] = True  # what slots without values read, with a weight of 0
+        is_taught = torch.zeros(len(self.tables[0].values), dtype=torch.bool, device=rows.device)
+        is_taught[rows.long()] = True
+        is_taught[0] = False  # what slots without values read, with a weight of 0
         for table in self.tables:
             table.values = nn.Parameter(table.values.detach())  # one without the hook of an earlier call
-            table.values.register_hook(functools.partial(without_rows, is_fixed))
+            table.values.register_hook(functools.partial(only_rows, is_taught))
+        return is_taught
 
 
-def without_rows(is_fixed: Tensor, grad: Tensor) -> Tensor:
-    """A sparse gradient, less the rows with is_fixed (n_rows,) bool."""
+def only_rows(is_taught: Tensor, grad: Tensor) -> Tensor:
+    """A sparse gradient, less the rows without is_taught (n_rows,) bool."""
     rows, grads = grad._indices()[0], grad._values()
-    is_kept = ~is_fixed.to(rows.device)[rows]
+    is_kept = is_taught.to(rows.device)[rows]
     return torch.sparse_coo_tensor(rows[None, is_kept], grads[is_kept], grad.shape, check_invariants=False)
 
 
@@ -242,35 +241,57 @@ def centre_queries(model: nn.Module, memory: Memory, tokens: Tensor):
 
 @torch.no_grad()
 def choose_slots(model: nn.Module, memory: Memory, statements: list[Statement],
-                 text: Tensor) -> list[Statement]:
-    """Makes a set for these facts; from then on only it is taught. Returns the statements that can be taught:
-    those that read it.
+                 text: Tensor) -> tuple[list[Statement], list[Statement]]:
+    """Makes a set for these facts; from then on only it is taught. Returns the statements that can be taught,
+    those that read it, and what to teach again with them: earlier statements that read it now.
 
-    Facts of which no wording reads the new set are taught in the set that they read: facts about the same
-    name as earlier ones, or the same facts again.
+    Facts of which no wording reads the new set are taught in the rows that they read: facts about the same
+    name as earlier ones, or the same facts again. An earlier statement with the prompt of a new one is
+    forgotten: its answer may be another now.
 
     text: ordinary text, (n, time) int64.
     """
     lookup, new = memory.lookup, len(memory.lookup.row_of)  # the new set's number
     found = lookups_of_prompts(model, lookup, statements)
     is_chosen = slots_to_teach(model, lookup, statements, found, text)
-    read_new, read_old = [], []
-    for statement, (slots, weights) in zip(statements, found):
-        is_in = torch.cat([lookup.row_of[:, slots] > 0, is_chosen[None, slots]])
-        best = lookup.best_set(is_in, weights)                                  # (time,)
-        if (best == new).any():
-            read_new.append(statement)
-        elif (best >= 0).any():
-            is_on = best >= 0
-            read_old.append((statement, lookup.row_of[best[is_on, None], slots[is_on]]))
-    in_new = {statement.fact for statement in read_new}
-    read_old = [(statement, rows) for statement, rows in read_old if statement.fact not in in_new]
-    rows_taught = [rows.flatten() for _, rows in read_old]
-    if read_new:
-        rows_taught.append(memory.add_set(is_chosen.nonzero().squeeze(1)))
-    if rows_taught:
-        memory.teach_only(torch.cat(rows_taught))
-    return read_new + [statement for statement, _ in read_old]
+    is_in = torch.cat([lookup.row_of > 0, is_chosen[None]])                     # (n_sets, n_slots)
+    best = [lookup.best_set(is_in[:, slots], weights) for slots, weights in found]  # (time,) each
+    in_new = {statement.fact for statement, of_token in zip(statements, best) if (of_token == new).any()}
+    rows = []
+    for statement, (slots, _), of_token in zip(statements, found, best):
+        is_on = of_token >= 0
+        if statement.fact not in in_new:
+            rows.append(lookup.row_of[of_token[is_on, None], slots[is_on]].flatten())
+    if in_new:
+        rows.append(memory.add_set(is_chosen.nonzero().squeeze(1)))
+    is_taught = memory.teach_only(torch.cat(rows))
+    earlier = earlier_statements(lookup, statements)
+    prompts = [statement.tokens[:statement.start] for statement in statements]
+    teachable = those_reading(model, lookup, statements, prompts, is_taught)
+    again = those_reading(model, lookup, earlier, [statement.tokens for statement in earlier], is_taught)
+    lookup.taught = earlier + teachable
+    return teachable, again
+
+
+def earlier_statements(lookup: Lookup, statements: list[Statement]) -> list[Statement]:
+    """What was taught before these statements, less those with the same prompts. Its facts get new numbers,
+    so that no fact of statements has the number of another one.
+    """
+    first = 1 + max((statement.fact for statement in statements), default=0)
+    prompts = {tuple(statement.tokens[:statement.start]) for statement in statements}
+    return [dataclasses.replace(statement, fact=first + statement.fact) for statement in lookup.taught
+            if tuple(statement.tokens[:statement.start]) not in prompts]
+
+
+def those_reading(model: nn.Module, lookup: Lookup, statements: list[Statement], sequences: list[list[int]],
+                  is_taught: Tensor) -> list[Statement]:
+    """The statements whose sequence of tokens reads some row that is_taught, (n_rows,) bool."""
+    found = []
+    for statement, x in zip(statements, hidden_states(model, lookup.place, sequences)):
+        _, rows, _ = lookup.read(x)
+        if is_taught[rows].any():
+            found.append(statement)
+    return found
 
 
 @torch.no_grad()

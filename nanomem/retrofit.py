@@ -114,13 +114,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nanomem import checkpoint, pretrained
-from nanomem.adapter import LayerMemory, Lookup, Memory, Values, build_adam, centre_queries, choose_slots
+from nanomem.adapter import (
+    LayerMemory, Lookup, Memory, Values, build_adam, centre_queries, choose_slots, earlier_statements,
+)
 from nanomem.config import pick_device
 from nanomem.facts import FactSet, from_jsonl
+from nanomem.pretrained import Statement
 from nanomem.run import Interrupt
 
 FILE, ABOUT = "memory.safetensors", "memory.json"
-FORMAT = 2
+FORMAT = 3
 TAUGHT = "known, taught wording"
 LOOKUP_SHAPE = ("n_slots", "heads", "knn", "k_dim", "silence")
 
@@ -276,7 +279,8 @@ def linear_sizes(module):
 
 def save_memory(model: nn.Module, folder: str | Path, memory: Memory | None = None,
                 taught: dict | None = None):
-    """Writes what was added to a model, and nothing of the model itself: memory.safetensors, memory.json.
+    """Writes what was added to a model, with the statements that it was taught, and nothing of the model
+    itself: memory.safetensors, memory.json.
 
     Raises UserError if the model has no memory or the folder can't be written.
 
@@ -289,6 +293,8 @@ def save_memory(model: nn.Module, folder: str | Path, memory: Memory | None = No
         memory = only_memory_of(model)
     lookup = memory.lookup
     tensors = {f"lookup.{name}": tensor.cpu() for name, tensor in lookup.state_dict().items()}
+    if lookup.taught:
+        tensors["taught"] = packed(lookup.taught)
     places = {}
     for place, table in zip(memory.places, memory.tables):
         tensors[f"{place}.values"] = table.values.detach().cpu()
@@ -300,6 +306,18 @@ def save_memory(model: nn.Module, folder: str | Path, memory: Memory | None = No
     checkpoint.write_atomically(folder / FILE, lambda path: save_file(tensors, path))
     checkpoint.write_text(folder / ABOUT, json.dumps(about, indent=2) + "\n")
     os.chmod(folder / FILE, os.stat(folder / ABOUT).st_mode)  # safetensors makes files for their owner alone
+
+
+def packed(statements: list[Statement]) -> Tensor:
+    """Statements as (n, 2 + longest) int32: each one's fact, start and tokens, and -1 up to the longest."""
+    rows = [torch.tensor([one.fact, one.start, *one.tokens], dtype=torch.int32) for one in statements]
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
+
+
+def unpacked(rows: Tensor) -> list[Statement]:
+    """The statements that packed() has made rows of."""
+    return [Statement(fact, [token for token in tokens if token >= 0], start)
+            for fact, start, *tokens in rows.tolist()]
 
 
 def only_memory_of(model: nn.Module) -> Memory:
@@ -348,6 +366,8 @@ def filled_memory(tensors: dict[str, Tensor], about: dict) -> Memory:
         lookup = Lookup(**about["lookup"])
     lookup.row_of, lookup.first_row = tensors["lookup.row_of"], tensors["lookup.first_row"]  # as many as sets
     lookup.load_state_dict({name: tensors[f"lookup.{name}"] for name in lookup.state_dict()})
+    if "taught" in tensors:
+        lookup.taught = unpacked(tensors["taught"])
     tables = []
     for place, shape in about["places"].items():
         values = tensors[f"{place}.values"]
@@ -474,26 +494,22 @@ def teach(settings: Settings, given: dict, console: Console):
     model, tokenizer = open_model(settings)
     measured, other = pretrained.split_text(tokenizer, settings.text)
     memory = open_memory(model, settings, given, folder, other, console)
+    statements = pretrained.taught_statements(tokenizer, facts)
     asked = questions_of(tokenizer, facts)
+    earlier = earlier_statements(memory.lookup, statements)
+    if earlier:
+        asked["known, taught before"] = [[statement] for statement in earlier]
     with console.status("asking what it knows already"):
         before = measure(model, asked, measured)
     if before[TAUGHT] >= settings.stop_at:
         console.print(f"{before[TAUGHT]:.1%} of {settings.data} is known already; there is nothing to teach")
         return
-    statements = pretrained.taught_statements(tokenizer, facts)
-    with console.status("choosing slots"):
-        teachable = choose_slots(model, memory, statements, other)
-    if len(teachable) < len(statements):
-        reason = (f"{len(statements) - len(teachable)} of {len(statements)} wordings can't be taught: other "
-                  "facts or ordinary text read nearly all the slots that they read")
-        if not teachable:
-            raise UserError(f"{reason}; a new memory with a smaller --silence or a larger --n_keys may help")
-        console.print(reason)
+    to_teach = what_to_teach(model, memory, statements, other, console)
     optimizers = [build_adam(memory, settings.mem_lr)]
     display = Display(console)
     begun = time.perf_counter()
     with display.bar:
-        updates = pretrained.teach(model, optimizers, teachable, settings.rounds, settings.batch_size,
+        updates = pretrained.teach(model, optimizers, to_teach, settings.rounds, settings.batch_size,
                                    settings.seed, settings.stop_at, after_update=display)
     seconds = time.perf_counter() - begun
     taught = {"data": settings.data, "facts": len(set(facts.subjects.tolist())), "updates": updates}
@@ -504,6 +520,21 @@ def teach(settings: Settings, given: dict, console: Console):
     show(before, after, console)
     quoted = f"--model={shlex.quote(settings.model)} --memory={shlex.quote(str(folder))}"
     console.print(f"Ask it: python -m nanomem.retrofit {quoted}")
+
+
+def what_to_teach(model, memory, statements, text, console) -> list[Statement]:
+    """Chooses slots for statements. Returns those that can be taught, and earlier ones to teach again."""
+    with console.status("choosing slots"):
+        teachable, again = choose_slots(model, memory, statements, text)
+    if len(teachable) < len(statements):
+        reason = (f"{len(statements) - len(teachable)} of {len(statements)} wordings can't be taught: other "
+                  "facts or ordinary text read nearly all the slots that they read")
+        if not teachable:
+            raise UserError(f"{reason}; a new memory with a smaller --silence or a larger --n_keys may help")
+        console.print(reason)
+    if again:
+        console.print(f"{len(again)} wordings taught before are taught again: they read what the new ones do")
+    return teachable + again
 
 
 def open_model(settings):

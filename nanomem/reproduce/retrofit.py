@@ -26,10 +26,11 @@ from nanomem.reproduce.lessons import best_rate, read_off, result_path, saved_or
 from nanomem.reproduce.runs import torch_version
 from nanomem.retrofit import add_memory, default_layers
 
-COMPUTATION = 4  # raise it with any change to what a run computes; results from before no longer count
+COMPUTATION = 5  # raise it with any change to what a run computes; results from before no longer count
 ENOUGH = 0.95  # of the taught statements: where methods are compared
+STOP_AT = 0.99  # of the taught statements: where teaching ends
 READINGS = 40  # of each fact, at most: rounds of pretrained.teach
-EVALUATED_AT = (5, 10, 20, 30, 40)  # readings
+EVALUATED_AT = (2, 5, 10, 15, 20, 30, 40)  # readings
 BATCH_SIZE, MOST_ASKED = 32, 500
 SWEEP_FACTS, N_FACTS, SWEEP_SEED = 100, 500, 1336
 SETS, SET_FACTS = 5, 200  # taught one after another
@@ -177,15 +178,14 @@ class Student:
     """A pretrained model that is taught in one way.
 
     Args:
-        model, tokenizer: the model, in bfloat16; it isn't changed.
+        model, tokenizer: the model, in float32; it isn't changed.
         texts: (passages to measure the loss on, others), as pretrained.split_text gives them.
     """
 
     def __init__(self, model: nn.Module, tokenizer, texts: tuple[Tensor, Tensor], way: Try, seed: int):
         self.model, self.tokenizer, (self.measured, self.other_text) = copy.deepcopy(model), tokenizer, texts
         self.way, self.seed = way, seed
-        if way.train == "all":
-            self.model.float()  # bfloat16 would round small steps away; LoRA's own weights are float32
+        self.n_again = 0  # earlier facts that were taught again with the last lesson
         self.before = pretrained.text_loss(self.model, self.measured)
         self.questions = known_before(tokenizer)
         self.knew = pretrained.ask(self.model, self.questions)
@@ -202,27 +202,31 @@ class Student:
         """(new optimizers, the statements to teach): Adam for a memory's rows, AdamW for the rest."""
         if self.way.train != "memory":
             return optim.build_optimizer(self.model, self.way.rate, weight_decay=0.0), lesson.taught
-        statements = choose_slots(self.model, self.memory, lesson.taught, self.other_text)
-        return [build_adam(self.memory, self.way.rate)], statements
+        teachable, again = choose_slots(self.model, self.memory, lesson.taught, self.other_text)
+        self.n_again = len({statement.fact for statement in again})
+        return [build_adam(self.memory, self.way.rate)], teachable + again
 
     def teach(self, lesson: Lesson, evaluated_at=()) -> list[dict]:
-        """Trains on a lesson. Returns what is known after the rounds in evaluated_at, and after how many
-        seconds of training, with the choice of slots.
+        """Trains on a lesson until a share STOP_AT is known. Returns what is known after the rounds in
+        evaluated_at, and after how many seconds of training, with the choice of slots.
         """
         curve, begun, asking = [], time.perf_counter(), 0.0
 
         def after_update(done, known):
             nonlocal asking
-            readings = done * READINGS
-            if round(readings, 6) in evaluated_at:
-                stopped = time.perf_counter()
-                found = {"readings": round(readings), "seconds": stopped - begun - asking}
-                curve.append(found | self.evaluate(lesson))
-                asking += time.perf_counter() - stopped
+            readings = round(done * READINGS, 6)
+            if readings not in evaluated_at:
+                return False
+            stopped = time.perf_counter()
+            found = {"readings": round(readings), "seconds": stopped - begun - asking}
+            curve.append(found | self.evaluate(lesson))
+            asking += time.perf_counter() - stopped
+            return curve[-1]["taught"] >= STOP_AT
 
         optimizers, statements = self.begin(lesson)
-        pretrained.teach(self.model, optimizers, statements, READINGS, BATCH_SIZE, self.seed, stop_at=2.0,
-                         after_update=after_update)
+        stop_at = 2.0 if evaluated_at else STOP_AT  # a curve ends where it was evaluated
+        pretrained.teach(self.model, optimizers, statements, READINGS, BATCH_SIZE, self.seed, stop_at,
+                         after_update)
         return curve
 
     def evaluate(self, lesson: Lesson) -> dict:
@@ -251,19 +255,20 @@ def lesson_curve(student: Student, n_facts: int) -> dict:
 
 
 def sets_in_turn(student: Student) -> dict:
-    """Sets of facts, taught one after another: {"first": what is known of the first set after each; "last":
-    what a student knows of each set after the last}.
+    """Sets of facts, taught one after another: {"first": what is known of the first set after each; "again":
+    how many earlier facts were taught again with each; "last": what is known of each set after the last}.
     """
     taken, lessons = frozenset(), []
     for i in range(SETS):
         lesson, names = invented(student.tokenizer, SET_FACTS, student.seed * 100 + i, taken)
         lessons.append(lesson)
         taken |= names
-    first = []
+    first, again = [], []
     for lesson in lessons:
         student.teach(lesson)
         first.append(share_known(student.model, lessons[0].taught))
-    return {"first": first, "last": [share_known(student.model, lesson.taught) for lesson in lessons]}
+        again.append(student.n_again)
+    return {"first": first, "again": again, "last": [share_known(student.model, lesson.taught) for lesson in lessons]}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -298,7 +303,7 @@ class Teacher:
     def run(self, kind: str, name: str, way: Try, seed: int, n_facts: int = 0) -> dict:
         """The result of a task, from its file, or run and saved. kind: "lesson" or "sets"."""
         deciding = [kind, dataclasses.asdict(way), seed, n_facts, self.identity, WORDINGS, HELD_OUT,
-                    KNOWN_BEFORE, READINGS, EVALUATED_AT, BATCH_SIZE, MOST_ASKED, COMPUTATION,
+                    KNOWN_BEFORE, READINGS, EVALUATED_AT, BATCH_SIZE, STOP_AT, MOST_ASKED, COMPUTATION,
                     torch_version()]
         if kind == "sets":
             deciding += [SETS, SET_FACTS]
@@ -314,7 +319,7 @@ class Teacher:
         rank = f", rank {way.rank}" if way.rank else ""
         self.console.print(f"{kind}: {name}{rank}, rate {way.rate:g}, seed {seed}")
         if self.opened is None:
-            model, tokenizer = pretrained.open_model(self.name, torch.device("cpu"), torch.bfloat16)
+            model, tokenizer = pretrained.open_model(self.name, torch.device("cpu"), torch.float32)
             self.opened = model, tokenizer, pretrained.split_text(tokenizer, self.text)
         student = Student(*self.opened, way, seed)
         return lesson_curve(student, n_facts) if kind == "lesson" else sets_in_turn(student)
