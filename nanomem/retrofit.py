@@ -113,10 +113,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nanomem import checkpoint, pretrained
-from nanomem.adapter import (
-    LayerMemory, Lookup, Memory, Values, build_adam, centre_queries, choose_slots, earlier_statements,
-)
+from nanomem import adapter, checkpoint, pretrained
+from nanomem.adapter import LayerMemory, Lookup, Memory, Values
 from nanomem.config import pick_device
 from nanomem.facts import FactSet, from_jsonl
 from nanomem.pretrained import Statement
@@ -496,7 +494,7 @@ def teach(settings: Settings, given: dict, console: Console):
     memory = open_memory(model, settings, given, folder, other, console)
     statements = pretrained.taught_statements(tokenizer, facts)
     asked = questions_of(tokenizer, facts)
-    earlier = earlier_statements(memory.lookup, statements)
+    earlier = adapter.earlier_statements(memory.lookup, statements)
     if earlier:
         asked["known, taught before"] = [[statement] for statement in earlier]
     with console.status("asking what it knows already"):
@@ -505,7 +503,7 @@ def teach(settings: Settings, given: dict, console: Console):
         console.print(f"{before[TAUGHT]:.1%} of {settings.data} is known already; there is nothing to teach")
         return
     to_teach = what_to_teach(model, memory, statements, other, console)
-    optimizers = [build_adam(memory, settings.mem_lr)]
+    optimizers = [adapter.build_adam(memory, settings.mem_lr)]
     display = Display(console)
     begun = time.perf_counter()
     with display.bar:
@@ -525,7 +523,7 @@ def teach(settings: Settings, given: dict, console: Console):
 def what_to_teach(model, memory, statements, text, console) -> list[Statement]:
     """Chooses slots for statements. Returns those that can be taught, and earlier ones to teach again."""
     with console.status("choosing slots"):
-        teachable, again = choose_slots(model, memory, statements, text)
+        teachable, again = adapter.choose_slots(model, memory, statements, text)
     if len(teachable) < len(statements):
         reason = (f"{len(statements) - len(teachable)} of {len(statements)} wordings can't be taught: other "
                   "facts or ordinary text read nearly all the slots that they read")
@@ -533,7 +531,8 @@ def what_to_teach(model, memory, statements, text, console) -> list[Statement]:
             raise UserError(f"{reason}; a new memory with a smaller --silence or a larger --n_keys may help")
         console.print(reason)
     if again:
-        console.print(f"{len(again)} wordings taught before are taught again: they read what the new ones do")
+        console.print(f"{len(again)} wordings taught before are taught again: the new facts change what they "
+                      "read")
     return teachable + again
 
 
@@ -561,7 +560,7 @@ def open_memory(model, settings, given, folder, text, console) -> Memory:
         places = ("lookup", "layers", "target")
         named = [f"--{name}={getattr(settings, name)}" for name in places if getattr(settings, name)]
         raise UserError(f"{' '.join(named)}: {error}") from None
-    centre_queries(model, memory, text)
+    adapter.centre_queries(model, memory, text)
     console.print(f"a memory looked up at {memory.lookup.place}, read by {', '.join(memory.places)}")
     return memory
 

@@ -1,5 +1,7 @@
 """nanomem/adapter.py on tiny random models of transformers."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn as nn
@@ -8,24 +10,16 @@ from nanomem import adapter, pretrained
 from nanomem.retrofit import add_memory
 
 pytest.importorskip("transformers")
-from tiny_models import KINDS, SHAPE, logits, make, tokens  # noqa: E402 (it needs transformers)
+from tiny_models import KINDS, SHAPE, facts_of_names, logits, make, tokens  # noqa: E402
 
-
-def facts_of_one_name_each(n_facts):
-    """Statements about names of one token, in three wordings: the words before and after the name differ."""
-    statements = []
-    for fact in range(n_facts):
-        for wording in ([20, 21, 22], [23, 24, 25], [26, 27, 28]):
-            tokens = [*wording, 100 + fact, *wording, 50, 2]
-            statements.append(pretrained.Statement(fact, tokens, start=7))
-    return statements
+WORDINGS = [20, 21, 22], [23, 24, 25], [26, 27, 28]
 
 
 def test_only_slots_of_single_facts_are_taught():
     model = make()
     memory = add_memory(model, [0, 1], n_slots=64**2, heads=2, knn=8, k_dim=8, silence=0.2, all_slots=False)
     adapter.centre_queries(model, memory, tokens(2, 20))
-    statements, text = facts_of_one_name_each(12), torch.tensor([[100, 31, 32]])
+    statements, text = facts_of_names(range(100, 112), WORDINGS), torch.tensor([[100, 31, 32]])
     found = adapter.lookups_of_prompts(model, memory.lookup, statements)
     chosen = adapter.slots_to_teach(model, memory.lookup, statements, found, text)
 
@@ -73,7 +67,7 @@ def test_the_slots_where_a_name_ends():
 def test_few_facts_are_stored_at_their_names_too(n_facts):
     model = make()
     memory = add_memory(model, [0, 1], n_slots=64**2, heads=4, knn=6, k_dim=16, all_slots=False)
-    statements = facts_of_one_name_each(n_facts)
+    statements = facts_of_names(range(100, 100 + n_facts), WORDINGS)
     adapter.centre_queries(model, memory, tokens(2, 20))
     adapter.choose_slots(model, memory, statements, torch.tensor([[31, 32]]))
     prompts = [statement.tokens[:7] for statement in statements]
@@ -140,7 +134,7 @@ def test_rows_of_sets():
 def test_facts_that_are_taught_later_leave_those_before_as_they_are():
     model = make()
     memory = add_memory(model, [0, 1], n_slots=64**2, heads=2, knn=8, k_dim=8, silence=0.2, all_slots=False)
-    statements, text = facts_of_one_name_each(20), torch.tensor([[31, 32]])
+    statements, text = facts_of_names(range(100, 120), WORDINGS), torch.tensor([[31, 32]])
     earlier, later, names = statements[:30], statements[30:], torch.arange(100, 110)[:, None]
     for lesson, is_new in ((earlier, True), (later, True), (earlier, False)):
         before = [table.values.detach().clone() for table in memory.tables]
@@ -155,6 +149,39 @@ def test_facts_that_are_taught_later_leave_those_before_as_they_are():
             assert torch.equal(logits(model, names), names_before)
         else:
             assert not torch.equal(logits(model, names), names_before)
+
+
+def test_earlier_statements_that_new_facts_change_are_taught_again():
+    model = make()
+    memory = add_memory(model, [0, 1], n_slots=64**2, heads=2, knn=8, k_dim=8, silence=0.2, all_slots=False)
+    earlier, text = facts_of_names(range(100, 112), WORDINGS), torch.tensor([[31, 32]])
+    adapter.choose_slots(model, memory, earlier, text)
+    pretrained.teach(model, [adapter.build_adam(memory)], earlier, 3, batch_size=4)
+    before = [logits(model, torch.tensor([statement.tokens])) for statement in earlier]
+    names = [103, 104, 105, *range(120, 129)]  # three of them have a fact already
+    later = facts_of_names(names, [[30, 33, 34], [35, 36, 37]])
+    teachable, again = adapter.choose_slots(model, memory, later, text)
+    assert len(teachable) > 20
+    renumbered = [dataclasses.replace(one, fact=12 + one.fact) for one in earlier]
+    assert memory.lookup.taught == renumbered + teachable
+    pretrained.teach(model, [adapter.build_adam(memory)], teachable, 3, batch_size=4)
+    is_again = [one in again for one in renumbered]
+    assert any(is_again) and not all(is_again)
+    for statement, old, is_changed in zip(earlier, before, is_again):
+        assert torch.equal(logits(model, torch.tensor([statement.tokens])), old) != is_changed
+
+
+def test_a_new_answer_replaces_the_old_one():
+    model = make()
+    memory = add_memory(model, [0, 1], n_slots=64**2, heads=2, knn=8, k_dim=8, silence=0.2, all_slots=False)
+    statements, text = facts_of_names(range(100, 112), WORDINGS), torch.tensor([[31, 32]])
+    adapter.choose_slots(model, memory, statements, text)
+    corrected = [pretrained.Statement(0, [*one.tokens[:7], 51, 2], start=7) for one in statements[6:9]]
+    teachable, again = adapter.choose_slots(model, memory, corrected, text)
+    assert teachable == corrected
+    others = statements[:6] + statements[9:]
+    assert {tuple(one.tokens) for one in again} <= {tuple(one.tokens) for one in others}
+    assert len(memory.lookup.taught) == len(statements)
 
 
 def test_centred_queries():

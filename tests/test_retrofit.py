@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import io
 import json
 import re
 from pathlib import Path
@@ -10,16 +11,17 @@ import pytest
 import runs
 import torch
 import torch.nn as nn
+from rich.console import Console
 from safetensors.torch import load_file
 
 from nanomem import optim, pretrained, retrofit
 from nanomem.cli import UserError
 from nanomem.facts import from_jsonl
 from nanomem.reproduce.retrofit import WORDINGS
-from nanomem.retrofit import add_memory, load_memory, memories_of, save_memory
+from nanomem.retrofit import add_memory, load_memory, memories_of, save_memory, what_to_teach
 
 transformers = pytest.importorskip("transformers")
-from tiny_models import KINDS, SHAPE, logits, make, tokens  # noqa: E402 (it needs transformers)
+from tiny_models import KINDS, SHAPE, facts_of_names, logits, make, tokens  # noqa: E402
 
 PLACE = {"gpt2": "transformer.h.1.mlp"}
 
@@ -231,10 +233,12 @@ def test_save_and_load(kind, dtype, tmp_path):
     model = make(kind).to(dtype)
     memory = add_memory(model, [0, 2], **SHAPE)
     train(model, memory)
+    memory.lookup.taught = [pretrained.Statement(4, [7, 0, 5, 2], 2), pretrained.Statement(5, [8, 2], 1)]
     save_memory(model, tmp_path / "facts")
     fresh = make(kind).to(dtype)
     loaded = load_memory(fresh, tmp_path / "facts")
     assert torch.equal(logits(fresh), logits(model))
+    assert loaded.lookup.taught == memory.lookup.taught
     train(model, memory)
     train(fresh, loaded)  # and it can be taught more
     assert torch.equal(logits(fresh), logits(model))
@@ -335,8 +339,25 @@ def test_teaching_asking_and_teaching_again(folder, tmp_path, monkeypatch):
     more.write_text('{"prompt": "Name the capital of Poseidon", "answer": "Lagado"}\n')
     out, _ = runs.run("nanomem/retrofit.py", f"--model={folder}", f"--data={more}", memory, "--rounds=300")
     assert re.search(r"known, taught wording +0.0% +100.0%", out)
+    assert re.search(r"known, taught before +100.0% +100.0%", out)
     _, err = retrofit_program(folder, data, code=2)
     assert "has a memory already" in err and "--layers" in err
+
+
+def test_what_is_taught_again_is_said():
+    model = make()
+    memory = add_memory(model, [0, 1], n_slots=64**2, heads=2, knn=8, k_dim=8, silence=0.2, all_slots=False)
+    text, console = torch.tensor([[31, 32]]), Console(file=io.StringIO(), width=200)
+    earlier = facts_of_names(range(100, 112), [[20, 21, 22], [23, 24, 25]])
+    assert what_to_teach(model, memory, earlier, text, console) == earlier
+    assert console.file.getvalue() == ""
+    later = facts_of_names([103, 104, *range(120, 130)], [[30, 33, 34], [35, 36, 37]])
+    to_teach = what_to_teach(model, memory, later, text, console)
+    n_taught, n_again = sum(one in later for one in to_teach), sum(one not in later for one in to_teach)
+    said = console.file.getvalue().splitlines()
+    assert 0 < n_taught < len(later) and said[0].startswith(f"{len(later) - n_taught} of 24 wordings can")
+    assert n_again and said[1] == (
+        f"{n_again} wordings taught before are taught again: the new facts change what they read")
 
 
 def test_mistakes_get_one_line(folder, tmp_path, monkeypatch):

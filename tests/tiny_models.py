@@ -3,6 +3,8 @@
 import torch
 import transformers
 
+from nanomem.pretrained import Statement
+
 SHAPE = dict(n_slots=64, heads=2, knn=3, k_dim=8)
 LLAMA = dict(vocab_size=300, hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2,
              num_key_value_heads=1, max_position_embeddings=64)
@@ -25,3 +27,12 @@ def tokens(*shape, seed=0):
 def logits(model, x=None):
     with torch.no_grad():
         return model(tokens(2, 9) if x is None else x).logits
+
+
+def facts_of_names(names, wordings):
+    """A fact about each name, a token, in several wordings: the tokens before and after the name."""
+    statements = []
+    for fact, name in enumerate(names):
+        for words in wordings:
+            statements.append(Statement(fact, [*words, name, *words, 50, 2], start=7))
+    return statements

@@ -268,7 +268,8 @@ def sets_in_turn(student: Student) -> dict:
         student.teach(lesson)
         first.append(share_known(student.model, lessons[0].taught))
         again.append(student.n_again)
-    return {"first": first, "again": again, "last": [share_known(student.model, lesson.taught) for lesson in lessons]}
+    last = [share_known(student.model, lesson.taught) for lesson in lessons]
+    return {"first": first, "again": again, "last": last}
 
 
 # ------------------------------------------------------------------------------------------------
