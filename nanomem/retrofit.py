@@ -460,19 +460,15 @@ class Display:
         self.bar = Progress(TextColumn("{task.description}"), BarColumn(bar_width=20), TimeRemainingColumn(),
                             console=console, disable=not console.is_terminal)
         self.task = self.bar.add_task("teaching", total=1.0)
-        self.interrupt = Interrupt()
 
-    def __call__(self, done: float, known: float) -> bool:
-        """Shows an update: the shares of all rounds done and of statements known. Returns whether the user
-        wants to stop.
-        """
+    def __call__(self, done: float, known: float):
+        """Shows an update: the shares of all rounds done and of statements known."""
         self.bar.update(self.task, completed=done, description=f"{known:.0%} known")
         if not self.console.is_terminal and int(10 * done) > self.tenths:
             self.tenths = int(10 * done)
             seconds = int((time.perf_counter() - self.begun) * (1 - done) / done)
             left = f"at most {seconds // 60}:{seconds % 60:02} left"
             self.console.print(f"{done:4.0%} of the rounds  {known:.0%} known  {left}")
-        return self.interrupt.requested
 
 
 def measure(model, asked: dict, text: Tensor) -> dict:
@@ -504,11 +500,16 @@ def teach(settings: Settings, given: dict, console: Console):
         return
     to_teach = what_to_teach(model, memory, statements, other, console)
     optimizers = [adapter.build_adam(memory, settings.mem_lr)]
-    display = Display(console)
+    display, interrupt = Display(console), Interrupt()
+
+    def after_update(done, known):
+        display(done, known)
+        return interrupt.requested
+
     begun = time.perf_counter()
     with display.bar:
         updates = pretrained.teach(model, optimizers, to_teach, settings.rounds, settings.batch_size,
-                                   settings.seed, settings.stop_at, after_update=display)
+                                   settings.seed, settings.stop_at, after_update)
     seconds = time.perf_counter() - begun
     taught = {"data": settings.data, "facts": len(set(facts.subjects.tolist())), "updates": updates}
     save_memory(model, folder, memory, taught)

@@ -24,13 +24,13 @@ from nanomem.facts import people
 from nanomem.pretrained import Statement
 from nanomem.reproduce.lessons import best_rate, read_off, result_path, saved_or_run
 from nanomem.reproduce.runs import torch_version
-from nanomem.retrofit import add_memory, default_layers
+from nanomem.retrofit import Display, add_memory, default_layers
 
 COMPUTATION = 5  # raise it with any change to what a run computes; results from before no longer count
 ENOUGH = 0.95  # of the taught statements: where methods are compared
 STOP_AT = 0.99  # of the taught statements: where teaching ends
 READINGS = 40  # of each fact, at most: rounds of pretrained.teach
-EVALUATED_AT = (2, 5, 10, 15, 20, 30, 40)  # readings
+EVALUATED_AT = (2, 5, 10, 20, 30, 40)  # readings
 BATCH_SIZE, MOST_ASKED = 32, 500
 SWEEP_FACTS, N_FACTS, SWEEP_SEED = 100, 500, 1336
 SETS, SET_FACTS = 5, 200  # taught one after another
@@ -180,11 +180,13 @@ class Student:
     Args:
         model, tokenizer: the model, in float32; it isn't changed.
         texts: (passages to measure the loss on, others), as pretrained.split_text gives them.
+        console: where to show how far teaching is.
     """
 
-    def __init__(self, model: nn.Module, tokenizer, texts: tuple[Tensor, Tensor], way: Try, seed: int):
+    def __init__(self, model: nn.Module, tokenizer, texts: tuple[Tensor, Tensor], way: Try, seed: int,
+                 console):
         self.model, self.tokenizer, (self.measured, self.other_text) = copy.deepcopy(model), tokenizer, texts
-        self.way, self.seed = way, seed
+        self.way, self.seed, self.console = way, seed, console
         self.n_again = 0  # earlier facts that were taught again with the last lesson
         self.before = pretrained.text_loss(self.model, self.measured)
         self.questions = known_before(tokenizer)
@@ -211,9 +213,11 @@ class Student:
         evaluated_at, and after how many seconds of training, with the choice of slots.
         """
         curve, begun, asking = [], time.perf_counter(), 0.0
+        display = Display(self.console)
 
         def after_update(done, known):
             nonlocal asking
+            display(done, known)
             readings = round(done * READINGS, 6)
             if readings not in evaluated_at:
                 return False
@@ -225,8 +229,9 @@ class Student:
 
         optimizers, statements = self.begin(lesson)
         stop_at = 2.0 if evaluated_at else STOP_AT  # a curve ends where it was evaluated
-        pretrained.teach(self.model, optimizers, statements, READINGS, BATCH_SIZE, self.seed, stop_at,
-                         after_update)
+        with display.bar:
+            pretrained.teach(self.model, optimizers, statements, READINGS, BATCH_SIZE, self.seed, stop_at,
+                             after_update)
         return curve
 
     def evaluate(self, lesson: Lesson) -> dict:
@@ -322,7 +327,7 @@ class Teacher:
         if self.opened is None:
             model, tokenizer = pretrained.open_model(self.name, torch.device("cpu"), torch.float32)
             self.opened = model, tokenizer, pretrained.split_text(tokenizer, self.text)
-        student = Student(*self.opened, way, seed)
+        student = Student(*self.opened, way, seed, self.console)
         return lesson_curve(student, n_facts) if kind == "lesson" else sets_in_turn(student)
 
 
