@@ -243,34 +243,43 @@ def centre_queries(model: nn.Module, memory: Memory, tokens: Tensor):
 def choose_slots(model: nn.Module, memory: Memory, statements: list[Statement],
                  text: Tensor) -> tuple[list[Statement], list[Statement]]:
     """Makes a set for these facts; from then on only it is taught. Returns the statements that can be taught,
-    those that read it, and what to teach again with them: earlier statements that read it now.
+    those that read it, and what to teach again with them: earlier statements that now read it, too.
 
     Facts of which no wording reads the new set are taught in the rows that they read: facts about the same
     name as earlier ones, or the same facts again. An earlier statement with the prompt of a new one is
-    forgotten: its answer may be another now.
+    forgotten, since its answer may be another one now.
 
     text: ordinary text, (n, time) int64.
     """
-    lookup, new = memory.lookup, len(memory.lookup.row_of)  # the new set's number
+    lookup = memory.lookup
     found = lookups_of_prompts(model, lookup, statements)
     is_chosen = slots_to_teach(model, lookup, statements, found, text)
-    is_in = torch.cat([lookup.row_of > 0, is_chosen[None]])                     # (n_sets, n_slots)
-    best = [lookup.best_set(is_in[:, slots], weights) for slots, weights in found]  # (time,) each
-    in_new = {statement.fact for statement, of_token in zip(statements, best) if (of_token == new).any()}
-    rows = []
-    for statement, (slots, _), of_token in zip(statements, found, best):
-        is_on = of_token >= 0
-        if statement.fact not in in_new:
-            rows.append(lookup.row_of[of_token[is_on, None], slots[is_on]].flatten())
-    if in_new:
-        rows.append(memory.add_set(is_chosen.nonzero().squeeze(1)))
-    is_taught = memory.teach_only(torch.cat(rows))
-    earlier = earlier_statements(lookup, statements)
+    is_taught = memory.teach_only(rows_to_teach(memory, statements, found, is_chosen))
     prompts = [statement.tokens[:statement.start] for statement in statements]
     teachable = those_reading(model, lookup, statements, prompts, is_taught)
+    earlier = earlier_statements(lookup, statements)
     again = those_reading(model, lookup, earlier, [statement.tokens for statement in earlier], is_taught)
     lookup.taught = earlier + teachable
     return teachable, again
+
+
+def rows_to_teach(memory: Memory, statements: list[Statement], found: list[tuple[Tensor, Tensor]],
+                  is_chosen: Tensor) -> Tensor:
+    """Makes a set of the chosen slots, (n_slots,) bool, if some token would read it. Returns its rows, and
+    those that facts read of which no wording reads the new set.
+
+    found: the lookups_of_prompts of the statements.
+    """
+    lookup, new = memory.lookup, len(memory.lookup.row_of)  # the new set's number
+    is_in = torch.cat([lookup.row_of > 0, is_chosen[None]])                     # (n_sets, n_slots)
+    best = [lookup.best_set(is_in[:, slots], weights) for slots, weights in found]  # (time,) each
+    in_new = {statement.fact for statement, of_token in zip(statements, best) if (of_token == new).any()}
+    rows = [memory.add_set(is_chosen.nonzero().squeeze(1))] if in_new else []
+    for statement, (slots, _), of_token in zip(statements, found, best):
+        if statement.fact not in in_new:
+            is_on = of_token >= 0
+            rows.append(lookup.row_of[of_token[is_on, None], slots[is_on]].flatten())
+    return torch.cat(rows)
 
 
 def earlier_statements(lookup: Lookup, statements: list[Statement]) -> list[Statement]:
