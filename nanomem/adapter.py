@@ -2,7 +2,7 @@
 The memory that retrofit.py adds to a pretrained model: one product-key lookup, values for several layers.
 
     s, I = softmax and slots of the k highest <W (x - mean), K_i>    per head, as in memory.py
-    y_l  = V_l[0] + sum of s_i V_l[i]                                over the slots i of I that hold the facts
+    y_l  = c_l + sum of s_i V_l[i]                                   over the slots i of I that hold the facts
 
 x is the input of a low layer's feed-forward module, and y_l is added to the output of layer l's. W and K are
 random and fixed: they hash the hidden state, so that tokens with similar states read the same slots. In a low
@@ -11,11 +11,11 @@ found in new wordings, too, and the layers above choose from it what a prompt as
 
 Only slots chosen for some facts have values. A token with too little weight in them reads nothing, so that
 nearly all other text is left as it was. Facts taught at one time are a set, with rows of their own and a row
-V_l[0] for what they have in common. A token reads from one set only, the one with most of its weights, so
-that later sets leave the rows of earlier ones as they were.
+c_l for what they have in common. A token reads one set only, the one with the largest share of its weights,
+so that new facts leave the rows of earlier ones as they were.
 
-Still, a later set can take tokens of earlier statements, where names resemble each other. So a memory keeps
-the statements that it was taught, and those that a later set changes are taught again together with it.
+Still, a new set can take tokens of earlier statements, where names resemble each other. So a memory keeps the
+statements that it was given, and a lesson teaches those again that it would change.
 """
 
 import dataclasses
@@ -61,7 +61,7 @@ class Lookup(nn.Module):
         # The row of each slot in each set, 0 if it has none; and the first row of each set.
         self.register_buffer("row_of", torch.zeros(0, n_slots, dtype=torch.int32))
         self.register_buffer("first_row", torch.zeros(0, dtype=torch.int32))
-        self.taught: list[Statement] = []  # all that was taught so far; no two facts have the same number
+        self.statements: list[Statement] = []  # all it was given; no two facts have the same number
         self.found = None  # what the tokens of the pass under way read
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,8 +73,8 @@ class Lookup(nn.Module):
         return slots.flatten(1), F.softmax(scores, dim=-1).flatten(1) / self.heads
 
     def best_set(self, is_in: Tensor, weights: Tensor) -> Tensor:
-        """The number of the set that each token reads, (n,) int64: the one with most of its weights, the
-        first of several; -1 for a silent token.
+        """The number of the set that each token reads, (n,) int64: the one with the largest share of its
+        weights, the first if several are equal; -1 for a silent token.
 
         is_in: which slots of each token are in each set, (n_sets, n, lookups) bool; weights (n, lookups).
         """
@@ -182,7 +182,7 @@ class Memory(nn.Module):
 
 
 def only_rows(is_taught: Tensor, grad: Tensor) -> Tensor:
-    """A sparse gradient, less the rows without is_taught (n_rows,) bool."""
+    """Drops the rows of a sparse gradient that aren't taught: is_taught (n_rows,) bool."""
     rows, grads = grad._indices()[0], grad._values()
     is_kept = is_taught.to(rows.device)[rows]
     return torch.sparse_coo_tensor(rows[None, is_kept], grads[is_kept], grad.shape, check_invariants=False)
@@ -242,31 +242,36 @@ def centre_queries(model: nn.Module, memory: Memory, tokens: Tensor):
 @torch.no_grad()
 def choose_slots(model: nn.Module, memory: Memory, statements: list[Statement],
                  text: Tensor) -> tuple[list[Statement], list[Statement]]:
-    """Makes a set for these facts; from then on only it is taught. Returns the statements that can be taught,
-    those that read it, and what to teach again with them: earlier statements that now read it, too.
+    """Chooses the rows for these facts; from then on, only they are taught. Returns (the statements that read
+    those rows, earlier statements that read them, too). Teach both: else the second are lost.
 
-    Facts of which no wording reads the new set are taught in the rows that they read: facts about the same
-    name as earlier ones, or the same facts again. An earlier statement with the prompt of a new one is
-    forgotten, since its answer may be another one now.
+    The rows are a new set. If no wording of a fact reads the new set, the fact is taught in the rows that its
+    wordings already read: it is about the same name as an earlier fact, or was taught before. Earlier facts
+    to which a new statement gives another answer are forgotten.
+
+    Raises ValueError without statements, and if the memory has values for all slots.
 
     text: ordinary text, (n, time) int64.
     """
     lookup = memory.lookup
+    if not statements:
+        raise ValueError("there are no statements to choose slots for")
+    if (lookup.row_of > 0).all(dim=1).any():
+        raise ValueError("this memory has values for all slots; make it with all_slots=False")
     found = lookups_of_prompts(model, lookup, statements)
     is_chosen = slots_to_teach(model, lookup, statements, found, text)
     is_taught = memory.teach_only(rows_to_teach(memory, statements, found, is_chosen))
-    prompts = [statement.tokens[:statement.start] for statement in statements]
-    teachable = those_reading(model, lookup, statements, prompts, is_taught)
     earlier = earlier_statements(lookup, statements)
-    again = those_reading(model, lookup, earlier, [statement.tokens for statement in earlier], is_taught)
-    lookup.taught = earlier + teachable
-    return teachable, again
+    lookup.statements = earlier + statements
+    # Of an earlier statement, the answer's tokens count, too, except for the last, which predicts nothing.
+    return (those_reading(model, lookup, statements, [one.prompt for one in statements], is_taught),
+            those_reading(model, lookup, earlier, [one.tokens[:-1] for one in earlier], is_taught))
 
 
 def rows_to_teach(memory: Memory, statements: list[Statement], found: list[tuple[Tensor, Tensor]],
                   is_chosen: Tensor) -> Tensor:
-    """Makes a set of the chosen slots, (n_slots,) bool, if some token would read it. Returns its rows, and
-    those that facts read of which no wording reads the new set.
+    """Makes a set of the chosen slots, (n_slots,) bool, if some token would read it. Returns the rows to
+    teach: the new set's, and the old rows of facts that don't read it.
 
     found: the lookups_of_prompts of the statements.
     """
@@ -283,20 +288,22 @@ def rows_to_teach(memory: Memory, statements: list[Statement], found: list[tuple
 
 
 def earlier_statements(lookup: Lookup, statements: list[Statement]) -> list[Statement]:
-    """What was taught before these statements, less those with the same prompts. Its facts get new numbers,
-    so that no fact of statements has the number of another one.
+    """What a memory was given before these statements, less the same ones, and less all wordings of facts to
+    which they give another answer. Facts get new numbers, so that they don't clash with those of statements.
     """
-    first = 1 + max((statement.fact for statement in statements), default=0)
-    prompts = {tuple(statement.tokens[:statement.start]) for statement in statements}
-    return [dataclasses.replace(statement, fact=first + statement.fact) for statement in lookup.taught
-            if tuple(statement.tokens[:statement.start]) not in prompts]
+    answer_to = {tuple(one.prompt): one.tokens for one in statements}
+    corrected = {one.fact for one in lookup.statements
+                 if answer_to.get(tuple(one.prompt), one.tokens) != one.tokens}
+    first = 1 + max(one.fact for one in statements)
+    return [dataclasses.replace(one, fact=first + one.fact) for one in lookup.statements
+            if one.fact not in corrected and tuple(one.prompt) not in answer_to]
 
 
 def those_reading(model: nn.Module, lookup: Lookup, statements: list[Statement], sequences: list[list[int]],
                   is_taught: Tensor) -> list[Statement]:
     """The statements whose sequence of tokens reads some row that is_taught, (n_rows,) bool."""
     found = []
-    for statement, x in zip(statements, hidden_states(model, lookup.place, sequences)):
+    for x, statement in zip(hidden_states(model, lookup.place, sequences), statements):
         _, rows, _ = lookup.read(x)
         if is_taught[rows].any():
             found.append(statement)
@@ -307,7 +314,7 @@ def those_reading(model: nn.Module, lookup: Lookup, statements: list[Statement],
 def lookups_of_prompts(model: nn.Module, lookup: Lookup,
                        statements: list[Statement]) -> list[tuple[Tensor, Tensor]]:
     """The slots that the tokens of each statement's prompt read and their weights, (time, lookups) each."""
-    prompts = [statement.tokens[:statement.start] for statement in statements]
+    prompts = [statement.prompt for statement in statements]
     return [lookup(x) for x in hidden_states(model, lookup.place, prompts)]
 
 

@@ -87,6 +87,11 @@ class Statement:
     tokens: list[int]  # prompt, answer, end
     start: int  # where the answer begins
 
+    @property
+    def prompt(self) -> list[int]:
+        """The tokens before the answer."""
+        return self.tokens[:self.start]
+
 
 def encode_fact(tokenizer, fact: int, prompt: str, answer: str) -> Statement:
     """Prompt and answer as the tokenizer reads them together."""

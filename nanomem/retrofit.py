@@ -291,8 +291,8 @@ def save_memory(model: nn.Module, folder: str | Path, memory: Memory | None = No
         memory = only_memory_of(model)
     lookup = memory.lookup
     tensors = {f"lookup.{name}": tensor.cpu() for name, tensor in lookup.state_dict().items()}
-    if lookup.taught:
-        tensors["taught"] = packed(lookup.taught)
+    if lookup.statements:
+        tensors["statements"] = packed(lookup.statements)
     places = {}
     for place, table in zip(memory.places, memory.tables):
         tensors[f"{place}.values"] = table.values.detach().cpu()
@@ -364,8 +364,8 @@ def filled_memory(tensors: dict[str, Tensor], about: dict) -> Memory:
         lookup = Lookup(**about["lookup"])
     lookup.row_of, lookup.first_row = tensors["lookup.row_of"], tensors["lookup.first_row"]  # as many as sets
     lookup.load_state_dict({name: tensors[f"lookup.{name}"] for name in lookup.state_dict()})
-    if "taught" in tensors:
-        lookup.taught = unpacked(tensors["taught"])
+    if "statements" in tensors:
+        lookup.statements = unpacked(tensors["statements"])
     tables = []
     for place, shape in about["places"].items():
         values = tensors[f"{place}.values"]

@@ -233,12 +233,12 @@ def test_save_and_load(kind, dtype, tmp_path):
     model = make(kind).to(dtype)
     memory = add_memory(model, [0, 2], **SHAPE)
     train(model, memory)
-    memory.lookup.taught = [pretrained.Statement(4, [7, 0, 5, 2], 2), pretrained.Statement(5, [8, 2], 1)]
+    memory.lookup.statements = [pretrained.Statement(4, [7, 0, 5, 2], 2), pretrained.Statement(5, [8, 2], 1)]
     save_memory(model, tmp_path / "facts")
     fresh = make(kind).to(dtype)
     loaded = load_memory(fresh, tmp_path / "facts")
     assert torch.equal(logits(fresh), logits(model))
-    assert loaded.lookup.taught == memory.lookup.taught
+    assert loaded.lookup.statements == memory.lookup.statements
     train(model, memory)
     train(fresh, loaded)  # and it can be taught more
     assert torch.equal(logits(fresh), logits(model))

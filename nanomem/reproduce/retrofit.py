@@ -9,6 +9,7 @@ each; the table is of 500 facts, other people, and several seeds.
 
 import copy
 import dataclasses
+import math
 import time
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from nanomem.retrofit import Display, add_memory, default_layers
 COMPUTATION = 5  # raise it with any change to what a run computes; results from before no longer count
 ENOUGH = 0.95  # of the taught statements: where methods are compared
 STOP_AT = 0.99  # of the taught statements: where teaching ends
-READINGS = 40  # of each fact, at most: rounds of pretrained.teach
+READINGS = 40  # of each fact, at most
 EVALUATED_AT = (2, 5, 10, 20, 30, 40)  # readings
 BATCH_SIZE, MOST_ASKED = 32, 500
 SWEEP_FACTS, N_FACTS, SWEEP_SEED = 100, 500, 1336
@@ -213,7 +214,6 @@ class Student:
         evaluated_at, and after how many seconds of training, with the choice of slots.
         """
         curve, begun, asking = [], time.perf_counter(), 0.0
-        display = Display(self.console)
 
         def after_update(done, known):
             nonlocal asking
@@ -228,7 +228,8 @@ class Student:
             return curve[-1]["taught"] >= STOP_AT
 
         optimizers, statements = self.begin(lesson)
-        stop_at = 2.0 if evaluated_at else STOP_AT  # a curve ends where it was evaluated
+        display = Display(self.console)
+        stop_at = math.inf if evaluated_at else STOP_AT  # a curve ends only where it was evaluated
         with display.bar:
             pretrained.teach(self.model, optimizers, statements, rounds, BATCH_SIZE, self.seed, stop_at,
                              after_update)
