@@ -7,7 +7,7 @@ A memory for a pretrained language model: new facts, and hardly anything else ch
     from nanomem.retrofit import add_memory, load_memory, save_memory
     memory = add_memory(model, layers=[4, 6, 8, 10], lookup=2)
     ...                                          # train with optim.build_optimizer(memory)
-    save_memory(model, "out/facts")              # only what was added
+    save_memory(model, "out/facts")              # what was added, nothing of the model
 
 adapter.py has the memory itself and explains why it looks up in a low layer. Its values start at zero, so at
 first nothing changes. Only values are trained. pretrained.py has what surrounds it: facts, loss, the loop.
@@ -102,6 +102,7 @@ if __name__ == "__main__":  # --help and mistakes are answered before the slow i
 import hashlib
 import json
 import os
+import random
 import shlex
 import time
 
@@ -123,6 +124,7 @@ from nanomem.run import Interrupt
 FILE, ABOUT = "memory.safetensors", "memory.json"
 FORMAT = 3
 TAUGHT = "known, taught wording"
+MOST_EARLIER = 500  # of the statements taught before: how many are asked at most
 LOOKUP_SHAPE = ("n_slots", "heads", "knn", "k_dim", "silence")
 
 # ------------------------------------------------------------------------------------------------
@@ -307,15 +309,18 @@ def save_memory(model: nn.Module, folder: str | Path, memory: Memory | None = No
 
 
 def packed(statements: list[Statement]) -> Tensor:
-    """Statements as (n, 2 + longest) int32: each one's fact, start and tokens, and -1 up to the longest."""
+    """Statements as (n, 2 + longest) int32: each one's fact, start and tokens, padded with -1."""
     rows = [torch.tensor([one.fact, one.start, *one.tokens], dtype=torch.int32) for one in statements]
     return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
 
 
 def unpacked(rows: Tensor) -> list[Statement]:
-    """The statements that packed() has made rows of."""
-    return [Statement(fact, [token for token in tokens if token >= 0], start)
-            for fact, start, *tokens in rows.tolist()]
+    """The inverse of packed(). Raises ValueError for what isn't of its making."""
+    found = [Statement(fact, [token for token in tokens if token >= 0], start)
+             for fact, start, *tokens in rows.tolist()]
+    if rows.dtype != torch.int32 or not all(0 < one.start < len(one.tokens) for one in found):
+        raise ValueError("its statements are damaged")
+    return found
 
 
 def only_memory_of(model: nn.Module) -> Memory:
@@ -352,7 +357,7 @@ def load_memory(model: nn.Module, folder: str | Path) -> Memory:
     check_model(model, about, folder)
     try:
         memory = filled_memory(load_file(folder / FILE), about)
-    except (SafetensorError, OSError, KeyError, ValueError, RuntimeError, TypeError) as error:
+    except (SafetensorError, OSError, LookupError, ValueError, RuntimeError, TypeError) as error:
         raise UserError(f"{folder / FILE} can't be loaded ({error})") from None
     attach(model, memory)
     return memory
@@ -383,12 +388,14 @@ def read_about(folder: Path) -> dict:
     try:
         about["model"]["hash"], about["model"]["config"].items(), about["lookup"]["place"]
         for shape in about["places"].values():
-            shape["width"], shape["weights"]
+            shape["width"], torch.tensor(shape["weights"], dtype=torch.float32)
         is_newer, is_older = about["format"] > FORMAT, about["format"] < FORMAT
-    except (KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError):
         raise UserError(f"{folder / ABOUT} does not describe a memory") from None
     if is_newer:
         raise UserError(f"{folder} has format {about['format']}, of a newer nanomem; this one reads {FORMAT}")
+    if not about["places"]:
+        raise UserError(f"{folder / ABOUT} names no place that reads the memory")
     if is_older:
         raise UserError(f"{folder} has format {about['format']}, of an older nanomem; teach the facts again")
     return about
@@ -492,7 +499,8 @@ def teach(settings: Settings, given: dict, console: Console):
     asked = questions_of(tokenizer, facts)
     earlier = adapter.earlier_statements(memory.lookup, statements)
     if earlier:
-        asked["known, taught before"] = [[statement] for statement in earlier]
+        some = random.Random(0).sample(earlier, min(MOST_EARLIER, len(earlier)))
+        asked["known, taught before"] = [[statement] for statement in some]
     with console.status("asking what it knows already"):
         before = measure(model, asked, measured)
     if before[TAUGHT] >= settings.stop_at:
@@ -521,13 +529,14 @@ def teach(settings: Settings, given: dict, console: Console):
     console.print(f"Ask it: python -m nanomem.retrofit {quoted}")
 
 
-def what_to_teach(model, memory, statements, text, console) -> list[Statement]:
+def what_to_teach(model: nn.Module, memory: Memory, statements: list[Statement], text: Tensor,
+                  console: Console) -> list[Statement]:
     """Chooses slots for statements. Returns those that can be taught, and earlier ones to teach again."""
     with console.status("choosing slots"):
         teachable, again = adapter.choose_slots(model, memory, statements, text)
     if len(teachable) < len(statements):
         reason = (f"{len(statements) - len(teachable)} of {len(statements)} wordings can't be taught: other "
-                  "facts or ordinary text read nearly all the slots that they read")
+                  "facts or ordinary text have nearly all their slots")
         if not teachable:
             raise UserError(f"{reason}; a new memory with a smaller --silence or a larger --n_keys may help")
         console.print(reason)

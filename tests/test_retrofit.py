@@ -285,6 +285,28 @@ def test_damaged_folders_are_refused(tmp_path):
         load_memory(make(), tmp_path)
 
 
+@pytest.mark.parametrize("change, message", [
+    (dict(format=retrofit.FORMAT - 1), "of an older nanomem; teach the facts again"),
+    (dict(format=retrofit.FORMAT + 1), "of a newer nanomem"),
+    (dict(places={}), "names no place that reads the memory"),
+    (dict(places={"model.layers.1.mlp": {"width": 16, "weights": ["a"]}}), "does not describe a memory"),
+])
+def test_descriptions_that_cannot_be_used(change, message, tmp_path):
+    save_memory(taught(), tmp_path)
+    about = json.loads((tmp_path / "memory.json").read_text())
+    (tmp_path / "memory.json").write_text(json.dumps(about | change))
+    with pytest.raises(UserError, match=message):
+        load_memory(make(), tmp_path)
+
+
+@pytest.mark.parametrize("rows", [[[0, 0, 5, 6]], [[0, 2, 5, 6]], [[0, 1, -1, -1]], [[0.0, 1.0, 5.0, 6.0]]])
+def test_damaged_statements_are_refused(rows):
+    with pytest.raises(ValueError, match="statements are damaged"):
+        retrofit.unpacked(torch.tensor(rows))
+    assert retrofit.unpacked(torch.tensor([[3, 1, 5, 6, -1]], dtype=torch.int32)) == [
+        pretrained.Statement(3, [5, 6], 1)]
+
+
 # ------------------------------------------------------------------------------------------------
 # The command line
 
@@ -479,12 +501,15 @@ def test_reproduce_retrofit(folder, tmp_path, monkeypatch):
     rows = reproduce.retrofit(teacher, seeds=[1])
     assert [row["model"] for row in rows] == list(methods)
     assert [point["readings"] for point in rows[0]["curves"][0]] == [1, 2]
-    assert len(rows[0]["first"][0]) == len(rows[0]["last"][0]) == 2
+    assert len(rows[0]["first"][0]) == len(rows[0]["again"][0]) == len(rows[0]["last"][0]) == 2
     assert len(list((tmp_path / "retrofit").iterdir())) == len(teacher.used) == 4 + 3 + 3
     assert "| LoRA, rank 2 | 0.001 |" in figures.retrofit_table(rows)
     figures.draw("retrofit", rows, tmp_path / "retrofit.png")
-    teacher.opened = "not needed: all runs are finished"
+    opened, teacher.opened = teacher.opened, "not needed: all runs are finished"
     assert reproduce.retrofit(teacher, seeds=[1]) == rows
+    teacher.opened = opened
+    monkeypatch.setattr(reproduce, "STOP_AT", 0.0)  # another task, which ends at once
+    assert len(teacher.run("lesson", "LoRA", methods["LoRA"][0], 1, 5)["curve"]) == 1
     whole = {"taught": 0.9, "held_out": 0.2, "loss": 0.1}, {"taught": 1.0, "held_out": 0.4, "loss": 0.3}
     assert reproduce.at_enough(whole, "loss") == pytest.approx(0.2)
     assert reproduce.at_enough(whole[:1], "loss") is None

@@ -29,10 +29,13 @@ def logits(model, x=None):
         return model(tokens(2, 9) if x is None else x).logits
 
 
-def facts_of_names(names, wordings):
-    """A fact about each name, a token, in several wordings: the tokens before and after the name."""
+def facts_of_names(names, wordings, answers=range(50, 51)):
+    """A fact about each name, a token, in several wordings: the tokens before and after the name. The answers
+    are tokens, in turn.
+    """
     statements = []
     for fact, name in enumerate(names):
+        answer = answers[fact % len(answers)]
         for words in wordings:
-            statements.append(Statement(fact, [*words, name, *words, 50, 2], start=7))
+            statements.append(Statement(fact, [*words, name, *words, answer, 2], start=7))
     return statements

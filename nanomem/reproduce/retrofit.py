@@ -346,8 +346,10 @@ def retrofit(teacher: Teacher, seeds: list[int]) -> list[dict]:
     for name, tries in METHODS.items():
         curves = {way: teacher.run("lesson", name, way, SWEEP_SEED, SWEEP_FACTS)["curve"] for way in tries}
         best[name] = best_rate(curves, "taught", lambda curve: at_enough(curve, "loss"))
-    rows = {name: {"model": name, "rate": way.rate, "rank": way.rank, "curves": [], "first": [], "last": []}
-            for name, way in best.items()}
+    rows = {}
+    for name, way in best.items():
+        rows[name] = {"model": name, "rate": way.rate, "rank": way.rank}
+        rows[name] |= {"curves": [], "first": [], "again": [], "last": []}
     for seed in seeds:  # seed by seed, so that an unfinished table has as many of each method
         for name, way in best.items():
             lesson = teacher.run("lesson", name, way, seed, N_FACTS)
@@ -356,6 +358,6 @@ def retrofit(teacher: Teacher, seeds: list[int]) -> list[dict]:
     for seed in seeds:
         for name, way in best.items():
             sets = teacher.run("sets", name, way, seed)
-            rows[name]["first"].append(sets["first"])
-            rows[name]["last"].append(sets["last"])
+            for key in ("first", "again", "last"):
+                rows[name][key].append(sets[key])
     return list(rows.values())
