@@ -1,21 +1,21 @@
 """
 The memory that retrofit.py adds to a pretrained model: one product-key lookup, values for several layers.
 
-    s, I = softmax and slots of the k highest <W (x - mean), K_i>    per head, as in memory.py
-    y_l  = c_l + sum of s_i V_l[i]                                   over the slots i of I that hold the facts
+    I   = the slots i of the k highest <W (x - mean), K_i>     of each head, as in memory.py
+    s   = softmax of these scores / number of heads
+    y_l = c_l + sum of s_i V_l[i]                              over the slots of I that hold facts
 
 x is the input of a low layer's feed-forward module, and y_l is added to the output of layer l's. W and K are
 random and fixed: they hash the hidden state, so that tokens with similar states read the same slots. In a low
 layer, the state where a name ends hardly depends on the words around it. So a fact that is stored there is
 found in new wordings, too, and the layers above choose from it what a prompt asks for.
 
-Only slots chosen for some facts have values. A token with too little weight in them reads nothing, so that
-nearly all other text is left as it was. Facts taught at one time are a set, with rows of their own and a row
-c_l for what they have in common. A token reads one set only, the one with the largest share of its weights,
-so that new facts leave the rows of earlier ones as they were.
+Only slots chosen for some facts have values. A token with too little weight in them reads nothing, so nearly
+all other text is left as it was. Facts taught at one time are a set, with rows of their own and a row c_l for
+what they have in common. A token reads one set only, the one that has most of its weight.
 
-Still, a new set can take tokens of earlier statements, where names resemble each other. So a memory keeps the
-statements that it was given, and a lesson teaches those again that it would change.
+So new facts get new rows. But where names are similar, tokens of an earlier name may switch to the new set.
+So a memory stores the statements that it was given, and those that new facts affect are taught again.
 """
 
 import dataclasses
@@ -58,7 +58,8 @@ class Lookup(nn.Module):
         self.register_buffer("query_weight", torch.randn(heads * k_dim, width))
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("keys", F.normalize(keys, dim=-1))
-        # The row of each slot in each set, 0 if it has none; and the first row of each set.
+        # The row of each slot in each set, 0 if it has none; and the first row of each set. Row 0 is never
+        # trained: slots without values read it, with a weight of 0.
         self.register_buffer("row_of", torch.zeros(0, n_slots, dtype=torch.int32))
         self.register_buffer("first_row", torch.zeros(0, dtype=torch.int32))
         self.statements: list[Statement] = []  # all it was given; no two facts have the same number
@@ -79,7 +80,7 @@ class Lookup(nn.Module):
         is_in: which slots of each token are in each set, (n_sets, n, lookups) bool; weights (n, lookups).
         """
         shares = (weights * is_in).sum(dim=2)                                   # (n_sets, n)
-        silent = torch.full_like(weights[None, :, 0], self.silence)             # (1, n), to be exceeded
+        silent = torch.full_like(weights[None, :, 0], self.silence)             # (1, n): number -1
         return torch.cat([silent, shares]).argmax(dim=0) - 1
 
     def read(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -174,7 +175,7 @@ class Memory(nn.Module):
         """
         is_taught = torch.zeros(len(self.tables[0].values), dtype=torch.bool, device=rows.device)
         is_taught[rows.long()] = True
-        is_taught[0] = False  # what slots without values read, with a weight of 0
+        is_taught[0] = False  # no slot's
         for table in self.tables:
             table.values = nn.Parameter(table.values.detach())  # one without the hook of an earlier call
             table.values.register_hook(functools.partial(only_rows, is_taught))
@@ -230,7 +231,7 @@ def hidden_states(model: nn.Module, place: str, sequences: list[list[int]],
 def centre_queries(model: nn.Module, memory: Memory, tokens: Tensor):
     """Makes a new memory subtract the mean hidden state over a text, tokens (n, time), before it looks up.
 
-    All hidden states have a large part in common. Without it, different tokens read different slots.
+    Hidden states have a large part in common. Without that part, different tokens read different slots.
     """
     total, count = torch.zeros_like(memory.lookup.mean), 0
     for x in hidden_states(model, memory.lookup.place, tokens.tolist()):
@@ -242,12 +243,12 @@ def centre_queries(model: nn.Module, memory: Memory, tokens: Tensor):
 @torch.no_grad()
 def choose_slots(model: nn.Module, memory: Memory, statements: list[Statement],
                  text: Tensor) -> tuple[list[Statement], list[Statement]]:
-    """Chooses the rows for these facts; from then on, only they are taught. Returns (the statements that read
-    those rows, earlier statements that read them, too). Teach both: else the second are lost.
+    """Adds rows for these facts and makes only them trainable. Returns (new statements that read a trainable
+    row, earlier ones that do). Train on both, or the earlier ones may be lost. Build optimizers after it.
 
     The rows are a new set. If no wording of a fact reads the new set, the fact is taught in the rows that its
-    wordings already read: it is about the same name as an earlier fact, or was taught before. Earlier facts
-    to which a new statement gives another answer are forgotten.
+    wordings already read: it is about the same name as an earlier fact, or was taught before. If a statement
+    gives an earlier fact another answer, the earlier one is dropped from what is taught again.
 
     Raises ValueError without statements, and if the memory has values for all slots.
 

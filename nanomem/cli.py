@@ -135,6 +135,7 @@ OTHER_NAMES = {
     "train": "trainable train_only finetune_only",
     "mem_top_slots": "top_slots top_t",
     "stop_at": "early_stopping target_recall",
+    "rounds": "epochs n_epochs num_epochs",
     "start": "prompt question",
     "num_samples": "samples n_samples",
     "max_new_tokens": "tokens max_tokens n_tokens",

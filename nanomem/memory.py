@@ -23,7 +23,8 @@ Here follow:
     MemoryTable         the values; several layers may share one table
 The gradients are written out: autograd would gather all (n, lookups, v_dim) values read, and make a gradient
 as large as the table. ops.py's decorators make a function an operation of autograd's, and register_gradient
-gives its backward pass; skip both at first reading. On a GPU, kernels.py computes the same.
+gives its backward pass; skip ops.py and the backward passes at first reading. On a GPU, kernels.py computes
+the same.
 """
 
 import functools
@@ -72,7 +73,7 @@ class ProductKeyMemory(nn.Module):
         self.gate_proj = ops.Linear(dim, table.v_dim, init=normal) if gated else None
         self.out_proj = ops.Linear(table.v_dim, dim, init=normal) if gated or table.v_dim != dim else None
         self.observer = None  # set by observe_lookups
-        # How many tokens of training came before x, () int64: it seeds dropout, for a resumed run, too.
+        # The number of training tokens before x, () int64. It seeds dropout: a resumed run drops the same.
         self.first_token = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -171,8 +172,8 @@ def candidate_pairs(knn: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """The ranks (a, b) of half scores whose sum can be among the knn best: two (n_pairs,) int32 tensors.
 
     Ranks begin at 0 with the highest score, so (a + 1) * (b + 1) pairs, (a, b) among them, have sums at least
-    as high as (a, b). If they are more than knn, (a, b) isn't needed. For knn = 32 that leaves 119 pairs of
-    1,024.
+    as high as (a, b). If there are more than knn of them, (a, b) can be skipped. For knn = 32 that leaves 119
+    pairs of 1,024.
     """
     pairs = [(a, b) for a in range(knn) for b in range(knn // (a + 1))]  # (a + 1) * (b + 1) <= knn
     return torch.tensor(pairs, dtype=torch.int32, device=device).T.contiguous().unbind(0)
@@ -185,7 +186,7 @@ def search_gradient(
     dkeys[h, p, i] = sum over (t, l) with c(l) = i of dscores[t, h, l] q[t, h, p],
     for token t, head h and half p, where c(l) is the number of half key p of the l-th slot chosen.
 
-    These are the sums with which values are read and taught, below: half keys are the table's rows.
+    These are the two sums of memory_read and its gradient, below, with the half keys as the table.
     """
     (n, heads, _, half_dim), n_keys, knn = queries.shape, keys.shape[2], grad_scores.shape[-1]
     chosen = torch.stack([slots // n_keys, slots % n_keys], dim=2)           # (n, heads, 2, knn)

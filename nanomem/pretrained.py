@@ -1,9 +1,9 @@
 """
 A pretrained language model of transformers: opening it, teaching it facts, asking it, its loss on other text.
 
-A fact is taught as its prompt, a space, its answer and the token that ends a text. Only the answer and the
-end count in the loss. Which parameters learn is up to the caller: those of a memory (retrofit.py), LoRA's, or
-all.
+A fact has one or more wordings. Each wording is a prompt; with a space, its answer and the token that ends a
+text, it is a statement. Only the answer and the end count in the loss. Which parameters learn is up to the
+caller: those of a memory (retrofit.py), LoRA's, or all.
 """
 
 import contextlib
@@ -197,8 +197,8 @@ def windows(tokenizer, text: str, length: int = 256, most: int = 64) -> Tensor:
 def split_text(tokenizer, path: str) -> tuple[Tensor, Tensor]:
     """(passages to measure the loss on, passages that show what ordinary text is like), (n, time) int64 each.
 
-    path: a text file. Its first 16,384 tokens are measured; the next 128,000, if there are any, are the
-    others. "" and a shorter file: of short built-in texts.
+    path: a text file. Its first 16,384 tokens are measured; the next 128,000 are the others, or a short
+    built-in text if there are none. "" takes both from built-in texts.
     """
     found = windows(tokenizer, read_text(path) if path else TEXT, most=64 + 500)
     measured, others = found[:64], found[64:]
@@ -224,8 +224,8 @@ def text_loss(model: nn.Module, tokens: Tensor, batch_size: int = 8) -> float:
 
 def batches(statements: list[Statement], right: Tensor, batch_size: int,
             generator: torch.Generator) -> list[Tensor]:
-    """The batches of one round: the numbers of their statements. The round has each fact once, in a random
-    one of those wordings that were not answered rightly when last seen, or of all if they were.
+    """The batches of one round: the numbers of their statements. The round has each fact once: in a random
+    wording of those last answered wrongly, or of all, if none was.
 
     right: which statements were, (n,) bool. A batch has statements of similar length, so that little of it is
     padding: an update takes three quarters of the time of one with a random batch.
@@ -236,7 +236,8 @@ def batches(statements: list[Statement], right: Tensor, batch_size: int,
         if not right[i]:
             unknown.setdefault(statement.fact, []).append(i)
     chosen = []
-    for numbers in (wordings | unknown).values():
+    for fact, numbers in wordings.items():
+        numbers = unknown.get(fact, numbers)
         chosen.append(numbers[torch.randint(len(numbers), (), generator=generator)])
     order = torch.tensor(chosen)[torch.randperm(len(chosen), generator=generator)]
     lengths = torch.tensor([len(statements[i].tokens) for i in order])
@@ -253,7 +254,7 @@ def teach(model: nn.Module, optimizers: list, statements: list[Statement], round
     a straight line.
 
     after_update(done, known) gets the share of the rounds done and the share of statements whose answer was
-    right when last seen; it may return True to stop. Only when enough were right are all of them asked.
+    right when last seen; it may return True to stop. Once that share is stop_at, all are asked, to be sure.
     """
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     generator = torch.Generator().manual_seed(seed)

@@ -5,8 +5,8 @@ A memory for a pretrained language model: new facts, and hardly anything else ch
     python -m nanomem.retrofit --model=NAME --memory=out/facts-memory               ask it
 
     from nanomem.retrofit import add_memory, load_memory, save_memory
-    memory = add_memory(model, layers=[4, 6, 8, 10], lookup=2)
-    ...                                          # train with optim.build_optimizer(memory)
+    memory = add_memory(model, layers=[4, 6, 8, 10], lookup=3)
+    ...                                          # train with adapter.build_adam(memory); see docs/retrofit.md
     save_memory(model, "out/facts")              # what was added, nothing of the model
 
 adapter.py has the memory itself and explains why it looks up in a low layer. Its values start at zero, so at
@@ -40,11 +40,11 @@ class Settings:
     layers: str = setting("", "numbers of the layers that add what is read, such as 4,6,8; by default every "
                               "second one, up to 60% of the depth")
     n_keys: int = setting(512, "half keys; there are n_keys ** 2 slots to choose from", least=1)
-    heads: int = setting(4, "lookups per token", least=1)
-    knn: int = setting(6, "slots read per lookup", least=1)
+    heads: int = setting(4, "queries per token, each with keys of its own", least=1)
+    knn: int = setting(6, "slots read per query", least=1)
     k_dim: int = setting(256, "length of a query, an even number", least=2)
-    silence: float = setting(0.45, "a token reads nothing unless more than this share of its weights lies in "
-                                   "taught slots", least=0)
+    silence: float = setting(0.45, "a token reads nothing unless slots with facts have more than this share "
+                                   "of its softmax weight", least=0)
     target: str = setting("mlp", "name of the feed-forward module inside a layer")
 
     mem_lr: float = setting(0.3, "learning rate of the values", least=0, section="Teaching")
@@ -99,6 +99,7 @@ if __name__ == "__main__":  # --help and mistakes are answered before the slow i
         Settings(**given).check()
         check_use(given)
 
+import contextlib
 import hashlib
 import json
 import os
@@ -143,7 +144,7 @@ def add_memory(model: nn.Module, layers: list[int | str], lookup: int | str | No
         layers: numbers of its layers, from 0, or names of modules such as "blocks.3.ffn".
         lookup: the layer whose feed-forward input says which slots are read; None for the lowest of layers.
         n_slots, heads, knn, k_dim: the shape of the lookup; n_slots is a square number.
-        silence: a token reads nothing unless more than this share of its weights lies in slots with values.
+        silence: a token reads nothing unless slots with values have more than this share of its weight.
         target: the name of the feed-forward module inside a layer.
         seed: of the random queries and keys.
         all_slots: give all slots values, n_slots * width numbers in each layer. With False, no slot has any
@@ -230,7 +231,7 @@ def blocks_of(model):
             if isinstance(module, nn.ModuleList) and len(module) == count:
                 return name, module
     raise ValueError(f"{type(model).__name__} has no list of layers that is known here; "
-                     'name modules instead, such as layers=["blocks.3.ffn"]')
+                     'in Python, name modules instead: add_memory(model, layers=["blocks.3.ffn"])')
 
 
 def check_place(model: nn.Module, place: str) -> int:
@@ -348,9 +349,8 @@ def make_folder(folder: Path):
 def load_memory(model: nn.Module, folder: str | Path) -> Memory:
     """Adds a saved memory to the model it was taught with, ready to be asked or taught more.
 
-    Only its values can be trained then, not those of a memory that the model had before. Raises UserError,
-    and changes nothing, if the folder has no whole memory or that of another model, or if one of its places
-    is taken.
+    Freezes all but its values, also an earlier memory's. Raises UserError, and changes nothing, if the folder
+    has no whole memory or that of another model, or if one of its places is taken.
     """
     folder = Path(folder)
     about = read_about(folder)
@@ -386,18 +386,21 @@ def read_about(folder: Path) -> dict:
     if about is None:
         raise UserError(f"there is no memory in {folder}: {folder / ABOUT} is missing")
     try:
-        about["model"]["hash"], about["model"]["config"].items(), about["lookup"]["place"]
-        for shape in about["places"].values():
-            shape["width"], torch.tensor(shape["weights"], dtype=torch.float32)
         is_newer, is_older = about["format"] > FORMAT, about["format"] < FORMAT
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError):
         raise UserError(f"{folder / ABOUT} does not describe a memory") from None
     if is_newer:
         raise UserError(f"{folder} has format {about['format']}, of a newer nanomem; this one reads {FORMAT}")
-    if not about["places"]:
-        raise UserError(f"{folder / ABOUT} names no place that reads the memory")
     if is_older:
         raise UserError(f"{folder} has format {about['format']}, of an older nanomem; teach the facts again")
+    try:
+        about["model"]["hash"], about["model"]["config"].items(), about["lookup"]["place"]
+        for shape in about["places"].values():
+            shape["width"], torch.tensor(shape["weights"], dtype=torch.float32)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise UserError(f"{folder / ABOUT} does not describe a memory") from None
+    if not about["places"]:
+        raise UserError(f"{folder / ABOUT} names no place that reads the memory")
     return about
 
 
@@ -484,14 +487,23 @@ def measure(model, asked: dict, text: Tensor) -> dict:
     return found | {"loss on other text": pretrained.text_loss(model, text)}
 
 
-def teach(settings: Settings, given: dict, console: Console):
+@contextlib.contextmanager
+def folder_for_memory(folder: Path):
+    """Makes a folder, now and not after minutes of teaching. Removes it if nothing was saved there."""
+    make_folder(folder)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # it isn't empty
+            folder.rmdir()
+
+
+def teach(settings: Settings, given: dict, folder: Path, console: Console):
     """Teaches a model the facts of a file, says what it learnt and what changed, and saves the memory.
 
     given: the settings that the command line gives.
     """
     facts = from_jsonl(settings.data)
-    folder = Path(settings.memory or f"out/{Path(settings.data).stem}-memory")
-    make_folder(folder)  # now, not after minutes of teaching
     model, tokenizer = open_model(settings)
     measured, other = pretrained.split_text(tokenizer, settings.text)
     memory = open_memory(model, settings, given, folder, other, console)
@@ -536,13 +548,12 @@ def what_to_teach(model: nn.Module, memory: Memory, statements: list[Statement],
         teachable, again = adapter.choose_slots(model, memory, statements, text)
     if len(teachable) < len(statements):
         reason = (f"{len(statements) - len(teachable)} of {len(statements)} wordings can't be taught: other "
-                  "facts or ordinary text have nearly all their slots")
+                  "facts or ordinary text read nearly all their slots, too")
         if not teachable:
             raise UserError(f"{reason}; a new memory with a smaller --silence or a larger --n_keys may help")
         console.print(reason)
     if again:
-        console.print(f"{len(again)} wordings taught before are taught again: the new facts change what they "
-                      "read")
+        console.print(f"{len(again)} earlier wordings are taught again: they read what the new facts change")
     return teachable + again
 
 
@@ -642,6 +653,8 @@ if __name__ == "__main__":
     with one_line_errors():
         settings = Settings(**given)
         if settings.data:
-            teach(settings, given, console)
+            folder = Path(settings.memory or f"out/{Path(settings.data).stem}-memory")
+            with folder_for_memory(folder):
+                teach(settings, given, folder, console)
         else:
             ask(settings, console)

@@ -280,12 +280,13 @@ def test_damaged_folders_are_refused(tmp_path):
     with pytest.raises(UserError, match="memory.safetensors can't be loaded"):
         load_memory(model, tmp_path)
     assert not memories_of(model)
-    (tmp_path / "memory.json").write_text('{"format": 1}')
+    (tmp_path / "memory.json").write_text('{"format": 3}')
     with pytest.raises(UserError, match="does not describe a memory"):
         load_memory(make(), tmp_path)
 
 
 @pytest.mark.parametrize("change, message", [
+    (dict(format=1, lookup=None), "of an older nanomem"),
     (dict(format=retrofit.FORMAT - 1), "of an older nanomem; teach the facts again"),
     (dict(format=retrofit.FORMAT + 1), "of a newer nanomem"),
     (dict(places={}), "names no place that reads the memory"),
@@ -379,7 +380,7 @@ def test_what_is_taught_again_is_said():
     said = console.file.getvalue().splitlines()
     assert 0 < n_taught < len(later) and said[0].startswith(f"{len(later) - n_taught} of 24 wordings can")
     assert n_again and said[1] == (
-        f"{n_again} wordings taught before are taught again: the new facts change what they read")
+        f"{n_again} earlier wordings are taught again: they read what the new facts change")
 
 
 def test_mistakes_get_one_line(folder, tmp_path, monkeypatch):
