@@ -138,19 +138,20 @@ def answer_loss(model: nn.Module, statements: list[Statement]) -> tuple[Tensor, 
     for i, statement in enumerate(statements):
         end = len(statement.tokens)
         targets[i, statement.start - 1:end - 1] = tokens[i, statement.start:end]  # of the token before each
-    counts = targets != IGNORED                                                 # (batch, time)
+    is_answer = targets != IGNORED                                              # (batch, time)
     options = {}
     base = model.get_base_model() if hasattr(model, "get_base_model") else model  # of peft's
     if "logits_to_keep" in inspect.signature(base.forward).parameters:
         # Of a small model, the output layer is a fifth of the work.
-        kept = counts.any(dim=0).nonzero().squeeze(1)
-        targets, counts, options = targets[:, kept], counts[:, kept], {"logits_to_keep": kept.to(device)}
+        kept = is_answer.any(dim=0).nonzero().squeeze(1)
+        targets, is_answer = targets[:, kept], is_answer[:, kept]
+        options["logits_to_keep"] = kept.to(device)
     options |= {"attention_mask": mask.long().to(device), "use_cache": False}
     logits = model(tokens.to(device), **options).logits
-    answers = logits[counts.to(device)].float()                                 # (answers' tokens, vocab)
-    wanted = targets[counts].to(device)
-    is_hit = torch.ones(counts.shape, dtype=torch.bool)
-    is_hit[counts] = (answers.detach().argmax(-1) == wanted).cpu()
+    answers = logits[is_answer.to(device)].float()                              # (answers' tokens, vocab)
+    wanted = targets[is_answer].to(device)
+    is_hit = torch.ones(is_answer.shape, dtype=torch.bool)
+    is_hit[is_answer] = (answers.detach().argmax(-1) == wanted).cpu()
     return F.cross_entropy(answers, wanted), is_hit.all(dim=1)
 
 

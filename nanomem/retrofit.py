@@ -191,7 +191,11 @@ def memories_of(model: nn.Module) -> list[Memory]:
         part = module._modules.get("memory")
         if isinstance(part, LayerMemory):
             parts.setdefault(part.lookup, []).append((name, part.table))
-    return [Memory(lookup, *map(list, zip(*found))) for lookup, found in parts.items()]
+    memories = []
+    for lookup, found in parts.items():
+        places, tables = zip(*found)
+        memories.append(Memory(lookup, list(places), list(tables)))
+    return memories
 
 
 def default_layers(n_layers: int) -> tuple[int, list[int]]:

@@ -384,6 +384,7 @@ def test_what_is_taught_again_is_said():
 
 
 def test_mistakes_get_one_line(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     run = tmp_path / "run"
     runs.train(run, "--data=people", "--n_entities=20", "--max_iters=1")
@@ -415,6 +416,7 @@ def test_mistakes_get_one_line(folder, tmp_path, monkeypatch):
     for arguments, message in cases:
         _, err = runs.run("nanomem/retrofit.py", *arguments, code=2)
         assert message in err and err.count("\n") == 1, (arguments, err)
+    assert not list(Path("out").iterdir())  # nothing is left of what failed
 
 
 def test_the_lookup_comes_before_the_layers_that_read():
