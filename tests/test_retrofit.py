@@ -495,8 +495,8 @@ def test_reproduce_retrofit(folder, tmp_path, monkeypatch):
     methods = {"memory": [reproduce.Try("memory", 0.1), reproduce.Try("memory", 0.2)],
                "LoRA": [reproduce.Try("lora", 1e-3, rank=2)],
                "everything": [reproduce.Try("all", 1e-3)]}
-    short = dict(METHODS=methods, READINGS=2, EVALUATED_AT=(1, 2), SETS=2, SET_FACTS=4, SET_READINGS=2,
-                 SWEEP_FACTS=4, N_FACTS=5, MOST_ASKED=4)
+    short = dict(METHODS=methods, READINGS=2, EVALUATED_AT=(1, 2), SETS=2, SET_FACTS=4, SWEEP_FACTS=4,
+                 N_FACTS=5, MOST_ASKED=4)
     for name, value in short.items():
         monkeypatch.setattr(reproduce, name, value)
     monkeypatch.setattr(reproduce, "KNOWN_BEFORE", (("A", "b"), ("C", "d")))

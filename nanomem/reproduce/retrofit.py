@@ -34,7 +34,7 @@ READINGS = 40  # of each fact, at most
 EVALUATED_AT = (2, 5, 10, 20, 30, 40)  # readings
 BATCH_SIZE, MOST_ASKED = 32, 500
 SWEEP_FACTS, N_FACTS, SWEEP_SEED = 100, 500, 1336
-SETS, SET_FACTS, SET_READINGS = 5, 200, 30  # taught one after another
+SETS, SET_FACTS = 5, 200  # taught one after another
 
 # "{}" is the name. The wordings at HELD_OUT are never taught.
 WORDINGS = {
@@ -209,7 +209,7 @@ class Student:
         self.n_again = len({statement.fact for statement in again})
         return [build_adam(self.memory, self.way.rate)], teachable + again
 
-    def teach(self, lesson: Lesson, rounds: int, evaluated_at=()) -> list[dict]:
+    def teach(self, lesson: Lesson, evaluated_at=()) -> list[dict]:
         """Trains on a lesson until a share STOP_AT is known. Returns what is known after the rounds in
         evaluated_at, and after how many seconds of training, with the choice of slots.
         """
@@ -218,7 +218,7 @@ class Student:
         def after_update(done, known):
             nonlocal asking
             display(done, known)
-            readings = round(done * rounds, 6)
+            readings = round(done * READINGS, 6)
             if readings not in evaluated_at:
                 return False
             stopped = time.perf_counter()
@@ -231,7 +231,7 @@ class Student:
         display = Display(self.console)
         stop_at = math.inf if evaluated_at else STOP_AT  # a curve ends only where it was evaluated
         with display.bar:
-            pretrained.teach(self.model, optimizers, statements, rounds, BATCH_SIZE, self.seed, stop_at,
+            pretrained.teach(self.model, optimizers, statements, READINGS, BATCH_SIZE, self.seed, stop_at,
                              after_update)
         return curve
 
@@ -256,7 +256,7 @@ def with_lora(model: nn.Module, rank: int, seed: int) -> nn.Module:
 def lesson_curve(student: Student, n_facts: int) -> dict:
     """What a student knows while it is taught n_facts facts."""
     lesson, _ = invented(student.tokenizer, n_facts, student.seed)
-    curve = student.teach(lesson, READINGS, EVALUATED_AT)
+    curve = student.teach(lesson, EVALUATED_AT)
     return {"loss_before": student.before, "knew": int(student.knew.sum()), "curve": curve}
 
 
@@ -271,7 +271,7 @@ def sets_in_turn(student: Student) -> dict:
         taken |= names
     first, again = [], []
     for lesson in lessons:
-        student.teach(lesson, SET_READINGS)
+        student.teach(lesson)
         first.append(share_known(student.model, lessons[0].taught))
         again.append(student.n_again)
         student.console.print(f"set {len(first)}: {first[-1]:.1%} of the first set is known")
@@ -314,7 +314,7 @@ class Teacher:
                     KNOWN_BEFORE, READINGS, EVALUATED_AT, BATCH_SIZE, STOP_AT, MOST_ASKED, COMPUTATION,
                     torch_version()]
         if kind == "sets":
-            deciding += [SETS, SET_FACTS, SET_READINGS]
+            deciding += [SETS, SET_FACTS]
         about = {"kind": kind, "name": name, **dataclasses.asdict(way), "seed": seed, "facts": n_facts,
                  "model": Path(self.name).name}
         path = result_path(self.results, f"{kind}-{name}-{way.rank}-{way.rate:g}-{seed}", deciding)
