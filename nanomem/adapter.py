@@ -88,7 +88,10 @@ class Lookup(nn.Module):
 
         The first row is that of the token's set, for what its facts have in common.
         """
-        slots, weights = self(x)
+        return self.rows_read(*self(x))
+
+    def rows_read(self, slots: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What read() returns for tokens with these slots and weights, (n, lookups) each."""
         best = self.best_set(self.row_of[:, slots] > 0, weights)
         tokens = (best >= 0).nonzero().squeeze(1)                               # (m,)
         best, slots, weights = best[tokens, None], slots[tokens], weights[tokens]
@@ -259,14 +262,15 @@ def choose_slots(model: nn.Module, memory: Memory, statements: list[Statement],
         raise ValueError("there are no statements to choose slots for")
     if (lookup.row_of > 0).all(dim=1).any():
         raise ValueError("this memory has values for all slots; make it with all_slots=False")
-    found = lookups_of_prompts(model, lookup, statements)
+    found = lookups_of(model, lookup, [one.prompt for one in statements])
     is_chosen = slots_to_teach(model, lookup, statements, found, text)
     is_taught = memory.teach_only(rows_to_teach(memory, statements, found, is_chosen))
     earlier = earlier_statements(lookup, statements)
     lookup.statements = earlier + statements
     # Of an earlier statement, the answer's tokens count, too, except for the last, which predicts nothing.
-    return (those_reading(model, lookup, statements, [one.prompt for one in statements], is_taught),
-            those_reading(model, lookup, earlier, [one.tokens[:-1] for one in earlier], is_taught))
+    found_earlier = lookups_of(model, lookup, [one.tokens[:-1] for one in earlier])
+    return (those_reading(lookup, statements, found, is_taught),
+            those_reading(lookup, earlier, found_earlier, is_taught))
 
 
 def rows_to_teach(memory: Memory, statements: list[Statement], found: list[tuple[Tensor, Tensor]],
@@ -274,7 +278,7 @@ def rows_to_teach(memory: Memory, statements: list[Statement], found: list[tuple
     """Makes a set of the chosen slots, (n_slots,) bool, if some token would read it. Returns the rows to
     teach: the new set's, and the old rows of facts that don't read it.
 
-    found: the lookups_of_prompts of the statements.
+    found: the lookups_of the statements' prompts.
     """
     lookup, new = memory.lookup, len(memory.lookup.row_of)  # the new set's number
     is_in = torch.cat([lookup.row_of > 0, is_chosen[None]])                     # (n_sets, n_slots)
@@ -300,23 +304,24 @@ def earlier_statements(lookup: Lookup, statements: list[Statement]) -> list[Stat
             if one.fact not in corrected and tuple(one.prompt) not in answer_to]
 
 
-def those_reading(model: nn.Module, lookup: Lookup, statements: list[Statement], sequences: list[list[int]],
+def those_reading(lookup: Lookup, statements: list[Statement], found: list[tuple[Tensor, Tensor]],
                   is_taught: Tensor) -> list[Statement]:
-    """The statements whose sequence of tokens reads some row that is_taught, (n_rows,) bool."""
-    found = []
-    for x, statement in zip(hidden_states(model, lookup.place, sequences), statements):
-        _, rows, _ = lookup.read(x)
+    """The statements of which a token reads some row that is_taught, (n_rows,) bool.
+
+    found: the lookups_of each statement's tokens.
+    """
+    reading = []
+    for statement, (slots, weights) in zip(statements, found):
+        _, rows, _ = lookup.rows_read(slots, weights)
         if is_taught[rows].any():
-            found.append(statement)
-    return found
+            reading.append(statement)
+    return reading
 
 
 @torch.no_grad()
-def lookups_of_prompts(model: nn.Module, lookup: Lookup,
-                       statements: list[Statement]) -> list[tuple[Tensor, Tensor]]:
-    """The slots that the tokens of each statement's prompt read and their weights, (time, lookups) each."""
-    prompts = [statement.prompt for statement in statements]
-    return [lookup(x) for x in hidden_states(model, lookup.place, prompts)]
+def lookups_of(model: nn.Module, lookup: Lookup, sequences: list[list[int]]) -> list[tuple[Tensor, Tensor]]:
+    """The slots that the tokens of each sequence look up and their weights, (time, lookups) each."""
+    return [lookup(x) for x in hidden_states(model, lookup.place, sequences)]
 
 
 @torch.no_grad()
@@ -330,7 +335,7 @@ def slots_to_teach(model: nn.Module, lookup: Lookup, statements: list[Statement]
     `most_in_text` of their weights in them, and then all but those where a name ends.
 
     Args:
-        found: the lookups_of_prompts of the statements.
+        found: the lookups_of the statements' prompts.
         text: ordinary text, (n, time) int64.
     """
     wordings = {}  # fact -> for each of its prompts, the slots and weights of its tokens

@@ -20,7 +20,7 @@ def test_only_slots_of_single_facts_are_taught():
     memory = add_memory(model, [0, 1], n_slots=64**2, heads=2, knn=8, k_dim=8, silence=0.2, all_slots=False)
     adapter.centre_queries(model, memory, tokens(2, 20))
     statements, text = facts_of_names(range(100, 112), WORDINGS), torch.tensor([[100, 31, 32]])
-    found = adapter.lookups_of_prompts(model, memory.lookup, statements)
+    found = adapter.lookups_of(model, memory.lookup, [one.prompt for one in statements])
     chosen = adapter.slots_to_teach(model, memory.lookup, statements, found, text)
 
     def slots(sequence):
