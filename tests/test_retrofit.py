@@ -495,8 +495,9 @@ def test_reproduce_retrofit(folder, tmp_path, monkeypatch):
     methods = {"memory": [reproduce.Try("memory", 0.1), reproduce.Try("memory", 0.2)],
                "LoRA": [reproduce.Try("lora", 1e-3, rank=2)],
                "everything": [reproduce.Try("all", 1e-3)]}
-    short = dict(METHODS=methods, READINGS=2, EVALUATED_AT=(1, 2), SETS=2, SET_FACTS=4, SWEEP_FACTS=4,
-                 N_FACTS=5, MOST_ASKED=4)
+    short = dict(METHODS=methods, READINGS=2, SETS=2, MOST_ASKED=4,
+                 N_FACTS={"sweep": 4, "lesson": 5, "sets": 4},
+                 EVALUATED_AT={"sweep": (2,), "lesson": (1, 2), "sets": ()})
     for name, value in short.items():
         monkeypatch.setattr(reproduce, name, value)
     monkeypatch.setattr(reproduce, "KNOWN_BEFORE", (("A", "b"), ("C", "d")))
@@ -508,11 +509,11 @@ def test_reproduce_retrofit(folder, tmp_path, monkeypatch):
     assert len(list((tmp_path / "retrofit").iterdir())) == len(teacher.used) == 4 + 3 + 3
     assert "| LoRA, rank 2 | 0.001 |" in figures.retrofit_table(rows)
     figures.draw("retrofit", rows, tmp_path / "retrofit.png")
-    opened, teacher.opened = teacher.opened, "not needed: all runs are finished"
+    before, teacher.before = teacher.before, "not needed: all runs are finished"
     assert reproduce.retrofit(teacher, seeds=[1]) == rows
-    teacher.opened = opened
+    teacher.before = before
     monkeypatch.setattr(reproduce, "STOP_AT", 0.0)  # another task, which ends at once
-    assert len(teacher.run("lesson", "LoRA", methods["LoRA"][0], 1, 5)["curve"]) == 1
+    assert len(teacher.run("lesson", "LoRA", methods["LoRA"][0], 1)["curve"]) == 1
     whole = {"taught": 0.9, "held_out": 0.2, "loss": 0.1}, {"taught": 1.0, "held_out": 0.4, "loss": 0.3}
     assert reproduce.at_enough(whole, "loss") == pytest.approx(0.2)
     assert reproduce.at_enough(whole[:1], "loss") is None

@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn as nn
-from torch import Tensor
 
 from nanomem import optim, pretrained
 from nanomem.adapter import build_adam, centre_queries, choose_slots
@@ -27,14 +26,15 @@ from nanomem.reproduce.lessons import best_rate, read_off, result_path, saved_or
 from nanomem.reproduce.runs import torch_version
 from nanomem.retrofit import Display, add_memory, default_layers
 
-COMPUTATION = 5  # raise it with any change to what a run computes; results from before no longer count
+COMPUTATION = 6  # raise it with any change to what a run computes; results from before no longer count
 ENOUGH = 0.95  # of the taught statements: where methods are compared
 STOP_AT = 0.99  # of the taught statements: where teaching ends
 READINGS = 40  # of each fact, at most
-EVALUATED_AT = (2, 5, 10, 20, 30, 40)  # readings
 BATCH_SIZE, MOST_ASKED = 32, 500
-SWEEP_FACTS, N_FACTS, SWEEP_SEED = 100, 500, 1336
-SETS, SET_FACTS = 5, 200  # taught one after another
+SWEEP_SEED = 1336
+N_FACTS = {"sweep": 100, "lesson": 500, "sets": 200}  # of a set: 200
+EVALUATED_AT = {"sweep": (10, 20, 30, 40), "lesson": (2, 5, 10, 20, 30, 40), "sets": ()}  # readings
+SETS = 5  # taught one after another
 
 # "{}" is the name. The wordings at HELD_OUT are never taught.
 WORDINGS = {
@@ -175,45 +175,57 @@ def known_before(tokenizer) -> list[list[Statement]]:
 # One run
 
 
-class Student:
-    """A pretrained model that is taught in one way.
+class Pretrained:
+    """A pretrained model, and how it answers before it is taught.
 
     Args:
-        model, tokenizer: the model, in float32; it isn't changed.
-        texts: (passages to measure the loss on, others), as pretrained.split_text gives them.
+        name: as retrofit's --model takes it.
+        text: file of the text to measure the loss on; "" for a built-in one.
+    """
+
+    def __init__(self, name: str, text: str):
+        self.model, self.tokenizer = pretrained.open_model(name, torch.device("cpu"), torch.float32)
+        self.measured, self.other_text = pretrained.split_text(self.tokenizer, text)
+        self.loss = pretrained.text_loss(self.model, self.measured)
+        self.questions = known_before(self.tokenizer)
+        self.knew = pretrained.ask(self.model, self.questions)  # which of them, (n,) bool
+
+
+class Student:
+    """A copy of a pretrained model that is taught in one way.
+
+    Args:
         console: where to show how far teaching is.
     """
 
-    def __init__(self, model: nn.Module, tokenizer, texts: tuple[Tensor, Tensor], way: Try, seed: int,
-                 console):
-        self.model, self.tokenizer, (self.measured, self.other_text) = copy.deepcopy(model), tokenizer, texts
-        self.way, self.seed, self.console = way, seed, console
+    def __init__(self, before: Pretrained, way: Try, seed: int, console):
+        self.before, self.way, self.seed, self.console = before, way, seed, console
+        self.model = copy.deepcopy(before.model)
         self.n_again = 0  # earlier facts that were taught again with the last lesson
-        self.before = pretrained.text_loss(self.model, self.measured)
-        self.questions = known_before(tokenizer)
-        self.knew = pretrained.ask(self.model, self.questions)
+        begun = time.perf_counter()
         if way.train == "memory":
             lookup, layers = default_layers(self.model.config.num_hidden_layers)
             self.memory = add_memory(self.model, layers, lookup, n_slots=512**2, seed=seed, all_slots=False)
-            centre_queries(self.model, self.memory, self.other_text)
+            centre_queries(self.model, self.memory, before.other_text)
         elif way.train == "lora":
             self.model = with_lora(self.model, way.rank, seed)
         else:
             self.model.requires_grad_(True)
+        self.preparing = time.perf_counter() - begun  # seconds
 
     def begin(self, lesson: Lesson) -> tuple[list, list[Statement]]:
         """(new optimizers, the statements to teach): Adam for a memory's rows, AdamW for the rest."""
         if self.way.train != "memory":
             return optim.build_optimizer(self.model, self.way.rate, weight_decay=0.0), lesson.taught
-        teachable, again = choose_slots(self.model, self.memory, lesson.taught, self.other_text)
+        teachable, again = choose_slots(self.model, self.memory, lesson.taught, self.before.other_text)
         self.n_again = len({statement.fact for statement in again})
         return [build_adam(self.memory, self.way.rate)], teachable + again
 
     def teach(self, lesson: Lesson, evaluated_at=()) -> list[dict]:
         """Trains on a lesson until a share STOP_AT is known. Returns what is known after the rounds in
-        evaluated_at, and after how many seconds of training, with the choice of slots.
+        evaluated_at, and after how many seconds of preparing, choosing slots and training.
         """
-        curve, begun, asking = [], time.perf_counter(), 0.0
+        curve, begun, asking = [], time.perf_counter() - self.preparing, 0.0
 
         def after_update(done, known):
             nonlocal asking
@@ -236,11 +248,15 @@ class Student:
         return curve
 
     def evaluate(self, lesson: Lesson) -> dict:
-        """{"taught", "held_out": shares known, "loss": the rise on other text, "kept": of what it knew}"""
+        """{"taught", "held_out": shares known, and what harm() finds}"""
         return {"taught": share_known(self.model, lesson.taught),
-                "held_out": share_known(self.model, lesson.held_out),
-                "loss": pretrained.text_loss(self.model, self.measured) - self.before,
-                "kept": int(pretrained.ask(self.model, self.questions)[self.knew].sum())}
+                "held_out": share_known(self.model, lesson.held_out), **self.harm()}
+
+    def harm(self) -> dict:
+        """{"loss": the rise on other text, "kept": how many questions that it knew it still answers}"""
+        kept = pretrained.ask(self.model, self.before.questions)[self.before.knew]
+        return {"loss": pretrained.text_loss(self.model, self.before.measured) - self.before.loss,
+                "kept": int(kept.sum())}
 
 
 def with_lora(model: nn.Module, rank: int, seed: int) -> nn.Module:
@@ -253,20 +269,21 @@ def with_lora(model: nn.Module, rank: int, seed: int) -> nn.Module:
     return peft.get_peft_model(model, config)
 
 
-def lesson_curve(student: Student, n_facts: int) -> dict:
-    """What a student knows while it is taught n_facts facts."""
-    lesson, _ = invented(student.tokenizer, n_facts, student.seed)
-    curve = student.teach(lesson, EVALUATED_AT)
-    return {"loss_before": student.before, "knew": int(student.knew.sum()), "curve": curve}
+def lesson_curve(student: Student, kind: str) -> dict:
+    """What a student knows while it is taught: a "sweep" or a "lesson"."""
+    lesson, _ = invented(student.before.tokenizer, N_FACTS[kind], student.seed)
+    curve = student.teach(lesson, EVALUATED_AT[kind])
+    return {"loss_before": student.before.loss, "knew": int(student.before.knew.sum()), "curve": curve}
 
 
 def sets_in_turn(student: Student) -> dict:
     """Sets of facts, taught one after another: {"first": what is known of the first set after each; "again":
-    how many earlier facts were taught again with each; "last": what is known of each set after the last}.
+    how many earlier facts were taught again with each; "last": what is known of each set after the last; and
+    what harm() finds then}.
     """
     taken, lessons = frozenset(), []
     for i in range(SETS):
-        lesson, names = invented(student.tokenizer, SET_FACTS, student.seed * 100 + i, taken)
+        lesson, names = invented(student.before.tokenizer, N_FACTS["sets"], student.seed * 100 + i, taken)
         lessons.append(lesson)
         taken |= names
     first, again = [], []
@@ -276,7 +293,7 @@ def sets_in_turn(student: Student) -> dict:
         again.append(student.n_again)
         student.console.print(f"set {len(first)}: {first[-1]:.1%} of the first set is known")
     last = [share_known(student.model, lesson.taught) for lesson in lessons]
-    return {"first": first, "again": again, "last": last}
+    return {"first": first, "again": again, "last": last, **student.harm()}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -297,40 +314,37 @@ class Teacher:
     """Runs tasks that have no result yet, one after another.
 
     Args:
-        model: as retrofit's --model takes it.
-        text: file of the text to measure the loss on; "" for a built-in one.
+        model, text: those of Pretrained.
         results: folder of the finished runs' JSON files.
     """
 
     def __init__(self, model: str, text: str, results: Path, console):
         self.name, self.text, self.results, self.console = model, text, results, console
         self.identity = identity(model), [file_digest(Path(text))] if text else []
-        self.opened = None  # model, tokenizer, texts
+        self.before = None  # the Pretrained, once it is needed
         self.used = []      # all results that were asked for
 
-    def run(self, kind: str, name: str, way: Try, seed: int, n_facts: int = 0) -> dict:
-        """The result of a task, from its file, or run and saved. kind: "lesson" or "sets"."""
-        deciding = [kind, dataclasses.asdict(way), seed, n_facts, self.identity, WORDINGS, HELD_OUT,
-                    KNOWN_BEFORE, READINGS, EVALUATED_AT, BATCH_SIZE, STOP_AT, MOST_ASKED, COMPUTATION,
+    def run(self, kind: str, name: str, way: Try, seed: int) -> dict:
+        """The result of a "sweep", a "lesson" or "sets", from its file, or run and saved."""
+        deciding = [kind, dataclasses.asdict(way), seed, N_FACTS[kind], EVALUATED_AT[kind], self.identity,
+                    WORDINGS, HELD_OUT, KNOWN_BEFORE, READINGS, BATCH_SIZE, STOP_AT, MOST_ASKED, COMPUTATION,
                     torch_version()]
         if kind == "sets":
-            deciding += [SETS, SET_FACTS]
-        about = {"kind": kind, "name": name, **dataclasses.asdict(way), "seed": seed, "facts": n_facts,
+            deciding.append(SETS)
+        about = {"kind": kind, "name": name, **dataclasses.asdict(way), "seed": seed, "facts": N_FACTS[kind],
                  "model": Path(self.name).name}
         path = result_path(self.results, f"{kind}-{name}-{way.rank}-{way.rate:g}-{seed}", deciding)
-        result = saved_or_run(path, about, lambda: self.measure(kind, name, way, seed, n_facts))
+        result = saved_or_run(path, about, lambda: self.measure(kind, name, way, seed))
         self.used.append(result)
         return result
 
-    def measure(self, kind, name, way, seed, n_facts) -> dict:
+    def measure(self, kind: str, name: str, way: Try, seed: int) -> dict:
         """What a task finds."""
         rank = f", rank {way.rank}" if way.rank else ""
         self.console.print(f"{kind}: {name}{rank}, rate {way.rate:g}, seed {seed}")
-        if self.opened is None:
-            model, tokenizer = pretrained.open_model(self.name, torch.device("cpu"), torch.float32)
-            self.opened = model, tokenizer, pretrained.split_text(tokenizer, self.text)
-        student = Student(*self.opened, way, seed, self.console)
-        return lesson_curve(student, n_facts) if kind == "lesson" else sets_in_turn(student)
+        self.before = self.before or Pretrained(self.name, self.text)
+        student = Student(self.before, way, seed, self.console)
+        return sets_in_turn(student) if kind == "sets" else lesson_curve(student, kind)
 
 
 def identity(model: str) -> list[str]:
@@ -344,7 +358,7 @@ def retrofit(teacher: Teacher, seeds: list[int]) -> list[dict]:
     """A row for each method: its best rate, and over seeds its curves and what is left of sets in turn."""
     best = {}
     for name, tries in METHODS.items():
-        curves = {way: teacher.run("lesson", name, way, SWEEP_SEED, SWEEP_FACTS)["curve"] for way in tries}
+        curves = {way: teacher.run("sweep", name, way, SWEEP_SEED)["curve"] for way in tries}
         best[name] = best_rate(curves, "taught", lambda curve: at_enough(curve, "loss"))
     rows = {}
     for name, way in best.items():
@@ -352,7 +366,7 @@ def retrofit(teacher: Teacher, seeds: list[int]) -> list[dict]:
         rows[name] |= {"curves": [], "first": [], "again": [], "last": []}
     for seed in seeds:  # seed by seed, so that an unfinished table has as many of each method
         for name, way in best.items():
-            lesson = teacher.run("lesson", name, way, seed, N_FACTS)
+            lesson = teacher.run("lesson", name, way, seed)
             rows[name]["knew"] = lesson["knew"]
             rows[name]["curves"].append(lesson["curve"])
     for seed in seeds:
