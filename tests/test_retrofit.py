@@ -505,9 +505,9 @@ def test_reproduce_retrofit(folder, tmp_path, monkeypatch):
     rows = reproduce.retrofit(teacher, seeds=[1])
     assert [row["model"] for row in rows] == list(methods)
     assert [point["readings"] for point in rows[0]["curves"][0]] == [1, 2]
-    assert len(rows[0]["first"][0]) == len(rows[0]["again"][0]) == len(rows[0]["last"][0]) == 2
+    assert len(rows[0]["sets"][0]["first"]) == len(rows[0]["sets"][0]["last"]) == 2
     assert len(list((tmp_path / "retrofit").iterdir())) == len(teacher.used) == 4 + 3 + 3
-    assert "| LoRA, rank 2 | 0.001 |" in figures.retrofit_table(rows)
+    assert "|  | memory | LoRA, rank 2 | everything |" in figures.retrofit_table(rows)
     figures.draw("retrofit", rows, tmp_path / "retrofit.png")
     before, teacher.before = teacher.before, "not needed: all runs are finished"
     assert reproduce.retrofit(teacher, seeds=[1]) == rows

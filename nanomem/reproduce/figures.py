@@ -119,28 +119,49 @@ def forgetting_table(rows: list[dict]) -> str:
 
 
 def retrofit_table(rows: list[dict]) -> str:
-    """What `retrofit` found as a Markdown table."""
-    from nanomem.reproduce.retrofit import at_enough  # imports the layer
+    """What `retrofit` found as a Markdown table: a column for each method."""
+    lines = [
+        ("learning rate, the best of four tries", lambda row: f"{row['rate']:g}"),
+        ("**where 95% are known**: loss on other text", lambda row: at_enough(row, "loss", "+.3f")),
+        ("known in wordings never taught, %", lambda row: at_enough(row, "held_out", ".1f", 100)),
+        ("seconds", lambda row: at_enough(row, "seconds", ".0f")),
+        ("**at the end**: known, %", lambda row: percent([end["taught"] for end in ends(row)])),
+        ("known in wordings never taught, %", lambda row: percent([end["held_out"] for end in ends(row)])),
+        ("loss on other text", lambda row: or_never([end["loss"] for end in ends(row)], "+.3f", 1)),
+        ("common questions answered wrongly now", lambda row: changed(row, ends(row))),
+        ("**five sets in turn**: first set known after it, %", lambda row: percent(first_set(row, 0))),
+        ("first set known after the last, %", lambda row: percent(first_set(row, -1))),
+        ("all sets known after the last, %",
+         lambda row: percent([statistics.mean(sets["last"]) for sets in row["sets"]])),
+        ("loss on other text", lambda row: or_never([sets["loss"] for sets in row["sets"]], "+.3f", 1)),
+        ("common questions answered wrongly now", lambda row: changed(row, row["sets"])),
+        ("earlier facts taught again with sets 2 to 5",
+         lambda row: ", ".join(str(sum(sets["again"])) for sets in row["sets"])),
+    ]
+    cells = [[words, *(text_of(row) for row in rows)] for words, text_of in lines]
+    return table(["", *(with_rank(row) for row in rows)], cells)
 
-    header = ["what is trained", "rate", "known at the end (99%, or 40 readings), %",
-              "in wordings never taught, %", "rise of the loss", "where 95% was known: rise of the loss",
-              "in wordings never taught, %", "seconds", "of what it knew, still answered",
-              "first of five sets, known after the last, %",
-              "earlier facts taught again with sets 2 to 5"]
-    cells = []
-    for row in rows:
-        rises = [at_enough(curve, "loss") for curve in row["curves"]]
-        others = [at_enough(curve, "held_out") for curve in row["curves"]]
-        seconds = [at_enough(curve, "seconds") for curve in row["curves"]]
-        ends = [curve[-1] for curve in row["curves"]]
-        known = [percent([end[key] for end in ends]) for key in ("taught", "held_out")]
-        kept = ", ".join(f"{end['kept']} of {row['knew']}" for end in ends)
-        cells.append([with_rank(row), f"{row['rate']:g}", *known,
-                      or_never([end["loss"] for end in ends], "+.3f", 1), or_never(rises, "+.3f", 1),
-                      or_never(others, ".1f", 100), or_never(seconds, ".0f", 1), kept,
-                      percent([shares[-1] for shares in row["first"]]),
-                      ", ".join(str(sum(numbers)) for numbers in row["again"])])
-    return table(header, cells)
+
+def at_enough(row: dict, key: str, form: str, factor: float = 1) -> str:
+    """A number where each seed's curve reaches 95% known."""
+    from nanomem.reproduce import retrofit  # imports the layer
+
+    return or_never([retrofit.at_enough(curve, key) for curve in row["curves"]], form, factor)
+
+
+def ends(row: dict) -> list[dict]:
+    """The last point of each seed's curve."""
+    return [curve[-1] for curve in row["curves"]]
+
+
+def first_set(row: dict, after: int) -> list[float]:
+    """What is known of the first set after a later one, for each seed."""
+    return [sets["first"][after] for sets in row["sets"]]
+
+
+def changed(row: dict, found: list[dict]) -> str:
+    """How many of the questions that a method's model knew are answered wrongly, for each seed."""
+    return f"{', '.join(str(row['knew'] - one['kept']) for one in found)} of {row['knew']}"
 
 
 def highest(curves, key):

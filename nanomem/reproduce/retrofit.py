@@ -355,15 +355,16 @@ def identity(model: str) -> list[str]:
 
 
 def retrofit(teacher: Teacher, seeds: list[int]) -> list[dict]:
-    """A row for each method: its best rate, and over seeds its curves and what is left of sets in turn."""
+    """A row for each method: its best rate, and for each seed the curve of a lesson and what is left of sets
+    taught in turn.
+    """
     best = {}
     for name, tries in METHODS.items():
         curves = {way: teacher.run("sweep", name, way, SWEEP_SEED)["curve"] for way in tries}
         best[name] = best_rate(curves, "taught", lambda curve: at_enough(curve, "loss"))
     rows = {}
     for name, way in best.items():
-        rows[name] = {"model": name, "rate": way.rate, "rank": way.rank}
-        rows[name] |= {"curves": [], "first": [], "again": [], "last": []}
+        rows[name] = {"model": name, "rate": way.rate, "rank": way.rank, "curves": [], "sets": []}
     for seed in seeds:  # seed by seed, so that an unfinished table has as many of each method
         for name, way in best.items():
             lesson = teacher.run("lesson", name, way, seed)
@@ -372,6 +373,5 @@ def retrofit(teacher: Teacher, seeds: list[int]) -> list[dict]:
     for seed in seeds:
         for name, way in best.items():
             sets = teacher.run("sets", name, way, seed)
-            for key in ("first", "again", "last"):
-                rows[name][key].append(sets[key])
+            rows[name]["sets"].append({key: sets[key] for key in ("first", "again", "last", "loss", "kept")})
     return list(rows.values())
