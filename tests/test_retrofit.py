@@ -514,7 +514,10 @@ def test_reproduce_retrofit(folder, tmp_path, monkeypatch):
     teacher.before = before
     monkeypatch.setattr(reproduce, "STOP_AT", 0.0)  # another task, which ends at once
     assert len(teacher.run("lesson", "LoRA", methods["LoRA"][0], 1)["curve"]) == 1
-    whole = {"taught": 0.9, "held_out": 0.2, "loss": 0.1}, {"taught": 1.0, "held_out": 0.4, "loss": 0.3}
+    whole = ({"taught": 0.9, "held_out": 0.2, "loss": 0.1, "readings": 10},
+             {"taught": 1.0, "held_out": 0.4, "loss": 0.3, "readings": 20})
+    assert reproduce.cost(whole) == pytest.approx((0.2, 15))
+    assert reproduce.cost(whole[:1]) is None
     assert reproduce.at_enough(whole, "loss") == pytest.approx(0.2)
     assert reproduce.at_enough(whole[:1], "loss") is None
 

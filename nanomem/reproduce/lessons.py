@@ -43,9 +43,11 @@ def read_off(curve: list[dict], known: str, enough: float, key: str, start: dict
     return None
 
 
-def best_rate(
-        curves: dict[float, list[dict]], known: str, cost: Callable[[list[dict]], float | None]) -> float:
-    """The rate whose curve has the lowest cost; if that is None for all, the one that learns most."""
+def best_rate(curves: dict, known: str, cost: Callable[[list[dict]], float | tuple | None]):
+    """The rate whose curve has the lowest cost; if that is None for all, the one that learns most.
+
+    curves: rate (or any other name of a try) -> its curve.
+    """
     costs = {rate: cost(curve) for rate, curve in curves.items()}
     reaching = {rate: one for rate, one in costs.items() if one is not None}
     if reaching:

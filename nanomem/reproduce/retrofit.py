@@ -302,8 +302,16 @@ def sets_in_turn(student: Student) -> dict:
 
 def at_enough(curve: list[dict], key: str, enough: float = ENOUGH) -> float | None:
     """A curve's number where it first reaches enough of the taught statements; None if it doesn't."""
-    start = {"taught": 0.0, "held_out": 0.0, "loss": 0.0, "seconds": 0.0}
+    start = {"taught": 0.0, "held_out": 0.0, "loss": 0.0, "readings": 0, "seconds": 0.0}
     return read_off(curve, "taught", enough, key, start)
+
+
+def cost(curve: list[dict]) -> tuple[float, float] | None:
+    """What a sweep's best try has least of: the rise of the loss where enough is known, to a thousandth; of
+    equals, the readings until then. None if it never is.
+    """
+    rise = at_enough(curve, "loss")
+    return None if rise is None else (round(rise, 3), at_enough(curve, "readings"))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -361,7 +369,7 @@ def retrofit(teacher: Teacher, seeds: list[int]) -> list[dict]:
     best = {}
     for name, tries in METHODS.items():
         curves = {way: teacher.run("sweep", name, way, SWEEP_SEED)["curve"] for way in tries}
-        best[name] = best_rate(curves, "taught", lambda curve: at_enough(curve, "loss"))
+        best[name] = best_rate(curves, "taught", cost)
     rows = {}
     for name, way in best.items():
         rows[name] = {"model": name, "rate": way.rate, "rank": way.rank, "curves": [], "sets": []}
