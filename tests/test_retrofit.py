@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 from nanomem import optim, pretrained, retrofit
 from nanomem.cli import UserError
-from nanomem.facts import from_jsonl
-from nanomem.reproduce.retrofit import WORDINGS
+from nanomem.facts import from_jsonl, world
+from nanomem.reproduce.retrofit import CITY_WORDINGS, LARGE_CITIES, WORDINGS
 from nanomem.retrofit import add_memory, load_memory, memories_of, save_memory, what_to_teach
 
 transformers = pytest.importorskip("transformers")
@@ -324,8 +324,10 @@ def folder(tmp_path_factory):
     tokenizers = pytest.importorskip("tokenizers")
     path = tmp_path_factory.mktemp("model")
     split = tokenizers.pre_tokenizers.Whitespace()
-    texts = [json.dumps(FACTS), *sum(WORDINGS.values(), ())]
-    words = sorted({word for text in texts for word, _ in split.pre_tokenize_str(text)})
+    cities = world(20, skip=LARGE_CITIES)
+    countries = [cities.answers(e, 0)[0] for e in range(20)]
+    texts = [json.dumps(FACTS), *sum(WORDINGS.values(), ()), *CITY_WORDINGS, *cities.entities, *countries]
+    words = dict.fromkeys(word for text in texts for word, _ in split.pre_tokenize_str(text))
     numbers = {word: number for number, word in enumerate(["?", "<s>", "</s>", *words])}
     whole = tokenizers.Tokenizer(tokenizers.models.WordLevel(numbers, unk_token="?"))
     whole.pre_tokenizer = split
@@ -496,8 +498,8 @@ def test_reproduce_retrofit(folder, tmp_path, monkeypatch):
                "LoRA": [reproduce.Try("lora", 1e-3, rank=2)],
                "everything": [reproduce.Try("all", 1e-3)]}
     short = dict(METHODS=methods, READINGS=2, SETS=2, MOST_ASKED=4,
-                 N_FACTS={"sweep": 4, "lesson": 5, "sets": 4},
-                 EVALUATED_AT={"sweep": (2,), "lesson": (1, 2), "sets": ()})
+                 N_FACTS={"sweep": 4, "lesson": 5, "cities": 4, "sets": 4},
+                 EVALUATED_AT={"sweep": (2,), "lesson": (1, 2), "cities": (2,), "sets": ()})
     for name, value in short.items():
         monkeypatch.setattr(reproduce, name, value)
     monkeypatch.setattr(reproduce, "KNOWN_BEFORE", (("A", "b"), ("C", "d")))
@@ -506,7 +508,7 @@ def test_reproduce_retrofit(folder, tmp_path, monkeypatch):
     assert [row["model"] for row in rows] == list(methods)
     assert [point["readings"] for point in rows[0]["curves"][0]] == [1, 2]
     assert len(rows[0]["sets"][0]["first"]) == len(rows[0]["sets"][0]["last"]) == 2
-    assert len(list((tmp_path / "retrofit").iterdir())) == len(teacher.used) == 4 + 3 + 3
+    assert len(list((tmp_path / "retrofit").iterdir())) == len(teacher.used) == 4 + 3 + 3 + 3
     assert "|  | memory | LoRA, rank 2 | everything |" in figures.retrofit_table(rows)
     figures.draw("retrofit", rows, tmp_path / "retrofit.png")
     before, teacher.before = teacher.before, "not needed: all runs are finished"
@@ -532,6 +534,21 @@ def test_invented_facts_have_six_taught_wordings_and_two_others(folder):
     assert not names & others
     taught = {tokenizer.decode(statement.tokens) for statement in lesson.taught}
     assert not taught & {tokenizer.decode(statement.tokens) for statement in lesson.held_out}
+
+
+def test_cities_that_a_model_knows_are_not_taught(folder):
+    from nanomem.reproduce import retrofit as reproduce
+
+    model, tokenizer = pretrained.open_model(str(folder), torch.device("cpu"), torch.float32)
+    facts = world(20, skip=LARGE_CITIES)
+    known, *others = facts.entities[:3]
+    statements = reproduce.in_wordings(tokenizer, 0, CITY_WORDINGS[3:4], known, facts.answers(0, 0)[0])
+    optimizers = optim.build_optimizer(model.requires_grad_(True), 1e-2, weight_decay=0.0)
+    pretrained.teach(model, optimizers, statements, rounds=50)
+    lesson = reproduce.unknown_cities(model, tokenizer, n_facts=2)
+    assert len(lesson.taught) == 2 * 6 and len(lesson.held_out) == 2 * 2
+    for name, statement in zip(others, lesson.taught[::6]):
+        assert tokenizer.decode(statement.tokens).startswith(f"{name} is a city in")
 
 
 # ------------------------------------------------------------------------------------------------

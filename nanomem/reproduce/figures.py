@@ -125,16 +125,21 @@ def retrofit_table(rows: list[dict]) -> str:
         ("**where 95% are known**: loss on other text", lambda row: at_enough(row, "loss", "+.3f")),
         ("known in wordings never taught, %", lambda row: at_enough(row, "held_out", ".1f", 100)),
         ("seconds", lambda row: at_enough(row, "seconds", ".0f")),
-        ("**at the end**: known, %", lambda row: percent([end["taught"] for end in ends(row)])),
-        ("known in wordings never taught, %", lambda row: percent([end["held_out"] for end in ends(row)])),
-        ("loss on other text", lambda row: or_never([end["loss"] for end in ends(row)], "+.3f", 1)),
-        ("common questions answered wrongly now", lambda row: changed(row, ends(row))),
+        ("**at the end**: known, %", lambda row: percent(at_end(row, "curves", "taught"))),
+        ("known in wordings never taught, %", lambda row: percent(at_end(row, "curves", "held_out"))),
+        ("loss on other text", lambda row: or_never(at_end(row, "curves", "loss"), "+.3f", 1)),
+        ("common questions answered wrongly now", lambda row: changed(row, at_end(row, "curves", "kept"))),
+        ("**real cities, at the end**: known, %", lambda row: percent(at_end(row, "cities", "taught"))),
+        ("known in wordings never taught, %", lambda row: percent(at_end(row, "cities", "held_out"))),
+        ("loss on other text", lambda row: or_never(at_end(row, "cities", "loss"), "+.3f", 1)),
+        ("common questions answered wrongly now", lambda row: changed(row, at_end(row, "cities", "kept"))),
         ("**five sets in turn**: first set known after it, %", lambda row: percent(first_set(row, 0))),
         ("first set known after the last, %", lambda row: percent(first_set(row, -1))),
         ("all sets known after the last, %",
          lambda row: percent([statistics.mean(sets["last"]) for sets in row["sets"]])),
         ("loss on other text", lambda row: or_never([sets["loss"] for sets in row["sets"]], "+.3f", 1)),
-        ("common questions answered wrongly now", lambda row: changed(row, row["sets"])),
+        ("common questions answered wrongly now",
+         lambda row: changed(row, [sets["kept"] for sets in row["sets"]])),
         ("earlier facts taught again with sets 2 to 5",
          lambda row: ", ".join(str(sum(sets["again"])) for sets in row["sets"])),
     ]
@@ -149,9 +154,9 @@ def at_enough(row: dict, key: str, form: str, factor: float = 1) -> str:
     return or_never([retrofit.at_enough(curve, key) for curve in row["curves"]], form, factor)
 
 
-def ends(row: dict) -> list[dict]:
-    """The last point of each seed's curve."""
-    return [curve[-1] for curve in row["curves"]]
+def at_end(row: dict, curves: str, key: str) -> list:
+    """A number at the last point of each seed's curve."""
+    return [curve[-1][key] for curve in row[curves]]
 
 
 def first_set(row: dict, after: int) -> list[float]:
@@ -159,9 +164,9 @@ def first_set(row: dict, after: int) -> list[float]:
     return [sets["first"][after] for sets in row["sets"]]
 
 
-def changed(row: dict, found: list[dict]) -> str:
+def changed(row: dict, kept: list[int]) -> str:
     """How many of the questions that a method's model knew are answered wrongly, for each seed."""
-    return f"{', '.join(str(row['knew'] - one['kept']) for one in found)} of {row['knew']}"
+    return f"{', '.join(str(row['knew'] - number) for number in kept)} of {row['knew']}"
 
 
 def highest(curves, key):

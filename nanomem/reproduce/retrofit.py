@@ -4,7 +4,8 @@ Facts taught to a pretrained model, by what is trained: `reproduce retrofit`.
 Each method teaches the same model the same invented facts, in several wordings, by the same loop. After some
 rounds the model is asked in the taught wordings and in others that were never taught; its loss on other text
 is measured, and what it knew of common facts is asked again. Rates are chosen on 100 facts, by four tries
-each; the table is of 500 facts, other people, and several seeds.
+each; the table is of 500 facts, other people, and several seeds. Then come 500 real facts, the countries of
+small cities, and five sets of 200 facts in turn.
 """
 
 import copy
@@ -19,8 +20,9 @@ import torch.nn as nn
 
 from nanomem import optim, pretrained
 from nanomem.adapter import build_adam, centre_queries, choose_slots
+from nanomem.cli import UserError
 from nanomem.data import file_digest
-from nanomem.facts import people
+from nanomem.facts import people, world
 from nanomem.pretrained import Statement
 from nanomem.reproduce.lessons import best_rate, read_off, result_path, saved_or_run
 from nanomem.reproduce.runs import torch_version
@@ -32,9 +34,11 @@ STOP_AT = 0.99  # of the taught statements: where teaching ends
 READINGS = 40  # of each fact, at most
 BATCH_SIZE, MOST_ASKED = 32, 500
 SWEEP_SEED = 1336
-N_FACTS = {"sweep": 100, "lesson": 500, "sets": 200}  # of a set: 200
-EVALUATED_AT = {"sweep": (10, 20, 30, 40), "lesson": (2, 5, 10, 20, 30, 40), "sets": ()}  # readings
+N_FACTS = {"sweep": 100, "lesson": 500, "cities": 500, "sets": 200}  # of a set: 200
+EVALUATED_AT = {"sweep": (10, 20, 30, 40), "lesson": (2, 5, 10, 20, 30, 40), "cities": (10, 20, 30, 40),
+                "sets": ()}  # readings
 SETS = 5  # taught one after another
+LARGE_CITIES = 20_000  # of which no country is taught
 
 # "{}" is the name. The wordings at HELD_OUT are never taught.
 WORDINGS = {
@@ -55,6 +59,10 @@ WORDINGS = {
         "{}'s employer is", "The company that {} works for is", "{} is employed by",
         "Every morning {} goes to work at"),
 }
+CITY_WORDINGS = (
+    "{} is a city in", "The city of {} is in", "The country of {} is",
+    "Question: In which country is {}? Answer:", "If you go to {}, you are in",
+    "The country in which {} lies is", "A map shows {} in", "{} lies in")
 HELD_OUT = (2, 7)
 
 # What many models know: asked before teaching; those known then are asked again after it.
@@ -145,12 +153,41 @@ def invented(tokenizer, n_facts: int, seed: int, taken: frozenset[str] = frozens
             if count == n_facts:
                 break
             answer = facts.answers(e, names.index(attribute))[0]
-            for w, wording in enumerate(wordings):
-                statement = pretrained.encode_fact(tokenizer, count, wording.replace("{}", name), answer)
-                group = lesson.held_out if w in HELD_OUT else lesson.taught
-                group.append(statement)
+            add_fact(lesson, in_wordings(tokenizer, count, wordings, name, answer))
             count += 1
     return lesson, set(facts.entities)
+
+
+def unknown_cities(model: nn.Module, tokenizer, n_facts: int) -> Lesson:
+    """The countries of the largest cities after LARGE_CITIES others that a model gives in no wording.
+
+    Raises UserError if it knows too many.
+    """
+    facts = world(n_entities=10 * n_facts, skip=LARGE_CITIES)
+    lesson, count = Lesson([], []), 0
+    for e, name in enumerate(facts.entities):
+        wordings = in_wordings(tokenizer, count, CITY_WORDINGS, name, facts.answers(e, 0)[0])
+        asked = [[without_end(tokenizer, statement)] for statement in wordings]
+        if not pretrained.ask(model, asked).any():
+            add_fact(lesson, wordings)
+            count += 1
+        if count == n_facts:
+            return lesson
+    raise UserError(f"expected {n_facts} of {len(facts.entities)} small cities that the model doesn't know; "
+                    f"it knows all but {count}")
+
+
+def in_wordings(tokenizer, fact: int, wordings: tuple[str, ...], name: str, answer: str) -> list[Statement]:
+    """A fact about a name in all its wordings."""
+    return [pretrained.encode_fact(tokenizer, fact, wording.replace("{}", name), answer)
+            for wording in wordings]
+
+
+def add_fact(lesson: Lesson, wordings: list[Statement]):
+    """Adds a fact to a lesson: the wordings at HELD_OUT to those never taught."""
+    for w, statement in enumerate(wordings):
+        group = lesson.held_out if w in HELD_OUT else lesson.taught
+        group.append(statement)
 
 
 def share_known(model: nn.Module, statements: list[Statement]) -> float:
@@ -162,13 +199,18 @@ def share_known(model: nn.Module, statements: list[Statement]) -> float:
 
 
 def known_before(tokenizer) -> list[list[Statement]]:
-    """KNOWN_BEFORE as questions. What follows the answer doesn't matter, so they have no end."""
+    """KNOWN_BEFORE as questions."""
     asked = []
     for prompt, answer in KNOWN_BEFORE:
         statement = pretrained.encode_fact(tokenizer, len(asked), prompt, answer)
-        tokens = pretrained.drop_end(statement.tokens, tokenizer.eos_token_id)
-        asked.append([dataclasses.replace(statement, tokens=tokens)])
+        asked.append([without_end(tokenizer, statement)])
     return asked
+
+
+def without_end(tokenizer, statement: Statement) -> Statement:
+    """A statement that is right whatever follows its answer: an untaught model doesn't end there."""
+    tokens = pretrained.drop_end(statement.tokens, tokenizer.eos_token_id)
+    return dataclasses.replace(statement, tokens=tokens)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -270,8 +312,12 @@ def with_lora(model: nn.Module, rank: int, seed: int) -> nn.Module:
 
 
 def lesson_curve(student: Student, kind: str) -> dict:
-    """What a student knows while it is taught: a "sweep" or a "lesson"."""
-    lesson, _ = invented(student.before.tokenizer, N_FACTS[kind], student.seed)
+    """What a student knows while it is taught: a "sweep", a "lesson" or "cities"."""
+    model, tokenizer = student.before.model, student.before.tokenizer
+    if kind == "cities":
+        lesson = unknown_cities(model, tokenizer, N_FACTS[kind])
+    else:
+        lesson, _ = invented(tokenizer, N_FACTS[kind], student.seed)
     curve = student.teach(lesson, EVALUATED_AT[kind])
     return {"loss_before": student.before.loss, "knew": int(student.before.knew.sum()), "curve": curve}
 
@@ -333,10 +379,12 @@ class Teacher:
         self.used = []      # all results that were asked for
 
     def run(self, kind: str, name: str, way: Try, seed: int) -> dict:
-        """The result of a "sweep", a "lesson" or "sets", from its file, or run and saved."""
+        """The result of a "sweep", a "lesson", "cities" or "sets", from its file, or run and saved."""
         deciding = [kind, dataclasses.asdict(way), seed, N_FACTS[kind], EVALUATED_AT[kind], self.identity,
                     WORDINGS, HELD_OUT, KNOWN_BEFORE, READINGS, BATCH_SIZE, STOP_AT, MOST_ASKED, COMPUTATION,
                     torch_version()]
+        if kind == "cities":
+            deciding += [CITY_WORDINGS, LARGE_CITIES]
         if kind == "sets":
             deciding.append(SETS)
         about = {"kind": kind, "name": name, **dataclasses.asdict(way), "seed": seed, "facts": N_FACTS[kind],
@@ -378,6 +426,8 @@ def retrofit(teacher: Teacher, seeds: list[int]) -> list[dict]:
             lesson = teacher.run("lesson", name, way, seed)
             rows[name]["knew"] = lesson["knew"]
             rows[name]["curves"].append(lesson["curve"])
+    for name, way in best.items():
+        rows[name]["cities"] = [teacher.run("cities", name, way, seeds[0])["curve"]]
     for seed in seeds:
         for name, way in best.items():
             sets = teacher.run("sets", name, way, seed)
