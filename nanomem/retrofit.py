@@ -43,8 +43,8 @@ class Settings:
     heads: int = setting(4, "queries per token, each with keys of its own", least=1)
     knn: int = setting(6, "slots read per query", least=1)
     k_dim: int = setting(256, "length of a query, an even number", least=2)
-    silence: float = setting(0.45, "a token reads nothing unless slots with facts have more than this share "
-                                   "of its softmax weight", least=0)
+    silence: float = setting(0.45, "a token reads nothing unless the slots of one set of facts have more "
+                                   "than this share of its softmax weight", least=0)
     target: str = setting("mlp", "name of the feed-forward module inside a layer")
 
     mem_lr: float = setting(0.3, "learning rate of the values", least=0, section="Teaching")
@@ -144,7 +144,7 @@ def add_memory(model: nn.Module, layers: list[int | str], lookup: int | str | No
         layers: numbers of its layers, from 0, or names of modules such as "blocks.3.ffn".
         lookup: the layer whose feed-forward input says which slots are read; None for the lowest of layers.
         n_slots, heads, knn, k_dim: the shape of the lookup; n_slots is a square number.
-        silence: a token reads nothing unless slots with values have more than this share of its weight.
+        silence: a token reads nothing unless the slots of one set have more than this share of its weight.
         target: the name of the feed-forward module inside a layer.
         seed: of the random queries and keys.
         all_slots: give all slots values, n_slots * width numbers in each layer. With False, no slot has any

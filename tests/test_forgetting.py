@@ -13,7 +13,7 @@ from nanomem.config import GPTConfig
 from nanomem.model import GPT
 from nanomem.reproduce import figures, forgetting
 from nanomem.reproduce.forgetting import METHODS, kept_at, lesson, new_people, rounds, share_lost
-from nanomem.reproduce.lessons import best_rate
+from nanomem.reproduce.lessons import best_try
 from nanomem.reproduce.lora import LoRALinear, add_lora
 
 
@@ -41,11 +41,11 @@ def test_kept_is_read_off_where_enough_is_first_known():
     assert kept_at(curve((0.9, 0.5))) == 0.5 and kept_at(curve((0.5, 1.0), (0.89, 0.9))) is None
 
 
-def test_the_best_rate_keeps_most_where_it_reaches_enough_or_else_learns_most():
+def test_the_best_try_keeps_most_where_it_reaches_enough_or_else_learns_most():
     reaching = {1: curve((0.95, 0.5)), 2: curve((0.5, 1.0), (0.9, 0.8)), 3: curve((0.8, 1.0))}
-    assert best_rate(reaching, "new", share_lost) == 2
+    assert best_try(reaching, "new", share_lost) == 2
     short = {1: curve((0.5, 0.1)), 2: curve((0.3, 0.9), (0.4, 0.8))}
-    assert best_rate(short, "new", share_lost) == 1
+    assert best_try(short, "new", share_lost) == 1
 
 
 def test_lora_starts_unchanged_and_changes_only_its_matrices():

@@ -509,11 +509,13 @@ def test_reproduce_retrofit(folder, tmp_path, monkeypatch):
     assert [point["readings"] for point in rows[0]["curves"][0]] == [1, 2]
     assert len(rows[0]["sets"][0]["first"]) == len(rows[0]["sets"][0]["last"]) == 2
     assert len(list((tmp_path / "retrofit").iterdir())) == len(teacher.used) == 4 + 3 + 3 + 3
-    assert "|  | memory | LoRA, rank 2 | everything |" in figures.retrofit_table(rows)
+    table = figures.retrofit_table(rows)
+    assert "|  | memory | LoRA, rank 2 | everything |" in table
+    assert table.count("| memory | 0.") == 2 and "| LoRA, rank 2 | 0.001 |" in table
     figures.draw("retrofit", rows, tmp_path / "retrofit.png")
-    before, teacher.before = teacher.before, "not needed: all runs are finished"
+    untaught, teacher.untaught = teacher.untaught, "not needed: all runs are finished"
     assert reproduce.retrofit(teacher, seeds=[1]) == rows
-    teacher.before = before
+    teacher.untaught = untaught
     monkeypatch.setattr(reproduce, "STOP_AT", 0.0)  # another task, which ends at once
     assert len(teacher.run("lesson", "LoRA", methods["LoRA"][0], 1)["curve"]) == 1
     whole = ({"taught": 0.9, "held_out": 0.2, "loss": 0.1, "readings": 10},

@@ -13,7 +13,8 @@ The paper's claims, small: trains the models of a table or figure with train.py,
     python -m nanomem.reproduce page         writes the tables of README and docs from assets/*.json
 
 - equal terms: the same facts, tokens, batches and tokenizer; each model has the best of a few tries:
-  the one whose answers cost least on questions that are never reported, or on text the one of lowest loss
+  the one whose answers cost least on questions that are never reported, on text the one of lowest loss, and
+  when facts are taught the one that loses least of what the model knew
 - a finished run is a JSON file in assets/runs and is not trained again; one that was stopped continues
 - writes assets/NAME.json and NAME.png (pip install -e '.[plot]'); `page` draws all figures anew
 """
@@ -39,7 +40,7 @@ USES = {
     "ablations": ON_FACTS,
     "text": ("preset", "text", "seeds"),
     "forgetting": ("seeds",),
-    "retrofit": ("model", "held_out", "seeds"),
+    "retrofit": ("model", "other_text", "seeds"),
     "slots": ("run",),
     "page": (),
 }  # command -> the settings that it uses, besides the folders
@@ -63,8 +64,9 @@ class Settings:
         "data/wikitext-2", "text to train on: shards that data/prepare.py made, or a text file", path=True)
     seeds: int = setting(3, "runs of each model")
     model: str = setting("", "the pretrained model of retrofit: a name, a folder or a .gguf file")
-    held_out: str = setting(
-        "", "a text on which retrofit measures the loss; by default a short built-in one", path=True)
+    other_text: str = setting(
+        "", "ordinary text for retrofit: the loss is measured on its first 16,384 tokens, the memory avoids "
+        "the slots that the next 128,000 read; by default a short built-in one", path=True)
     run: str = setting("out/people-memory", "folder of the trained model that slots looks into", path=True)
     out_dir: str = setting("out/reproduce", "folder for checkpoints and logs of the runs", path=True)
     runs: str = setting("assets/runs", "folder for the results of finished runs", path=True)
@@ -88,8 +90,8 @@ def main():
         path = getattr(settings, name)
         if Path(path).is_file():
             raise UserError(f"--{name}={path} is a file; expected a folder")
-    if settings.held_out and not Path(settings.held_out).is_file():
-        raise UserError(f"--held_out={settings.held_out}: there is no such file")
+    if settings.other_text and not Path(settings.other_text).is_file():
+        raise UserError(f"--other_text={settings.other_text}: there is no such file")
     if settings.seeds < 1:
         raise UserError(f"seeds must be 1 or more, got {settings.seeds}")
     from nanomem.reproduce import figures, runs
@@ -183,7 +185,7 @@ def make_trainer(settings, console):
 
 
 def measure_retrofit(settings):
-    """Teaches a pretrained model invented facts by each method, and writes a table and a figure."""
+    """Teaches a pretrained model facts by each method, and writes a table and a figure."""
     from rich.console import Console
 
     from nanomem import pretrained
@@ -194,18 +196,14 @@ def measure_retrofit(settings):
     pretrained.need("peft")
     console = Console(highlight=False, soft_wrap=True)
     finished = Path(settings.runs).with_name("retrofit")
-    teacher = retrofit.Teacher(settings.model, settings.held_out, finished, console)
+    teacher = retrofit.Teacher(settings.model, settings.other_text, finished, console)
     seeds = list(range(Config.seed, Config.seed + settings.seeds))
     rows = retrofit.retrofit(teacher, seeds)
-    command = f"{command_line('retrofit', settings)} --model={shown(settings.model)}"
-    if settings.held_out:
-        command += f" --held_out={shown(settings.held_out)}"
     results = {
-        "command": command,
+        "command": command_line("retrofit", settings),
         **runs.origin(teacher.used),
         "seeds": seeds,
         "minutes": round(sum(result["seconds"] for result in teacher.used) / 60),
-        "text": Path(settings.held_out).name or "the built-in one",
         "rows": rows,
     }
     write("retrofit", results, settings)
@@ -268,10 +266,11 @@ def write_pages(assets):
 def command_line(command, settings):
     """The command that gives the same table, without folders and defaults."""
     changed = []
-    for name in ("preset", "data", "text", "seeds"):
+    for name in ("preset", "data", "text", "model", "other_text", "seeds"):
         value = getattr(settings, name)
         if value != getattr(Settings, name):
-            changed.append(f"--{name}={value}")
+            is_file = name in ("model", "other_text")
+            changed.append(f"--{name}={shown(value) if is_file else value}")
     return " ".join(["python -m nanomem.reproduce", command, *changed])
 
 

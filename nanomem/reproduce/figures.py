@@ -119,35 +119,53 @@ def forgetting_table(rows: list[dict]) -> str:
 
 
 def retrofit_table(rows: list[dict]) -> str:
-    """What `retrofit` found as a Markdown table: a column for each method."""
+    """What `retrofit` found as Markdown tables: one with a column for each method, one of the tries."""
     lines = [
-        ("learning rate, the best of four tries", lambda row: f"{row['rate']:g}"),
-        ("**where 95% are known**: loss on other text", lambda row: at_enough(row, "loss", "+.3f")),
-        ("known in wordings never taught, %", lambda row: at_enough(row, "held_out", ".1f", 100)),
-        ("seconds", lambda row: at_enough(row, "seconds", ".0f")),
-        ("**at the end**: known, %", lambda row: percent(at_end(row, "curves", "taught"))),
-        ("known in wordings never taught, %", lambda row: percent(at_end(row, "curves", "held_out"))),
-        ("loss on other text", lambda row: or_never(at_end(row, "curves", "loss"), "+.3f", 1)),
-        ("common questions answered wrongly now", lambda row: changed(row, at_end(row, "curves", "kept"))),
-        ("**real cities, at the end**: known, %", lambda row: percent(at_end(row, "cities", "taught"))),
-        ("known in wordings never taught, %", lambda row: percent(at_end(row, "cities", "held_out"))),
-        ("loss on other text", lambda row: or_never(at_end(row, "cities", "loss"), "+.3f", 1)),
-        ("common questions answered wrongly now", lambda row: changed(row, at_end(row, "cities", "kept"))),
-        ("**five sets in turn**: first set known after it, %", lambda row: percent(first_set(row, 0))),
-        ("first set known after the last, %", lambda row: percent(first_set(row, -1))),
-        ("all sets known after the last, %",
-         lambda row: percent([statistics.mean(sets["last"]) for sets in row["sets"]])),
-        ("loss on other text", lambda row: or_never([sets["loss"] for sets in row["sets"]], "+.3f", 1)),
-        ("common questions answered wrongly now",
-         lambda row: changed(row, [sets["kept"] for sets in row["sets"]])),
-        ("earlier facts taught again with sets 2 to 5",
-         lambda row: ", ".join(str(sum(sets["again"])) for sets in row["sets"])),
+        ("learning rate", lambda row: f"{row['rate']:g}"),
+        ("million numbers trained", lambda row: f"{row['trained'] / 1e6:.1f}"),
+        ("**500 facts, where 95% are known**: readings", lambda row: where_enough(row, "readings", ".0f")),
+        ("known in wordings never taught, %", lambda row: where_enough(row, "held_out", ".1f", 100)),
+        ("rise of the loss on other text", lambda row: where_enough(row, "loss", "+.3f")),
+        *lines_at_end("500 facts, at the end", "curves"),
+        *lines_at_end("500 real cities, at the end", "cities"),
+        ("**five sets of 200**: first set, when just taught, %",
+         lambda row: percent([shares[0] for shares in of_sets(row, "first")])),
+        ("first set, after the last, %",
+         lambda row: percent([shares[-1] for shares in of_sets(row, "first")])),
+        ("all sets, after the last, %", lambda row: percent(map(statistics.mean, of_sets(row, "last")))),
+        ("rise of the loss on other text", lambda row: or_never(of_sets(row, "loss"), "+.3f", 1)),
+        ("common questions answered wrongly now", lambda row: now_wrong(row, of_sets(row, "kept"))),
+        ("earlier facts taught again", lambda row: ", ".join(map(str, map(sum, of_sets(row, "again"))))),
     ]
     cells = [[words, *(text_of(row) for row in rows)] for words, text_of in lines]
-    return table(["", *(with_rank(row) for row in rows)], cells)
+    return f"{table(['', *map(with_rank, rows)], cells)}\n{tries_table(rows)}"
 
 
-def at_enough(row: dict, key: str, form: str, factor: float = 1) -> str:
+def lines_at_end(words: str, curves: str) -> list[tuple]:
+    """Lines of retrofit_table: (what a line says, function from a row to its cell)."""
+    return [
+        (f"**{words}**: readings", lambda row: ", ".join(map(str, at_end(row, curves, "readings")))),
+        ("known, %", lambda row: percent(at_end(row, curves, "taught"))),
+        ("known in wordings never taught, %", lambda row: percent(at_end(row, curves, "held_out"))),
+        ("rise of the loss on other text", lambda row: or_never(at_end(row, curves, "loss"), "+.3f", 1)),
+        ("common questions answered wrongly now", lambda row: now_wrong(row, at_end(row, curves, "kept"))),
+    ]
+
+
+def tries_table(rows: list[dict]) -> str:
+    """What each try of a sweep knew at its end, as a Markdown table."""
+    tries = [one | {"model": row["model"]} for row in rows for one in row["tries"]]
+    return table_of({
+        "tries, 100 facts": with_rank,
+        "rate": lambda one: f"{one['rate']:g}",
+        "known at the end, %": lambda one: percent([one["end"]["taught"]]),
+        "in wordings never taught, %": lambda one: percent([one["end"]["held_out"]]),
+        "rise of the loss": lambda one: f"{one['end']['loss']:+.3f}",
+        "rise of the loss where 95% are known": lambda one: or_never([one["rise"]], "+.3f", 1),
+    }, tries)
+
+
+def where_enough(row: dict, key: str, form: str, factor: float = 1) -> str:
     """A number where each seed's curve reaches 95% known."""
     from nanomem.reproduce import retrofit  # imports the layer
 
@@ -159,12 +177,12 @@ def at_end(row: dict, curves: str, key: str) -> list:
     return [curve[-1][key] for curve in row[curves]]
 
 
-def first_set(row: dict, after: int) -> list[float]:
-    """What is known of the first set after a later one, for each seed."""
-    return [sets["first"][after] for sets in row["sets"]]
+def of_sets(row: dict, key: str) -> list:
+    """What was found of sets taught in turn, for each seed."""
+    return [sets[key] for sets in row["sets"]]
 
 
-def changed(row: dict, kept: list[int]) -> str:
+def now_wrong(row: dict, kept: list[int]) -> str:
     """How many of the questions that a method's model knew are answered wrongly, for each seed."""
     return f"{', '.join(str(row['knew'] - number) for number in kept)} of {row['knew']}"
 
@@ -275,6 +293,7 @@ def draw_retrofit(rows):
         axis.set_xlabel(f"facts known in {words}")
         axis.grid(alpha=0.3)
         in_percent(axis.xaxis)
+    axes[0].set_yscale("symlog", linthresh=0.01)  # the memory's rise is a hundredth of the others'
     axes[0].set_ylabel("rise of the loss on other text, nats per token")
     axes[0].legend(fontsize=7)
     return figure

@@ -21,7 +21,7 @@ from nanomem.data import FactData, named_facts, open_data
 from nanomem.facts import ASKED, REPORT
 from nanomem.model import GPT
 from nanomem.observe import observe_lookups
-from nanomem.reproduce.lessons import best_rate, read_off, result_path, saved_or_run
+from nanomem.reproduce.lessons import best_try, read_off, result_path, saved_or_run
 from nanomem.reproduce.lora import add_lora
 from nanomem.reproduce.runs import COMPUTATION, torch_version
 
@@ -255,7 +255,7 @@ def forgetting(models: dict[str, list[tuple[str, Path]]], seeds: list[int], resu
     rates = {}
     for name in METHODS:
         curves = {one["rate"]: one["curve"] for one in tries if one["name"] == name}
-        rates[name] = best_rate(curves, "new", share_lost)
+        rates[name] = best_try(curves, "new", share_lost)
     tasks = []
     for kind, names in (("lesson", METHODS), ("rounds", IN_ROUNDS)):
         for i, seed in enumerate(seeds):

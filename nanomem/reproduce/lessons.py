@@ -43,13 +43,13 @@ def read_off(curve: list[dict], known: str, enough: float, key: str, start: dict
     return None
 
 
-def best_rate(curves: dict, known: str, cost: Callable[[list[dict]], float | tuple | None]):
-    """The rate whose curve has the lowest cost; if that is None for all, the one that learns most.
+def best_try(curves: dict, known: str, cost: Callable[[list[dict]], float | tuple | None]):
+    """The try whose curve has the lowest cost; if that is None for all, the one that learns most.
 
-    curves: rate (or any other name of a try) -> its curve.
+    curves: try (a rate, say) -> its curve.
     """
-    costs = {rate: cost(curve) for rate, curve in curves.items()}
-    reaching = {rate: one for rate, one in costs.items() if one is not None}
+    costs = {one: cost(curve) for one, curve in curves.items()}
+    reaching = {one: number for one, number in costs.items() if number is not None}
     if reaching:
         return min(reaching, key=reaching.get)
-    return max(curves, key=lambda rate: max(point[known] for point in curves[rate]))
+    return max(curves, key=lambda one: max((point[known] for point in curves[one]), default=0.0))

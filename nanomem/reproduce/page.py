@@ -49,6 +49,8 @@ def place_text(name, assets):
     remedy = f"python -m nanomem.reproduce {command}"
     if name.endswith("-world"):
         remedy += " --preset=night"
+    if command == "retrofit":
+        remedy += " --model=NAME"
     if results is None:
         raise UserError(f"{path} is missing; {remedy} makes it")
     table = TABLES[command](results["rows"])

@@ -1,17 +1,21 @@
 """
 Facts taught to a pretrained model, by what is trained: `reproduce retrofit`.
 
-Each method teaches the same model the same invented facts, in several wordings, by the same loop. After some
-rounds the model is asked in the taught wordings and in others that were never taught; its loss on other text
-is measured, and what it knew of common facts is asked again. Rates are chosen on 100 facts, by four tries
-each; the table is of 500 facts, other people, and several seeds. Then come 500 real facts, the countries of
-small cities, and five sets of 200 facts in turn.
+Each method teaches the same model the same facts, in several wordings, by the same loop. After some rounds
+the model is asked in the taught wordings and in others that were never taught; its loss on other text is
+measured, and what it knew of common facts is asked again. Four tries of each method are compared on 100
+invented facts. The best teaches 500, about other people, with several seeds; then 500 real facts, the
+countries of small cities; then five sets of 200 facts in turn.
+
+Only the memory sees ordinary text, to leave alone the slots that it reads; the loss is measured on other
+passages. And only the memory keeps what it was taught, so it alone can teach earlier facts again.
 """
 
 import copy
 import dataclasses
 import math
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +28,7 @@ from nanomem.cli import UserError
 from nanomem.data import file_digest
 from nanomem.facts import people, world
 from nanomem.pretrained import Statement
-from nanomem.reproduce.lessons import best_rate, read_off, result_path, saved_or_run
+from nanomem.reproduce.lessons import best_try, read_off, result_path, saved_or_run
 from nanomem.reproduce.runs import torch_version
 from nanomem.retrofit import Display, add_memory, default_layers
 
@@ -34,11 +38,12 @@ STOP_AT = 0.99  # of the taught statements: where teaching ends
 READINGS = 40  # of each fact, at most
 BATCH_SIZE, MOST_ASKED = 32, 500
 SWEEP_SEED = 1336
-N_FACTS = {"sweep": 100, "lesson": 500, "cities": 500, "sets": 200}  # of a set: 200
-EVALUATED_AT = {"sweep": (10, 20, 30, 40), "lesson": (2, 5, 10, 20, 30, 40), "cities": (10, 20, 30, 40),
-                "sets": ()}  # readings
+N_FACTS = {"sweep": 100, "lesson": 500, "cities": 500, "sets": 200}  # of each set
+EVALUATED_AT = {"sweep": (10, 20, 30, 40), "lesson": (2, 5, 10, 20, 30, 40),
+                "cities": (2, 5, 10, 20, 30, 40), "sets": ()}  # readings
 SETS = 5  # taught one after another
-LARGE_CITIES = 20_000  # of which no country is taught
+LARGE_CITIES = 20_000  # these are skipped
+WITH_ARTICLE = ("United States", "United Kingdom", "The Netherlands", "Philippines")  # no wording fits them
 
 # "{}" is the name. The wordings at HELD_OUT are never taught.
 WORDINGS = {
@@ -159,14 +164,16 @@ def invented(tokenizer, n_facts: int, seed: int, taken: frozenset[str] = frozens
 
 
 def unknown_cities(model: nn.Module, tokenizer, n_facts: int) -> Lesson:
-    """The countries of the largest cities after LARGE_CITIES others that a model gives in no wording.
-
-    Raises UserError if it knows too many.
+    """Facts about small cities whose country a model gives in none of the wordings. Tries the largest first,
+    after skipping LARGE_CITIES. Raises UserError if the model knows too many.
     """
     facts = world(n_entities=10 * n_facts, skip=LARGE_CITIES)
     lesson, count = Lesson([], []), 0
     for e, name in enumerate(facts.entities):
-        wordings = in_wordings(tokenizer, count, CITY_WORDINGS, name, facts.answers(e, 0)[0])
+        country = facts.answers(e, 0)[0]
+        if country in WITH_ARTICLE:
+            continue
+        wordings = in_wordings(tokenizer, count, CITY_WORDINGS, name, country)
         asked = [[without_end(tokenizer, statement)] for statement in wordings]
         if not pretrained.ask(model, asked).any():
             add_fact(lesson, wordings)
@@ -178,20 +185,20 @@ def unknown_cities(model: nn.Module, tokenizer, n_facts: int) -> Lesson:
 
 
 def in_wordings(tokenizer, fact: int, wordings: tuple[str, ...], name: str, answer: str) -> list[Statement]:
-    """A fact about a name in all its wordings."""
+    """The statements of one fact, one per wording."""
     return [pretrained.encode_fact(tokenizer, fact, wording.replace("{}", name), answer)
             for wording in wordings]
 
 
 def add_fact(lesson: Lesson, wordings: list[Statement]):
-    """Adds a fact to a lesson: the wordings at HELD_OUT to those never taught."""
+    """Adds a fact's statements to a lesson; those at HELD_OUT are not taught."""
     for w, statement in enumerate(wordings):
         group = lesson.held_out if w in HELD_OUT else lesson.taught
         group.append(statement)
 
 
 def share_known(model: nn.Module, statements: list[Statement]) -> float:
-    """The share of at most MOST_ASKED statements, chosen at random, that a model answers."""
+    """The share of statements that a model answers, from a random MOST_ASKED of them if there are more."""
     # Every n-th statement could all be of the same wording.
     order = np.random.default_rng(0).permutation(len(statements))[:MOST_ASKED]
     chosen = [statements[i] for i in order]
@@ -208,7 +215,7 @@ def known_before(tokenizer) -> list[list[Statement]]:
 
 
 def without_end(tokenizer, statement: Statement) -> Statement:
-    """A statement that is right whatever follows its answer: an untaught model doesn't end there."""
+    """A statement without its end token: an untaught model doesn't stop after an answer."""
     tokens = pretrained.drop_end(statement.tokens, tokenizer.eos_token_id)
     return dataclasses.replace(statement, tokens=tokens)
 
@@ -217,12 +224,12 @@ def without_end(tokenizer, statement: Statement) -> Statement:
 # One run
 
 
-class Pretrained:
+class Untaught:
     """A pretrained model, and how it answers before it is taught.
 
     Args:
         name: as retrofit's --model takes it.
-        text: file of the text to measure the loss on; "" for a built-in one.
+        text: file of ordinary text, as split_text takes it.
     """
 
     def __init__(self, name: str, text: str):
@@ -240,15 +247,15 @@ class Student:
         console: where to show how far teaching is.
     """
 
-    def __init__(self, before: Pretrained, way: Try, seed: int, console):
-        self.before, self.way, self.seed, self.console = before, way, seed, console
-        self.model = copy.deepcopy(before.model)
+    def __init__(self, untaught: Untaught, way: Try, seed: int, console):
+        self.untaught, self.way, self.seed, self.console = untaught, way, seed, console
+        self.model = copy.deepcopy(untaught.model)
         self.n_again = 0  # earlier facts that were taught again with the last lesson
         begun = time.perf_counter()
         if way.train == "memory":
             lookup, layers = default_layers(self.model.config.num_hidden_layers)
             self.memory = add_memory(self.model, layers, lookup, n_slots=512**2, seed=seed, all_slots=False)
-            centre_queries(self.model, self.memory, before.other_text)
+            centre_queries(self.model, self.memory, untaught.other_text)
         elif way.train == "lora":
             self.model = with_lora(self.model, way.rank, seed)
         else:
@@ -259,15 +266,16 @@ class Student:
         """(new optimizers, the statements to teach): Adam for a memory's rows, AdamW for the rest."""
         if self.way.train != "memory":
             return optim.build_optimizer(self.model, self.way.rate, weight_decay=0.0), lesson.taught
-        teachable, again = choose_slots(self.model, self.memory, lesson.taught, self.before.other_text)
+        teachable, again = choose_slots(self.model, self.memory, lesson.taught, self.untaught.other_text)
         self.n_again = len({statement.fact for statement in again})
         return [build_adam(self.memory, self.way.rate)], teachable + again
 
     def teach(self, lesson: Lesson, evaluated_at=()) -> list[dict]:
-        """Trains on a lesson until a share STOP_AT is known. Returns what is known after the rounds in
-        evaluated_at, and after how many seconds of preparing, choosing slots and training.
+        """Trains on a lesson until a share STOP_AT is known, or the loss diverges. Returns a point for each
+        round in evaluated_at: what is known, and the seconds so far, without those of asking.
         """
-        curve, begun, asking = [], time.perf_counter() - self.preparing, 0.0
+        begun = time.perf_counter() - self.preparing  # as if the preparation had just ended
+        curve, asking = [], 0.0
 
         def after_update(done, known):
             nonlocal asking
@@ -284,9 +292,12 @@ class Student:
         optimizers, statements = self.begin(lesson)
         display = Display(self.console)
         stop_at = math.inf if evaluated_at else STOP_AT  # a curve ends only where it was evaluated
-        with display.bar:
-            pretrained.teach(self.model, optimizers, statements, READINGS, BATCH_SIZE, self.seed, stop_at,
-                             after_update)
+        try:
+            with display.bar:
+                pretrained.teach(self.model, optimizers, statements, READINGS, BATCH_SIZE, self.seed, stop_at,
+                                 after_update)
+        except UserError as error:  # diverged; what was found until then is its result
+            self.console.print(error)
         return curve
 
     def evaluate(self, lesson: Lesson) -> dict:
@@ -296,8 +307,8 @@ class Student:
 
     def harm(self) -> dict:
         """{"loss": the rise on other text, "kept": how many questions that it knew it still answers}"""
-        kept = pretrained.ask(self.model, self.before.questions)[self.before.knew]
-        return {"loss": pretrained.text_loss(self.model, self.before.measured) - self.before.loss,
+        kept = pretrained.ask(self.model, self.untaught.questions)[self.untaught.knew]
+        return {"loss": pretrained.text_loss(self.model, self.untaught.measured) - self.untaught.loss,
                 "kept": int(kept.sum())}
 
 
@@ -313,13 +324,15 @@ def with_lora(model: nn.Module, rank: int, seed: int) -> nn.Module:
 
 def lesson_curve(student: Student, kind: str) -> dict:
     """What a student knows while it is taught: a "sweep", a "lesson" or "cities"."""
-    model, tokenizer = student.before.model, student.before.tokenizer
+    model, tokenizer = student.untaught.model, student.untaught.tokenizer
     if kind == "cities":
         lesson = unknown_cities(model, tokenizer, N_FACTS[kind])
     else:
         lesson, _ = invented(tokenizer, N_FACTS[kind], student.seed)
     curve = student.teach(lesson, EVALUATED_AT[kind])
-    return {"loss_before": student.before.loss, "knew": int(student.before.knew.sum()), "curve": curve}
+    trained = sum(p.numel() for p in student.model.parameters() if p.requires_grad)
+    return {"loss_before": student.untaught.loss, "knew": int(student.untaught.knew.sum()), "curve": curve,
+            "trained": trained}
 
 
 def sets_in_turn(student: Student) -> dict:
@@ -329,7 +342,7 @@ def sets_in_turn(student: Student) -> dict:
     """
     taken, lessons = frozenset(), []
     for i in range(SETS):
-        lesson, names = invented(student.before.tokenizer, N_FACTS["sets"], student.seed * 100 + i, taken)
+        lesson, names = invented(student.untaught.tokenizer, N_FACTS["sets"], student.seed * 100 + i, taken)
         lessons.append(lesson)
         taken |= names
     first, again = [], []
@@ -346,15 +359,15 @@ def sets_in_turn(student: Student) -> dict:
 # Reading curves
 
 
-def at_enough(curve: list[dict], key: str, enough: float = ENOUGH) -> float | None:
-    """A curve's number where it first reaches enough of the taught statements; None if it doesn't."""
-    start = {"taught": 0.0, "held_out": 0.0, "loss": 0.0, "readings": 0, "seconds": 0.0}
-    return read_off(curve, "taught", enough, key, start)
+def at_enough(curve: list[dict], key: str) -> float | None:
+    """A curve's number where ENOUGH is first known; None if it never is."""
+    start = dict.fromkeys(("taught", "held_out", "loss", "readings", "seconds"), 0.0)
+    return read_off(curve, "taught", ENOUGH, key, start)
 
 
 def cost(curve: list[dict]) -> tuple[float, float] | None:
-    """What a sweep's best try has least of: the rise of the loss where enough is known, to a thousandth; of
-    equals, the readings until then. None if it never is.
+    """Ranks the tries of a sweep, the lowest first: (rise of the loss where ENOUGH is known, to a thousandth;
+    readings until then). None if it never is.
     """
     rise = at_enough(curve, "loss")
     return None if rise is None else (round(rise, 3), at_enough(curve, "readings"))
@@ -368,14 +381,14 @@ class Teacher:
     """Runs tasks that have no result yet, one after another.
 
     Args:
-        model, text: those of Pretrained.
+        model, text: those of Untaught.
         results: folder of the finished runs' JSON files.
     """
 
     def __init__(self, model: str, text: str, results: Path, console):
         self.name, self.text, self.results, self.console = model, text, results, console
         self.identity = identity(model), [file_digest(Path(text))] if text else []
-        self.before = None  # the Pretrained, once it is needed
+        self.untaught = None  # the Untaught model, once it is needed
         self.used = []      # all results that were asked for
 
     def run(self, kind: str, name: str, way: Try, seed: int) -> dict:
@@ -384,11 +397,12 @@ class Teacher:
                     WORDINGS, HELD_OUT, KNOWN_BEFORE, READINGS, BATCH_SIZE, STOP_AT, MOST_ASKED, COMPUTATION,
                     torch_version()]
         if kind == "cities":
-            deciding += [CITY_WORDINGS, LARGE_CITIES]
+            deciding += [CITY_WORDINGS, LARGE_CITIES, WITH_ARTICLE]
         if kind == "sets":
             deciding.append(SETS)
         about = {"kind": kind, "name": name, **dataclasses.asdict(way), "seed": seed, "facts": N_FACTS[kind],
-                 "model": Path(self.name).name}
+                 "model": Path(self.name).name, "peft": version("peft"),
+                 "transformers": version("transformers")}
         path = result_path(self.results, f"{kind}-{name}-{way.rank}-{way.rate:g}-{seed}", deciding)
         result = saved_or_run(path, about, lambda: self.measure(kind, name, way, seed))
         self.used.append(result)
@@ -398,8 +412,8 @@ class Teacher:
         """What a task finds."""
         rank = f", rank {way.rank}" if way.rank else ""
         self.console.print(f"{kind}: {name}{rank}, rate {way.rate:g}, seed {seed}")
-        self.before = self.before or Pretrained(self.name, self.text)
-        student = Student(self.before, way, seed, self.console)
+        self.untaught = self.untaught or Untaught(self.name, self.text)
+        student = Student(self.untaught, way, seed, self.console)
         return sets_in_turn(student) if kind == "sets" else lesson_curve(student, kind)
 
 
@@ -411,25 +425,28 @@ def identity(model: str) -> list[str]:
 
 
 def retrofit(teacher: Teacher, seeds: list[int]) -> list[dict]:
-    """A row for each method: its best rate, and for each seed the curve of a lesson and what is left of sets
-    taught in turn.
+    """A row for each method: the ends of its tries and the best of them; its curves on invented facts, one
+    for each seed, and on cities; and what is left of sets taught in turn.
     """
-    best = {}
+    rows, best = [], {}
     for name, tries in METHODS.items():
         curves = {way: teacher.run("sweep", name, way, SWEEP_SEED)["curve"] for way in tries}
-        best[name] = best_rate(curves, "taught", cost)
-    rows = {}
-    for name, way in best.items():
-        rows[name] = {"model": name, "rate": way.rate, "rank": way.rank, "curves": [], "sets": []}
+        best[name] = best_try(curves, "taught", cost)
+        ends = []
+        for way, curve in curves.items():
+            end = curve[-1] if curve else {"taught": 0.0, "held_out": 0.0, "loss": math.inf}  # diverged
+            ends.append(dataclasses.asdict(way) | {"end": end, "rise": at_enough(curve, "loss")})
+        rows.append({"model": name, "rate": best[name].rate, "rank": best[name].rank, "tries": ends,
+                     "curves": [], "cities": [], "sets": []})
     for seed in seeds:  # seed by seed, so that an unfinished table has as many of each method
-        for name, way in best.items():
+        for row, (name, way) in zip(rows, best.items()):
             lesson = teacher.run("lesson", name, way, seed)
-            rows[name]["knew"] = lesson["knew"]
-            rows[name]["curves"].append(lesson["curve"])
-    for name, way in best.items():
-        rows[name]["cities"] = [teacher.run("cities", name, way, seeds[0])["curve"]]
+            row |= {"knew": lesson["knew"], "trained": lesson["trained"]}
+            row["curves"].append(lesson["curve"])
+    for row, (name, way) in zip(rows, best.items()):
+        row["cities"].append(teacher.run("cities", name, way, seeds[0])["curve"])
     for seed in seeds:
-        for name, way in best.items():
+        for row, (name, way) in zip(rows, best.items()):
             sets = teacher.run("sets", name, way, seed)
-            rows[name]["sets"].append({key: sets[key] for key in ("first", "again", "last", "loss", "kept")})
-    return list(rows.values())
+            row["sets"].append({key: sets[key] for key in ("first", "again", "last", "loss", "kept")})
+    return rows
