@@ -13,6 +13,7 @@ passages. And only the memory keeps what it was taught, so it alone can teach ea
 
 import copy
 import dataclasses
+import functools
 import math
 import time
 from importlib.metadata import version
@@ -239,6 +240,11 @@ class Untaught:
         self.questions = known_before(self.tokenizer)
         self.knew = pretrained.ask(self.model, self.questions)  # which of them, (n,) bool
 
+    @functools.cached_property
+    def cities(self) -> Lesson:
+        """Real facts that the model doesn't know."""
+        return unknown_cities(self.model, self.tokenizer, N_FACTS["cities"])
+
 
 class Student:
     """A copy of a pretrained model that is taught in one way.
@@ -324,11 +330,10 @@ def with_lora(model: nn.Module, rank: int, seed: int) -> nn.Module:
 
 def lesson_curve(student: Student, kind: str) -> dict:
     """What a student knows while it is taught: a "sweep", a "lesson" or "cities"."""
-    model, tokenizer = student.untaught.model, student.untaught.tokenizer
     if kind == "cities":
-        lesson = unknown_cities(model, tokenizer, N_FACTS[kind])
+        lesson = student.untaught.cities
     else:
-        lesson, _ = invented(tokenizer, N_FACTS[kind], student.seed)
+        lesson, _ = invented(student.untaught.tokenizer, N_FACTS[kind], student.seed)
     curve = student.teach(lesson, EVALUATED_AT[kind])
     trained = sum(p.numel() for p in student.model.parameters() if p.requires_grad)
     return {"loss_before": student.untaught.loss, "knew": int(student.untaught.knew.sum()), "curve": curve,
