@@ -504,17 +504,19 @@ def test_reproduce_retrofit(folder, tmp_path, monkeypatch):
         monkeypatch.setattr(reproduce, name, value)
     monkeypatch.setattr(reproduce, "KNOWN_BEFORE", (("A", "b"), ("C", "d")))
     teacher = reproduce.Teacher(str(folder), "", tmp_path / "retrofit", Console(quiet=True))
-    rows = reproduce.retrofit(teacher, seeds=[1])
+    unfinished, *_, rows = [copy.deepcopy(rows) for rows in reproduce.retrofit(teacher, seeds=[1])]
+    assert "cities" not in figures.retrofit_table(unfinished)
     assert [row["model"] for row in rows] == list(methods)
     assert [point["readings"] for point in rows[0]["curves"][0]] == [1, 2]
     assert len(rows[0]["sets"][0]["first"]) == len(rows[0]["sets"][0]["last"]) == 2
     assert len(list((tmp_path / "retrofit").iterdir())) == len(teacher.used) == 4 + 3 + 3 + 3
     table = figures.retrofit_table(rows)
-    assert "|  | memory | LoRA, rank 2 | everything |" in table
+    assert "|  | memory | LoRA, rank 2 | everything |" in table and "cities" in table and "sets" in table
     assert table.count("| memory | 0.") == 2 and "| LoRA, rank 2 | 0.001 |" in table
     figures.draw("retrofit", rows, tmp_path / "retrofit.png")
     untaught, teacher.untaught = teacher.untaught, "not needed: all runs are finished"
-    assert reproduce.retrofit(teacher, seeds=[1]) == rows
+    *_, again = reproduce.retrofit(teacher, seeds=[1])
+    assert again == rows
     teacher.untaught = untaught
     monkeypatch.setattr(reproduce, "STOP_AT", 0.0)  # another task, which ends at once
     assert len(teacher.run("lesson", "LoRA", methods["LoRA"][0], 1)["curve"]) == 1

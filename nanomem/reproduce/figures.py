@@ -119,7 +119,9 @@ def forgetting_table(rows: list[dict]) -> str:
 
 
 def retrofit_table(rows: list[dict]) -> str:
-    """What `retrofit` found as Markdown tables: one with a column for each method, one of the tries."""
+    """What `retrofit` has found so far as Markdown tables: one with a column for each method, one of the
+    tries.
+    """
     lines = [
         ("learning rate", lambda row: f"{row['rate']:g}"),
         ("million numbers trained", lambda row: f"{row['trained'] / 1e6:.1f}"),
@@ -127,16 +129,11 @@ def retrofit_table(rows: list[dict]) -> str:
         ("known in wordings never taught, %", lambda row: where_enough(row, "held_out", ".1f", 100)),
         ("rise of the loss on other text", lambda row: where_enough(row, "loss", "+.3f")),
         *lines_at_end("500 facts, at the end", "curves"),
-        *lines_at_end("500 real cities, at the end", "cities"),
-        ("**five sets of 200**: first set, when just taught, %",
-         lambda row: percent([shares[0] for shares in of_sets(row, "first")])),
-        ("first set, after the last, %",
-         lambda row: percent([shares[-1] for shares in of_sets(row, "first")])),
-        ("all sets, after the last, %", lambda row: percent(map(statistics.mean, of_sets(row, "last")))),
-        ("rise of the loss on other text", lambda row: or_never(of_sets(row, "loss"), "+.3f", 1)),
-        ("common questions answered wrongly now", lambda row: now_wrong(row, of_sets(row, "kept"))),
-        ("earlier facts taught again", lambda row: ", ".join(map(str, map(sum, of_sets(row, "again"))))),
     ]
+    if all(row["cities"] for row in rows):
+        lines += lines_at_end("500 real cities, at the end", "cities")
+    if all(row["sets"] for row in rows):
+        lines += lines_of_sets()
     cells = [[words, *(text_of(row) for row in rows)] for words, text_of in lines]
     return f"{table(['', *map(with_rank, rows)], cells)}\n{tries_table(rows)}"
 
@@ -149,6 +146,20 @@ def lines_at_end(words: str, curves: str) -> list[tuple]:
         ("known in wordings never taught, %", lambda row: percent(at_end(row, curves, "held_out"))),
         ("rise of the loss on other text", lambda row: or_never(at_end(row, curves, "loss"), "+.3f", 1)),
         ("common questions answered wrongly now", lambda row: now_wrong(row, at_end(row, curves, "kept"))),
+    ]
+
+
+def lines_of_sets() -> list[tuple]:
+    """Lines of retrofit_table about sets taught in turn, as lines_at_end has them."""
+    return [
+        ("**five sets of 200**: first set, when just taught, %",
+         lambda row: percent([shares[0] for shares in of_sets(row, "first")])),
+        ("first set, after the last, %",
+         lambda row: percent([shares[-1] for shares in of_sets(row, "first")])),
+        ("all sets, after the last, %", lambda row: percent(map(statistics.mean, of_sets(row, "last")))),
+        ("rise of the loss on other text", lambda row: or_never(of_sets(row, "loss"), "+.3f", 1)),
+        ("common questions answered wrongly now", lambda row: now_wrong(row, of_sets(row, "kept"))),
+        ("earlier facts taught again", lambda row: ", ".join(map(str, map(sum, of_sets(row, "again"))))),
     ]
 
 

@@ -4,8 +4,8 @@ Facts taught to a pretrained model, by what is trained: `reproduce retrofit`.
 Each method teaches the same model the same facts, in several wordings, by the same loop. After some rounds
 the model is asked in the taught wordings and in others that were never taught; its loss on other text is
 measured, and what it knew of common facts is asked again. Four tries of each method are compared on 100
-invented facts. The best teaches 500, about other people, with several seeds; then 500 real facts, the
-countries of small cities; then five sets of 200 facts in turn.
+invented facts. The best teaches 500, about other people, with several seeds; then, with one seed, 500 real
+facts, the countries of small cities, and five sets of 200 facts in turn.
 
 Only the memory sees ordinary text, to leave alone the slots that it reads; the loss is measured on other
 passages. And only the memory keeps what it was taught, so it alone can teach earlier facts again.
@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import math
 import time
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -429,9 +430,10 @@ def identity(model: str) -> list[str]:
     return [file_digest(file) for file in files] or [model]
 
 
-def retrofit(teacher: Teacher, seeds: list[int]) -> list[dict]:
-    """A row for each method: the ends of its tries and the best of them; its curves on invented facts, one
-    for each seed, and on cities; and what is left of sets taught in turn.
+def retrofit(teacher: Teacher, seeds: list[int]) -> Iterator[list[dict]]:
+    """Yields the table's rows, one for each method, whenever all methods have finished another task: the
+    ends of its tries and the best of them; its curves on invented facts, one for each seed; its curve on
+    cities, and what is left of sets taught in turn, both with the first seed.
     """
     rows, best = [], {}
     for name, tries in METHODS.items():
@@ -443,15 +445,16 @@ def retrofit(teacher: Teacher, seeds: list[int]) -> list[dict]:
             ends.append(dataclasses.asdict(way) | {"end": end, "rise": at_enough(curve, "loss")})
         rows.append({"model": name, "rate": best[name].rate, "rank": best[name].rank, "tries": ends,
                      "curves": [], "cities": [], "sets": []})
-    for seed in seeds:  # seed by seed, so that an unfinished table has as many of each method
+    for seed in seeds:
         for row, (name, way) in zip(rows, best.items()):
             lesson = teacher.run("lesson", name, way, seed)
             row |= {"knew": lesson["knew"], "trained": lesson["trained"]}
             row["curves"].append(lesson["curve"])
+        yield rows
     for row, (name, way) in zip(rows, best.items()):
         row["cities"].append(teacher.run("cities", name, way, seeds[0])["curve"])
-    for seed in seeds:
-        for row, (name, way) in zip(rows, best.items()):
-            sets = teacher.run("sets", name, way, seed)
-            row["sets"].append({key: sets[key] for key in ("first", "again", "last", "loss", "kept")})
-    return rows
+    yield rows
+    for row, (name, way) in zip(rows, best.items()):
+        sets = teacher.run("sets", name, way, seeds[0])
+        row["sets"].append({key: sets[key] for key in ("first", "again", "last", "loss", "kept")})
+    yield rows
