@@ -15,7 +15,7 @@ from nanomem.checkpoint import read_json, write_text
 from nanomem.cli import UserError
 from nanomem.reproduce import figures
 
-PAGES = ("README.md", "docs/results.md", "docs/teaching.md")
+PAGES = ("README.md", "docs/results.md", "docs/retrofit.md", "docs/teaching.md")
 PLACE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
