@@ -124,7 +124,7 @@ def retrofit_table(rows: list[dict]) -> str:
     """
     lines = [
         ("learning rate", lambda row: f"{row['rate']:g}"),
-        ("million numbers trained", lambda row: f"{row['trained'] / 1e6:.1f}"),
+        ("million numbers trained", lambda row: or_never(row["trained"], ".1f", 1e-6)),
         ("**500 facts, where 95% are known**: readings", lambda row: where_enough(row, "readings", ".0f")),
         ("known in wordings never taught, %", lambda row: where_enough(row, "held_out", ".1f", 100)),
         ("rise of the loss on other text", lambda row: where_enough(row, "loss", "+.3f")),

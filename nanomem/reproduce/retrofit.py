@@ -444,11 +444,12 @@ def retrofit(teacher: Teacher, seeds: list[int]) -> Iterator[list[dict]]:
             end = curve[-1] if curve else {"taught": 0.0, "held_out": 0.0, "loss": math.inf}  # diverged
             ends.append(dataclasses.asdict(way) | {"end": end, "rise": at_enough(curve, "loss")})
         rows.append({"model": name, "rate": best[name].rate, "rank": best[name].rank, "tries": ends,
-                     "curves": [], "cities": [], "sets": []})
+                     "trained": [], "curves": [], "cities": [], "sets": []})
     for seed in seeds:
         for row, (name, way) in zip(rows, best.items()):
             lesson = teacher.run("lesson", name, way, seed)
-            row |= {"knew": lesson["knew"], "trained": lesson["trained"]}
+            row["knew"] = lesson["knew"]
+            row["trained"].append(lesson["trained"])
             row["curves"].append(lesson["curve"])
         yield rows
     for row, (name, way) in zip(rows, best.items()):
