@@ -192,7 +192,7 @@ def only_rows(is_taught: Tensor, grad: Tensor) -> Tensor:
     return torch.sparse_coo_tensor(rows[None, is_kept], grads[is_kept], grad.shape, check_invariants=False)
 
 
-def build_adam(memory: Memory, mem_lr: float = 0.3) -> torch.optim.Optimizer:
+def build_adam(memory: Memory, mem_lr: float = 0.5) -> torch.optim.Optimizer:
     """Adam for the rows that an update reads. It learns facts in fewer readings than RowAdam, and has 8 bytes
     of state for each number, where RowAdam has 8 for each row.
     """

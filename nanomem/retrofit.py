@@ -47,7 +47,7 @@ class Settings:
                                    "than this share of its softmax weight", least=0)
     target: str = setting("mlp", "name of the feed-forward module inside a layer")
 
-    mem_lr: float = setting(0.3, "learning rate of the values", least=0, section="Teaching")
+    mem_lr: float = setting(0.5, "learning rate of the values", least=0, section="Teaching")
     batch_size: int = setting(32, "statements per update", least=1)
     rounds: int = setting(40, "rounds at most; each reads every fact once", least=1)
     stop_at: float = setting(1.0, "teaching stops once this share of the taught statements is known", least=0)
