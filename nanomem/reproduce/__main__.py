@@ -185,7 +185,7 @@ def make_trainer(settings, console):
 
 
 def measure_retrofit(settings):
-    """Teaches a pretrained model facts by each method; writes a table and a figure after each task."""
+    """Teaches a pretrained model facts by each method; writes the table and the figure as they grow."""
     from rich.console import Console
 
     from nanomem import pretrained

@@ -431,9 +431,9 @@ def identity(model: str) -> list[str]:
 
 
 def retrofit(teacher: Teacher, seeds: list[int]) -> Iterator[list[dict]]:
-    """Yields the table's rows, one for each method, whenever all methods have finished another task: the
-    ends of its tries and the best of them; its curves on invented facts, one for each seed; its curve on
-    cities, and what is left of sets taught in turn, both with the first seed.
+    """Yields the table's rows, one for each method, when all methods have finished a task. Each row has the
+    ends of the tries and the best of them, and the curves on invented facts, one for each seed; then, with
+    the first seed, also the curve on cities; then also what is left of sets taught in turn.
     """
     rows, best = [], {}
     for name, tries in METHODS.items():
@@ -451,7 +451,7 @@ def retrofit(teacher: Teacher, seeds: list[int]) -> Iterator[list[dict]]:
             row["knew"] = lesson["knew"]
             row["trained"].append(lesson["trained"])
             row["curves"].append(lesson["curve"])
-        yield rows
+    yield rows
     for row, (name, way) in zip(rows, best.items()):
         row["cities"].append(teacher.run("cities", name, way, seeds[0])["curve"])
     yield rows
