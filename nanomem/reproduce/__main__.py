@@ -202,7 +202,7 @@ def measure_retrofit(settings):
         results = {
             "command": command_line("retrofit", settings),
             **runs.origin(teacher.used),
-            "seeds": seeds[:len(rows[0]["curves"])],
+            "seeds": seeds,
             "minutes": round(sum(result["seconds"] for result in teacher.used) / 60),
             "rows": rows,
         }
