@@ -309,7 +309,7 @@ def test_the_figure_of_scaling_shows_means_seeds_and_the_dense_model():
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ([], "one of curves, table1, .*, forgetting, retrofit, slots, page; got nothing"),
+    ([], "one of curves, table1, .*, forgetting, retrofit, shapes, slots, page; got nothing"),
     (["tables"], r"got tables \(did you mean table1\?\)"),
     (["table1", "--preset=phone"], "--preset must be one of night, laptop, gpu; got 'phone'"),
     (["table1", "--seeds=0"], "seeds must be 1 or more"),

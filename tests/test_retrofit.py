@@ -5,6 +5,7 @@ import importlib.util
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -526,6 +527,34 @@ def test_reproduce_retrofit(folder, tmp_path, monkeypatch):
     assert reproduce.cost(whole[:1]) is None
     assert reproduce.at_enough(whole, "loss") == pytest.approx(0.2)
     assert reproduce.at_enough(whole[:1], "loss") is None
+
+
+def test_reproduce_shapes(folder, tmp_path, monkeypatch):
+    pytest.importorskip("peft")
+    from rich.console import Console
+
+    from nanomem.reproduce import figures, retrofit, shapes
+
+    short = dict(READINGS=2, MOST_ASKED=4, N_FACTS={"shape": 4}, EVALUATED_AT={"shape": (2,)},
+                 KNOWN_BEFORE=(("A", "b"),))
+    for name, value in short.items():
+        monkeypatch.setattr(retrofit, name, value)
+    shutil.copytree(folder, tmp_path / "deep")
+    make(hidden_size=32, max_position_embeddings=128, num_hidden_layers=12).save_pretrained(tmp_path / "deep")
+    teacher = retrofit.Teacher(str(tmp_path / "deep"), "", tmp_path / "results", Console(quiet=True))
+    names = list(shapes.shapes(12))
+    assert names[1:4] == ["lookup in layer 0", "lookup in layer 2, values in 2, 4, 6, 8", "values in 1, 5"]
+    first, rows = [copy.deepcopy(rows) for rows in shapes.compare(teacher, seeds=[1, 2])]
+    assert [row["memory"] for row in rows] == names
+    assert [len(row["ends"]) for row in first + rows] == 8 * [1] + 8 * [2]
+    assert len(list((tmp_path / "results").iterdir())) == len(teacher.used) == 16
+    trained = {row["memory"]: row["trained"][0] for row in rows}
+    assert trained["values in 1, 5"] == trained["default"] / 2
+    assert trained["k = 12"] > trained["default"] > trained["k = 3"]
+    table = figures.shapes_table(rows)
+    assert table.count("\n") == 2 + 8 and "| 65,536 slots | " in table
+    monkeypatch.setattr(teacher, "measure", None)  # all is finished
+    assert list(shapes.compare(teacher, seeds=[1, 2]))[-1] == rows
 
 
 def test_invented_facts_have_six_taught_wordings_and_two_others(folder):

@@ -9,6 +9,7 @@ The paper's claims, small: trains the models of a table or figure with train.py,
     python -m nanomem.reproduce text         the four models of table1 on text (--text=data/wikitext-103)
     python -m nanomem.reproduce forgetting   what is forgotten while a model is taught new facts, by method
     python -m nanomem.reproduce retrofit     facts taught to a pretrained model (--model=NAME), by method
+    python -m nanomem.reproduce shapes       which layers, slots and k suit a memory for a pretrained model
     python -m nanomem.reproduce slots        which slots facts use in a model (--run=out/people-memory)
     python -m nanomem.reproduce page         writes the tables of README and docs from assets/*.json
 
@@ -41,6 +42,7 @@ USES = {
     "text": ("preset", "text", "seeds"),
     "forgetting": ("seeds",),
     "retrofit": ("model", "other_text", "seeds"),
+    "shapes": ("model", "other_text", "seeds"),
     "slots": ("run",),
     "page": (),
 }  # command -> the settings that it uses, besides the folders
@@ -63,10 +65,10 @@ class Settings:
     text: str = setting(
         "data/wikitext-2", "text to train on: shards that data/prepare.py made, or a text file", path=True)
     seeds: int = setting(3, "runs of each model")
-    model: str = setting("", "the pretrained model of retrofit: a name, a folder or a .gguf file")
+    model: str = setting("", "the pretrained model of retrofit and shapes: a name, a folder or a .gguf file")
     other_text: str = setting(
-        "", "ordinary text for retrofit: the loss is measured on its first 16,384 tokens, the memory avoids "
-        "the slots that the next 128,000 read; by default a short built-in one", path=True)
+        "", "ordinary text for retrofit and shapes: the loss is measured on its first 16,384 tokens, the "
+        "memory avoids the slots that the next 128,000 read; by default a short built-in one", path=True)
     run: str = setting("out/people-memory", "folder of the trained model that slots looks into", path=True)
     out_dir: str = setting("out/reproduce", "folder for checkpoints and logs of the runs", path=True)
     runs: str = setting("assets/runs", "folder for the results of finished runs", path=True)
@@ -106,8 +108,8 @@ def main():
         look_into_slots(settings)
     elif command == "forgetting":
         measure_forgetting(settings)
-    elif command == "retrofit":
-        measure_retrofit(settings)
+    elif command in ("retrofit", "shapes"):
+        teach_pretrained(command, settings)
     elif command == "page":
         write_pages(Path(settings.assets))
     else:
@@ -184,29 +186,32 @@ def make_trainer(settings, console):
     return Trainer(preset.workers, preset.threads, settings.runs, out_dir, console)
 
 
-def measure_retrofit(settings):
-    """Teaches a pretrained model facts by each method; writes the table and the figure as they grow."""
+def teach_pretrained(command, settings):
+    """Teaches a pretrained model facts, by each method or with memories of several shapes. Writes the table
+    and the figure as they grow.
+    """
     from rich.console import Console
 
     from nanomem import pretrained
-    from nanomem.reproduce import retrofit, runs
+    from nanomem.reproduce import retrofit, runs, shapes
 
     if not settings.model:
-        raise UserError("retrofit needs --model: the name of a pretrained model, a folder or a .gguf file")
+        raise UserError(f"{command} needs --model: the name of a pretrained model, a folder or a .gguf file")
     pretrained.need("peft")
     console = Console(highlight=False, soft_wrap=True)
     finished = Path(settings.runs).with_name("retrofit")
     teacher = retrofit.Teacher(settings.model, settings.other_text, finished, console)
     seeds = list(range(Config.seed, Config.seed + settings.seeds))
-    for rows in retrofit.retrofit(teacher, seeds):  # a table that grows, since all tasks take many hours
+    measure = {"retrofit": retrofit.retrofit, "shapes": shapes.compare}[command]
+    for rows in measure(teacher, seeds):  # a table that grows, since all tasks take many hours
         results = {
-            "command": command_line("retrofit", settings),
+            "command": command_line(command, settings),
             **runs.origin(teacher.used),
-            "seeds": seeds,
+            "seeds": sorted({result["seed"] for result in teacher.used} - {retrofit.SWEEP_SEED}),
             "minutes": round(sum(result["seconds"] for result in teacher.used) / 60),
             "rows": rows,
         }
-        write("retrofit", results, settings)
+        write(command, results, settings)
 
 
 def write(name, results, settings):

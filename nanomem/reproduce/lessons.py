@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +28,8 @@ def saved_or_run(path: Path, about: dict, run: Callable[[], dict]) -> dict:
 def result_path(folder: Path, words: str, deciding: list) -> Path:
     """The file of a result. Its name has a hash of what decides it, besides words for people."""
     digest = hashlib.sha256(json.dumps(deciding).encode()).hexdigest()[:8]
-    return folder / f"{words.replace(' ', '-').replace(',', '')}-{digest}.json"
+    words = re.sub(r"[^\w.]+", "-", words)
+    return folder / f"{words}-{digest}.json"
 
 
 def read_off(curve: list[dict], known: str, enough: float, key: str, start: dict) -> float | None:

@@ -49,7 +49,7 @@ def place_text(name, assets):
     remedy = f"python -m nanomem.reproduce {command}"
     if name.endswith("-world"):
         remedy += " --preset=night"
-    if command == "retrofit":
+    if command in ("retrofit", "shapes"):
         remedy += " --model=NAME"
     if results is None:
         raise UserError(f"{path} is missing; {remedy} makes it")
@@ -97,4 +97,5 @@ TABLES = {
     "slots": figures.slots_table,
     "forgetting": figures.forgetting_table,
     "retrofit": figures.retrofit_table,
+    "shapes": figures.shapes_table,
 }  # command -> function of its rows

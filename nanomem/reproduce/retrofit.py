@@ -40,9 +40,9 @@ STOP_AT = 0.99  # of the taught statements: where teaching ends
 READINGS = 40  # of each fact, at most
 BATCH_SIZE, MOST_ASKED = 32, 500
 SWEEP_SEED = 1336
-N_FACTS = {"sweep": 100, "lesson": 500, "cities": 500, "sets": 200}  # of each set
+N_FACTS = {"sweep": 100, "lesson": 500, "cities": 500, "sets": 200, "shape": 100}  # of each set
 EVALUATED_AT = {"sweep": (10, 20, 30, 40), "lesson": (2, 5, 10, 20, 30, 40),
-                "cities": (2, 5, 10, 20, 30, 40), "sets": ()}  # readings
+                "cities": (2, 5, 10, 20, 30, 40), "sets": (), "shape": (40,)}  # readings
 SETS = 5  # taught one after another
 LARGE_CITIES = 20_000  # these are skipped
 WITH_ARTICLE = ("United States", "United Kingdom", "The Netherlands", "Philippines")  # no wording fits them
@@ -252,16 +252,18 @@ class Student:
 
     Args:
         console: where to show how far teaching is.
+        shape: arguments of add_memory, instead of the default ones.
     """
 
-    def __init__(self, untaught: Untaught, way: Try, seed: int, console):
+    def __init__(self, untaught: Untaught, way: Try, seed: int, console, shape: dict | None = None):
         self.untaught, self.way, self.seed, self.console = untaught, way, seed, console
         self.model = copy.deepcopy(untaught.model)
         self.n_again = 0  # earlier facts that were taught again with the last lesson
         begun = time.perf_counter()
         if way.train == "memory":
             lookup, layers = default_layers(self.model.config.num_hidden_layers)
-            self.memory = add_memory(self.model, layers, lookup, n_slots=512**2, seed=seed, all_slots=False)
+            arguments = {"layers": layers, "lookup": lookup, "n_slots": 512**2, "seed": seed} | (shape or {})
+            self.memory = add_memory(self.model, **arguments, all_slots=False)
             centre_queries(self.model, self.memory, untaught.other_text)
         elif way.train == "lora":
             self.model = with_lora(self.model, way.rank, seed)
@@ -330,7 +332,7 @@ def with_lora(model: nn.Module, rank: int, seed: int) -> nn.Module:
 
 
 def lesson_curve(student: Student, kind: str) -> dict:
-    """What a student knows while it is taught: a "sweep", a "lesson" or "cities"."""
+    """What a student knows while it is taught: a "sweep", a "lesson", "cities" or a "shape"."""
     if kind == "cities":
         lesson = student.untaught.cities
     else:
@@ -371,6 +373,11 @@ def at_enough(curve: list[dict], key: str) -> float | None:
     return read_off(curve, "taught", ENOUGH, key, start)
 
 
+def end_of(curve: list[dict]) -> dict:
+    """What is known at the end, and the rise of the loss. A curve without points diverged."""
+    return curve[-1] if curve else {"taught": 0.0, "held_out": 0.0, "loss": math.inf}
+
+
 def cost(curve: list[dict]) -> tuple[float, float] | None:
     """Ranks the tries of a sweep, the lowest first: (rise of the loss where ENOUGH is known, to a thousandth;
     readings until then). None if it never is.
@@ -394,11 +401,18 @@ class Teacher:
     def __init__(self, model: str, text: str, results: Path, console):
         self.name, self.text, self.results, self.console = model, text, results, console
         self.identity = identity(model), [file_digest(Path(text))] if text else []
-        self.untaught = None  # the Untaught model, once it is needed
-        self.used = []      # all results that were asked for
+        self.used = []  # all results that were asked for
 
-    def run(self, kind: str, name: str, way: Try, seed: int) -> dict:
-        """The result of a "sweep", a "lesson", "cities" or "sets", from its file, or run and saved."""
+    @functools.cached_property
+    def untaught(self) -> Untaught:
+        """The model, opened when it is first needed."""
+        return Untaught(self.name, self.text)
+
+    def run(self, kind: str, name: str, way: Try, seed: int, shape: dict | None = None) -> dict:
+        """The result of a "sweep", a "lesson", "cities", "sets" or a "shape": from its file, or run now.
+
+        shape: that of Student.
+        """
         deciding = [kind, dataclasses.asdict(way), seed, N_FACTS[kind], EVALUATED_AT[kind], self.identity,
                     WORDINGS, HELD_OUT, KNOWN_BEFORE, READINGS, BATCH_SIZE, STOP_AT, MOST_ASKED, COMPUTATION,
                     torch_version()]
@@ -409,17 +423,19 @@ class Teacher:
         about = {"kind": kind, "name": name, **dataclasses.asdict(way), "seed": seed, "facts": N_FACTS[kind],
                  "model": Path(self.name).name, "peft": version("peft"),
                  "transformers": version("transformers")}
+        if kind == "shape":
+            deciding.append(shape)
+            about["shape"] = shape
         path = result_path(self.results, f"{kind}-{name}-{way.rank}-{way.rate:g}-{seed}", deciding)
-        result = saved_or_run(path, about, lambda: self.measure(kind, name, way, seed))
+        result = saved_or_run(path, about, lambda: self.measure(kind, name, way, seed, shape))
         self.used.append(result)
         return result
 
-    def measure(self, kind: str, name: str, way: Try, seed: int) -> dict:
+    def measure(self, kind: str, name: str, way: Try, seed: int, shape: dict | None) -> dict:
         """What a task finds."""
         rank = f", rank {way.rank}" if way.rank else ""
         self.console.print(f"{kind}: {name}{rank}, rate {way.rate:g}, seed {seed}")
-        self.untaught = self.untaught or Untaught(self.name, self.text)
-        student = Student(self.untaught, way, seed, self.console)
+        student = Student(self.untaught, way, seed, self.console, shape)
         return sets_in_turn(student) if kind == "sets" else lesson_curve(student, kind)
 
 
@@ -441,8 +457,7 @@ def retrofit(teacher: Teacher, seeds: list[int]) -> Iterator[list[dict]]:
         best[name] = best_try(curves, "taught", cost)
         ends = []
         for way, curve in curves.items():
-            end = curve[-1] if curve else {"taught": 0.0, "held_out": 0.0, "loss": math.inf}  # diverged
-            ends.append(dataclasses.asdict(way) | {"end": end, "rise": at_enough(curve, "loss")})
+            ends.append(dataclasses.asdict(way) | {"end": end_of(curve), "rise": at_enough(curve, "loss")})
         rows.append({"model": name, "rate": best[name].rate, "rank": best[name].rank, "tries": ends,
                      "trained": [], "curves": [], "cities": [], "sets": []})
     for seed in seeds:

@@ -1,0 +1,49 @@
+"""
+Which shape of memory suits a pretrained model: `reproduce shapes`.
+
+Each memory differs from the default one in one thing: the layers, the number of slots, or k. Each is taught
+100 invented facts with several seeds, as in `reproduce retrofit`.
+"""
+
+from collections.abc import Iterator
+
+from nanomem.reproduce.retrofit import Teacher, Try, end_of
+from nanomem.retrofit import default_layers
+
+WAY = Try("memory", 0.5)
+
+
+def shapes(n_layers: int) -> dict[str, dict]:
+    """Memories for a model with so many layers: {what differs from the default: arguments of add_memory}."""
+    lookup, layers = default_layers(n_layers)
+    lower, higher = lookup // 2, 2 * lookup
+    above, fewer = [layer + higher - lookup for layer in layers], layers[::2]
+    return {
+        "default": {},
+        f"lookup in layer {lower}": {"lookup": lower},
+        f"lookup in layer {higher}, values in {listed(above)}": {"lookup": higher, "layers": above},
+        f"values in {listed(fewer)}": {"layers": fewer},
+        "65,536 slots": {"n_slots": 256**2},
+        "1,048,576 slots": {"n_slots": 1024**2},
+        "k = 3": {"knn": 3},
+        "k = 12": {"knn": 12},
+    }
+
+
+def listed(layers: list[int]) -> str:
+    """The numbers of layers, joined by commas."""
+    return ", ".join(map(str, layers))
+
+
+def compare(teacher: Teacher, seeds: list[int]) -> Iterator[list[dict]]:
+    """Yields the table's rows, one for each shape, when all shapes have finished another seed. A row has the
+    numbers trained, and what is known and the loss after teaching: a point for each seed.
+    """
+    n_layers = teacher.untaught.model.config.num_hidden_layers
+    rows = {name: {"memory": name, "trained": [], "ends": []} for name in shapes(n_layers)}
+    for seed in seeds:
+        for name, shape in shapes(n_layers).items():
+            result = teacher.run("shape", name, WAY, seed, shape)
+            rows[name]["trained"].append(result["trained"])
+            rows[name]["ends"].append(end_of(result["curve"]))
+        yield list(rows.values())
