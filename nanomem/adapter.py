@@ -1,7 +1,8 @@
 """
 The memory that retrofit.py adds to a pretrained model: one product-key lookup, values for several layers.
 
-    I   = the slots i of the k highest <W (x - mean), K_i>     of each head, as in memory.py
+    q   = W (x - mean), each half scaled to norm sqrt(k_dim)   for each head
+    I   = the slots i of the k highest <q, K_i>                of each head, as in memory.py
     s   = softmax of these scores / number of heads
     y_l = c_l + sum of s_i V_l[i]                              over the slots of I that hold facts
 
@@ -14,8 +15,8 @@ Only slots chosen for some facts have values. A token with too little weight in 
 all other text is left as it was. Facts taught at one time are a set, with rows of their own and a row c_l for
 what they have in common. A token reads one set only, the one that has most of its weight.
 
-So new facts get new rows. But where names are similar, tokens of an earlier name may switch to the new set.
-So a memory stores the statements that it was given, and those that new facts affect are taught again.
+New facts get new rows. But where names are similar, tokens of an earlier name may switch to the new set. So a
+memory keeps all statements that it was given, and those that new facts affect are taught again.
 """
 
 import dataclasses
@@ -46,16 +47,18 @@ class Lookup(nn.Module):
         width: of that input.
         n_slots, heads, knn, k_dim: as in memory.py.
         silence: a token reads nothing unless more than this share of its weights lies in slots of one set.
+        seed: of the random queries and keys.
     """
 
     def __init__(self, place: str, width: int, n_slots: int, heads: int, knn: int, k_dim: int,
-                 silence: float):
+                 silence: float, seed: int = 0):
         super().__init__()
         ops.check_lookup(n_slots, heads, knn, k_dim)
         self.place, self.width, self.n_slots, self.heads = place, width, n_slots, heads
         self.knn, self.k_dim, self.silence = knn, k_dim, silence
-        keys = torch.randn(heads, 2, math.isqrt(n_slots), k_dim // 2)
-        self.register_buffer("query_weight", torch.randn(heads * k_dim, width))
+        generator = torch.Generator().manual_seed(seed)
+        keys = torch.randn(heads, 2, math.isqrt(n_slots), k_dim // 2, generator=generator)
+        self.register_buffer("query_weight", torch.randn(heads * k_dim, width, generator=generator))
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("keys", F.normalize(keys, dim=-1))
         # The row of each slot in each set, 0 if it has none; and the first row of each set. Row 0 is never
@@ -293,15 +296,21 @@ def rows_to_teach(memory: Memory, statements: list[Statement], found: list[tuple
 
 
 def earlier_statements(lookup: Lookup, statements: list[Statement]) -> list[Statement]:
-    """What a memory was given before these statements, less the same ones, and less all wordings of facts to
-    which they give another answer. Facts get new numbers, so that they don't clash with those of statements.
+    """What a memory was given before these statements, less the same prompts, and less all wordings of facts
+    to which they give another answer. A fact that shares a prompt with one of statements gets its number;
+    other facts get numbers that statements don't use.
     """
-    answer_to = {tuple(one.prompt): one.tokens for one in statements}
-    corrected = {one.fact for one in lookup.statements
-                 if answer_to.get(tuple(one.prompt), one.tokens) != one.tokens}
-    first = 1 + max(one.fact for one in statements)
-    return [dataclasses.replace(one, fact=first + one.fact) for one in lookup.statements
-            if one.fact not in corrected and tuple(one.prompt) not in answer_to]
+    new = {tuple(one.prompt): one for one in statements}
+    corrected, number_of = set(), {}
+    for one in lookup.statements:
+        same = new.get(tuple(one.prompt))
+        if same:
+            number_of[one.fact] = same.fact
+            if same.tokens != one.tokens:
+                corrected.add(one.fact)
+    unused = 1 + max(one.fact for one in statements)
+    return [dataclasses.replace(one, fact=number_of.get(one.fact, unused + one.fact))
+            for one in lookup.statements if one.fact not in corrected and tuple(one.prompt) not in new]
 
 
 def those_reading(lookup: Lookup, statements: list[Statement], found: list[tuple[Tensor, Tensor]],

@@ -260,7 +260,11 @@ def teach(model: nn.Module, optimizers: list, statements: list[Statement], round
 
     after_update(done, known) gets the share of the rounds done and the share of statements whose answer was
     right when last seen; it may return True to stop. Once that share is stop_at, all are asked, to be sure.
+
+    Raises UserError if the loss diverges, and ValueError without statements.
     """
+    if not statements:
+        raise ValueError("there are no statements to teach")
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     generator = torch.Generator().manual_seed(seed)
     right = torch.zeros(len(statements), dtype=torch.bool)

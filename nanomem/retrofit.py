@@ -73,6 +73,10 @@ class Settings:
             raise UserError(f"--layers must be numbers such as 4,6,8; got {self.layers!r}")
         if self.lookup and not self.lookup.strip().isdecimal():
             raise UserError(f"--lookup must be a number such as 2; got {self.lookup!r}")
+        if self.knn > self.n_keys:
+            raise UserError(f"--knn must be at most n_keys = {self.n_keys}, got {self.knn}")
+        if self.k_dim % 2:
+            raise UserError(f"--k_dim must be an even number, got {self.k_dim}")
         if self.silence >= 1:
             raise UserError(f"--silence is a share, from 0 to below 1; got {self.silence:g}")
 
@@ -160,9 +164,7 @@ def add_memory(model: nn.Module, layers: list[int | str], lookup: int | str | No
     lookup_width = width_of(model, lookup_place)
     if order.index(lookup_place) > order.index(first):
         raise ValueError(f"the lookup at {lookup_place} comes after a layer that reads, {first}")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        shared = Lookup(lookup_place, lookup_width, n_slots, heads, knn, k_dim, silence)
+    shared = Lookup(lookup_place, lookup_width, n_slots, heads, knn, k_dim, silence, seed)
     memory = Memory(shared, places, [Values(1, width) for width in widths])
     if all_slots:
         memory.add_set(torch.arange(n_slots))
@@ -369,8 +371,7 @@ def load_memory(model: nn.Module, folder: str | Path) -> Memory:
 
 def filled_memory(tensors: dict[str, Tensor], about: dict) -> Memory:
     """The memory that the tensors of a file and its JSON describe."""
-    with torch.random.fork_rng(devices=[]):
-        lookup = Lookup(**about["lookup"])
+    lookup = Lookup(**about["lookup"])
     lookup.row_of, lookup.first_row = tensors["lookup.row_of"], tensors["lookup.first_row"]  # as many as sets
     lookup.load_state_dict({name: tensors[f"lookup.{name}"] for name in lookup.state_dict()})
     if "statements" in tensors:
@@ -551,8 +552,8 @@ def what_to_teach(model: nn.Module, memory: Memory, statements: list[Statement],
     with console.status("choosing slots"):
         teachable, again = adapter.choose_slots(model, memory, statements, text)
     if len(teachable) < len(statements):
-        reason = (f"{len(statements) - len(teachable)} of {len(statements)} wordings can't be taught: other "
-                  "facts or ordinary text read nearly all their slots, too")
+        reason = (f"{len(statements) - len(teachable)} of {len(statements)} wordings can't be taught: nearly "
+                  "all their slots are read by other facts or ordinary text, too, or belong to earlier facts")
         if not teachable:
             raise UserError(f"{reason}; a new memory with a smaller --silence or a larger --n_keys may help")
         console.print(reason)

@@ -212,6 +212,17 @@ def test_a_new_answer_replaces_the_old_one():
     assert not any(one.tokens[3] == 102 for one in again)
 
 
+def test_a_fact_that_is_taught_again_in_one_wording_stays_one_fact():
+    memory = add_memory(make(), [0, 1], all_slots=False, **SHAPE)
+    first, second = facts_of_names([100], WORDINGS[:2])
+    memory.lookup.statements = [first, second]
+    again = dataclasses.replace(first, fact=5)
+    memory.lookup.statements = adapter.earlier_statements(memory.lookup, [again]) + [again]
+    assert [one.fact for one in memory.lookup.statements] == [5, 5]
+    corrected = dataclasses.replace(first, tokens=[*first.prompt, 51, 2])
+    assert adapter.earlier_statements(memory.lookup, [corrected]) == []
+
+
 def test_what_slots_cannot_be_chosen_for():
     model = make()
     memory = add_memory(model, [0], **SHAPE)

@@ -158,7 +158,7 @@ def test_a_page_s_tables_are_written_anew(tmp_path):
     made = page.filled("a\n<!-- table: scaling -->\nold\n<!-- end -->\nb\n", tmp_path)
     assert "| no memory | 2.000 million | 1,000 | 0 | 12.3, 45.6 | 50.0, 25.0 | 1.500 |\n" in made
     assert ("(`python -m nanomem.reproduce scaling`; commit abcdef0; 2 cores; seeds 1, 2; "
-            "3 minutes of training)\n") in made
+            "3 minutes in all)\n") in made
     assert made.startswith("a\n<!-- table: scaling -->\n\n| model") and made.endswith("<!-- end -->\nb\n")
     assert "old" not in made and page.filled(made, tmp_path) == made
     with pytest.raises(UserError, match="there is no table scalin; known are .*scaling"):

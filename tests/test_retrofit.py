@@ -399,6 +399,8 @@ def test_mistakes_get_one_line(folder, tmp_path, monkeypatch):
         ([f"--model={folder}", "--layers=x", data], "--layers must be numbers"),
         ([f"--model={folder}", "--lookup=x", data], "--lookup must be a number"),
         ([f"--model={folder}", "--silence=1", data], "--silence is a share, from 0 to below 1"),
+        ([f"--model={folder}", "--knn=600", data], "--knn must be at most n_keys = 512, got 600"),
+        ([f"--model={folder}", "--k_dim=255", data], "--k_dim must be an even number, got 255"),
         ([f"--model={folder}", "--layers=9", data],
          "--layers=9 --target=mlp: there is no layer 9: the model has layers 0 to 2"),
         ([f"--model={folder}", "--layers=1", "--lookup=2", data], "comes after a layer that reads"),
@@ -543,6 +545,8 @@ def test_reproduce_shapes(folder, tmp_path, monkeypatch):
     make(hidden_size=32, max_position_embeddings=128, num_hidden_layers=12).save_pretrained(tmp_path / "deep")
     teacher = retrofit.Teacher(str(tmp_path / "deep"), "", tmp_path / "results", Console(quiet=True))
     names = list(shapes.shapes(12))
+    with pytest.raises(UserError, match="shapes needs a model of 10 layers or more; this one has 9"):
+        shapes.shapes(9)
     assert names[1:4] == ["lookup in layer 0", "lookup in layer 2, values in 2, 4, 6, 8", "values in 1, 5"]
     first, rows = [copy.deepcopy(rows) for rows in shapes.compare(teacher, seeds=[1, 2])]
     assert [row["memory"] for row in rows] == names

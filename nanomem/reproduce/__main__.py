@@ -71,7 +71,9 @@ class Settings:
         "memory avoids the slots that the next 128,000 read; by default a short built-in one", path=True)
     run: str = setting("out/people-memory", "folder of the trained model that slots looks into", path=True)
     out_dir: str = setting("out/reproduce", "folder for checkpoints and logs of the runs", path=True)
-    runs: str = setting("assets/runs", "folder for the results of finished runs", path=True)
+    runs: str = setting(
+        "assets/runs", "folder for the results of finished runs; those of forgetting, retrofit and shapes go "
+        "into folders beside it", path=True)
     assets: str = setting("assets", "folder for tables and figures", path=True)
 
 
@@ -166,7 +168,7 @@ def measure_forgetting(settings):
     trainer.train([*memory, *dense], with_checkpoints=True)
     trained = {"memory": [(run.name, trainer.folder(run)) for run in memory],
                "dense": [(run.name, trainer.folder(run)) for run in dense]}
-    taught = Path(settings.runs).with_name("teaching")
+    taught = Path(settings.runs).resolve().with_name("teaching")
     rows, lessons = forgetting.forgetting(trained, seeds, taught, trainer.workers, console)
     results = {"command": command_line("forgetting", settings)} | trainer.provenance()
     results |= runs.origin([*trainer.used.values(), *lessons]) | {"seeds": seeds, "rows": rows}
@@ -188,7 +190,7 @@ def make_trainer(settings, console):
 
 def teach_pretrained(command, settings):
     """Teaches a pretrained model facts, by each method or with memories of several shapes. Writes the table
-    and the figure as they grow.
+    (and for the methods a figure) as it grows.
     """
     from rich.console import Console
 
@@ -197,9 +199,9 @@ def teach_pretrained(command, settings):
 
     if not settings.model:
         raise UserError(f"{command} needs --model: the name of a pretrained model, a folder or a .gguf file")
-    pretrained.need("peft")
+    pretrained.need("peft" if command == "retrofit" else "transformers")
     console = Console(highlight=False, soft_wrap=True)
-    finished = Path(settings.runs).with_name("retrofit")
+    finished = Path(settings.runs).resolve().with_name("retrofit")
     teacher = retrofit.Teacher(settings.model, settings.other_text, finished, console)
     seeds = list(range(Config.seed, Config.seed + settings.seeds))
     measure = {"retrofit": retrofit.retrofit, "shapes": shapes.compare}[command]

@@ -64,7 +64,7 @@ def origin(results: dict) -> str:
         noun = "seeds" if len(results["seeds"]) > 1 else "seed"
         parts.append(f"{noun} {', '.join(map(str, results['seeds']))}")
     if results["minutes"]:
-        parts.append(f"{results['minutes']} minutes of training")
+        parts.append(f"{results['minutes']} minutes in all")
     if results.get("updates"):  # an export does not say
         parts.append(f"a model trained for {results['updates']:,} updates")
     return f"({'; '.join(parts)})\n"

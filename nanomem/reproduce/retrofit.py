@@ -374,8 +374,9 @@ def at_enough(curve: list[dict], key: str) -> float | None:
 
 
 def end_of(curve: list[dict]) -> dict:
-    """What is known at the end, and the rise of the loss. A curve without points diverged."""
-    return curve[-1] if curve else {"taught": 0.0, "held_out": 0.0, "loss": math.inf}
+    """A curve's last point. A curve without points diverged."""
+    diverged = {"readings": 0, "taught": 0.0, "held_out": 0.0, "loss": math.inf, "kept": 0}
+    return curve[-1] if curve else diverged
 
 
 def cost(curve: list[dict]) -> tuple[float, float] | None:
@@ -421,8 +422,9 @@ class Teacher:
         if kind == "sets":
             deciding.append(SETS)
         about = {"kind": kind, "name": name, **dataclasses.asdict(way), "seed": seed, "facts": N_FACTS[kind],
-                 "model": Path(self.name).name, "peft": version("peft"),
-                 "transformers": version("transformers")}
+                 "model": Path(self.name).name, "transformers": version("transformers")}
+        if way.train == "lora":
+            about["peft"] = version("peft")
         if kind == "shape":
             deciding.append(shape)
             about["shape"] = shape
@@ -442,7 +444,8 @@ class Teacher:
 def identity(model: str) -> list[str]:
     """What tells a model from others, on any machine: its name, or hashes of the files here."""
     path = Path(model)
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors")) + sorted(path.glob("*.json"))
+    kinds = "*.safetensors", "*.bin", "*.json"
+    files = [path] if path.is_file() else [file for kind in kinds for file in sorted(path.glob(kind))]
     return [file_digest(file) for file in files] or [model]
 
 

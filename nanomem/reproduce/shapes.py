@@ -7,6 +7,7 @@ Each memory differs from the default one in one thing: the layers, the number of
 
 from collections.abc import Iterator
 
+from nanomem.cli import UserError
 from nanomem.reproduce.retrofit import Teacher, Try, end_of
 from nanomem.retrofit import default_layers
 
@@ -14,9 +15,14 @@ WAY = Try("memory", 0.5)
 
 
 def shapes(n_layers: int) -> dict[str, dict]:
-    """Memories for a model with so many layers: {what differs from the default: arguments of add_memory}."""
+    """Memories for a model of n_layers: {what differs from the default one: arguments of add_memory}.
+
+    Raises UserError if the model has too few layers to change them.
+    """
     lookup, layers = default_layers(n_layers)
     lower, higher = lookup // 2, 2 * lookup
+    if lookup == 0:
+        raise UserError(f"shapes needs a model of 10 layers or more; this one has {n_layers}")
     above, fewer = [layer + higher - lookup for layer in layers], layers[::2]
     return {
         "default": {},
@@ -39,11 +45,11 @@ def compare(teacher: Teacher, seeds: list[int]) -> Iterator[list[dict]]:
     """Yields the table's rows, one for each shape, when all shapes have finished another seed. A row has the
     numbers trained, and what is known and the loss after teaching: a point for each seed.
     """
-    n_layers = teacher.untaught.model.config.num_hidden_layers
-    rows = {name: {"memory": name, "trained": [], "ends": []} for name in shapes(n_layers)}
+    memories = shapes(teacher.untaught.model.config.num_hidden_layers)
+    rows = [{"memory": name, "trained": [], "ends": []} for name in memories]
     for seed in seeds:
-        for name, shape in shapes(n_layers).items():
+        for row, (name, shape) in zip(rows, memories.items()):
             result = teacher.run("shape", name, WAY, seed, shape)
-            rows[name]["trained"].append(result["trained"])
-            rows[name]["ends"].append(end_of(result["curve"]))
-        yield list(rows.values())
+            row["trained"].append(result["trained"])
+            row["ends"].append(end_of(result["curve"]))
+        yield rows
