@@ -265,7 +265,7 @@ def width_of(model: nn.Module, place: str) -> int:
     taken, returned = sizes[0][0], sizes[-1][1]
     if taken != returned:
         raise ValueError(f"{place} takes {taken} numbers and returns {returned}; "
-                         "a memory goes beside a module that takes and returns as many")
+                         "a memory goes beside a module that returns as many as it takes")
     return taken
 
 
@@ -322,7 +322,7 @@ def packed(statements: list[Statement]) -> Tensor:
 
 
 def unpacked(rows: Tensor) -> list[Statement]:
-    """The inverse of packed(). Raises ValueError for what isn't of its making."""
+    """The inverse of packed(). Raises ValueError for what packed() did not make."""
     found = [Statement(fact, [token for token in tokens if token >= 0], start)
              for fact, start, *tokens in rows.tolist()]
     if rows.dtype != torch.int32 or not all(0 < one.start < len(one.tokens) for one in found):
@@ -398,7 +398,7 @@ def read_about(folder: Path) -> dict:
         raise UserError(f"{folder} has format {about['format']}, of a newer nanomem; this one reads {FORMAT}")
     if is_older:
         raise UserError(f"{folder} has format {about['format']}, of an older nanomem; teach the facts again")
-    try:
+    try:  # all that is read from it later
         about["model"]["hash"], about["model"]["config"].items(), about["lookup"]["place"]
         for shape in about["places"].values():
             shape["width"], torch.tensor(shape["weights"], dtype=torch.float32)
@@ -503,7 +503,7 @@ def folder_for_memory(folder: Path):
             folder.rmdir()
 
 
-def teach(settings: Settings, given: dict, folder: Path, console: Console):
+def teach_file(settings: Settings, given: dict, folder: Path, console: Console):
     """Teaches a model the facts of a file, says what it learnt and what changed, and saves the memory.
 
     given: the settings that the command line gives.
@@ -618,7 +618,7 @@ def show(before: dict, after: dict, console: Console):
         console.print(f"{what:<28} {number:>8{form}} {after[what]:>8{form}}")
 
 
-def ask(settings: Settings, console: Console):
+def answer_prompts(settings: Settings, console: Console):
     """Answers a prompt, the lines of the input, or what is typed."""
     read_about(Path(settings.memory))  # before the model, which takes longer
     model, tokenizer = open_model(settings)
@@ -660,6 +660,6 @@ if __name__ == "__main__":
         if settings.data:
             folder = Path(settings.memory or f"out/{Path(settings.data).stem}-memory")
             with folder_for_memory(folder):
-                teach(settings, given, folder, console)
+                teach_file(settings, given, folder, console)
         else:
-            ask(settings, console)
+            answer_prompts(settings, console)

@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 from nanomem import optim, pretrained, retrofit
 from nanomem.cli import UserError
 from nanomem.facts import from_jsonl, world
+from nanomem.reproduce import figures, shapes
+from nanomem.reproduce import retrofit as reproduce
 from nanomem.reproduce.retrofit import CITY_WORDINGS, LARGE_CITIES, WORDINGS
 from nanomem.retrofit import add_memory, load_memory, memories_of, save_memory, what_to_teach
 
@@ -492,11 +494,6 @@ def test_a_round_has_each_fact_in_a_wording_that_was_not_known():
 def test_reproduce_retrofit(folder, tmp_path, monkeypatch):
     pytest.importorskip("peft")
     pytest.importorskip("matplotlib")
-    from rich.console import Console
-
-    from nanomem.reproduce import figures
-    from nanomem.reproduce import retrofit as reproduce
-
     methods = {"memory": [reproduce.Try("memory", 0.1), reproduce.Try("memory", 0.2)],
                "LoRA": [reproduce.Try("lora", 1e-3, rank=2)],
                "everything": [reproduce.Try("all", 1e-3)]}
@@ -532,18 +529,13 @@ def test_reproduce_retrofit(folder, tmp_path, monkeypatch):
 
 
 def test_reproduce_shapes(folder, tmp_path, monkeypatch):
-    pytest.importorskip("peft")
-    from rich.console import Console
-
-    from nanomem.reproduce import figures, retrofit, shapes
-
     short = dict(READINGS=2, MOST_ASKED=4, N_FACTS={"shape": 4}, EVALUATED_AT={"shape": (2,)},
                  KNOWN_BEFORE=(("A", "b"),))
     for name, value in short.items():
-        monkeypatch.setattr(retrofit, name, value)
+        monkeypatch.setattr(reproduce, name, value)
     shutil.copytree(folder, tmp_path / "deep")
     make(hidden_size=32, max_position_embeddings=128, num_hidden_layers=12).save_pretrained(tmp_path / "deep")
-    teacher = retrofit.Teacher(str(tmp_path / "deep"), "", tmp_path / "results", Console(quiet=True))
+    teacher = reproduce.Teacher(str(tmp_path / "deep"), "", tmp_path / "results", Console(quiet=True))
     names = list(shapes.shapes(12))
     with pytest.raises(UserError, match="shapes needs a model of 10 layers or more; this one has 9"):
         shapes.shapes(9)
@@ -562,8 +554,6 @@ def test_reproduce_shapes(folder, tmp_path, monkeypatch):
 
 
 def test_invented_facts_have_six_taught_wordings_and_two_others(folder):
-    from nanomem.reproduce import retrofit as reproduce
-
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     lesson, names = reproduce.invented(tokenizer, 20, seed=1)
     assert len(lesson.taught) == 120 and len(lesson.held_out) == 40 and len(names) == 5
@@ -574,8 +564,6 @@ def test_invented_facts_have_six_taught_wordings_and_two_others(folder):
 
 
 def test_cities_that_a_model_knows_are_not_taught(folder):
-    from nanomem.reproduce import retrofit as reproduce
-
     model, tokenizer = pretrained.open_model(str(folder), torch.device("cpu"), torch.float32)
     facts = world(20, skip=LARGE_CITIES)
     known, *others = facts.entities[:3]
