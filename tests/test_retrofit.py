@@ -542,7 +542,7 @@ def test_reproduce_shapes(folder, tmp_path, monkeypatch):
     assert names[1:4] == ["lookup in layer 0", "lookup in layer 2, values in 2, 4, 6, 8", "values in 1, 5"]
     first, rows = [copy.deepcopy(rows) for rows in shapes.compare(teacher, seeds=[1, 2])]
     assert [row["memory"] for row in rows] == names
-    assert [len(row["ends"]) for row in first + rows] == 8 * [1] + 8 * [2]
+    assert [len(row["curves"]) for row in first + rows] == 8 * [1] + 8 * [2]
     assert len(list((tmp_path / "results").iterdir())) == len(teacher.used) == 16
     trained = {row["memory"]: row["trained"][0] for row in rows}
     assert trained["values in 1, 5"] == trained["default"] / 2

@@ -178,15 +178,12 @@ def tries_table(rows: list[dict]) -> str:
 
 def shapes_table(rows: list[dict]) -> str:
     """What `shapes` has found so far as a Markdown table."""
-    def ends(row, key):
-        return [end[key] for end in row["ends"]]
-
     return table_of({
         "100 facts, 40 readings": lambda row: row["memory"],
         "million numbers trained": lambda row: or_never(row["trained"], ".1f", 1e-6),
-        "known, %": lambda row: percent(ends(row, "taught")),
-        "in wordings never taught, %": lambda row: percent(ends(row, "held_out")),
-        "rise of the loss": lambda row: or_never(ends(row, "loss"), "+.3f", 1),
+        "known, %": lambda row: percent(at_end(row, "curves", "taught")),
+        "in wordings never taught, %": lambda row: percent(at_end(row, "curves", "held_out")),
+        "rise of the loss": lambda row: or_never(at_end(row, "curves", "loss"), "+.3f", 1),
     }, rows)
 
 

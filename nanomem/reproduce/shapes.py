@@ -8,7 +8,7 @@ Each memory differs from the default one in one thing: the layers, the number of
 from collections.abc import Iterator
 
 from nanomem.cli import UserError
-from nanomem.reproduce.retrofit import Teacher, Try, end_of
+from nanomem.reproduce.retrofit import Teacher, Try
 from nanomem.retrofit import default_layers
 
 WAY = Try("memory", 0.5)
@@ -43,13 +43,13 @@ def listed(layers: list[int]) -> str:
 
 def compare(teacher: Teacher, seeds: list[int]) -> Iterator[list[dict]]:
     """Yields the table's rows, one for each shape, when all shapes have finished another seed. A row has the
-    numbers trained, and what is known and the loss after teaching: a point for each seed.
+    numbers trained and the curve of each seed.
     """
     memories = shapes(teacher.untaught.model.config.num_hidden_layers)
-    rows = [{"memory": name, "trained": [], "ends": []} for name in memories]
+    rows = [{"memory": name, "trained": [], "curves": []} for name in memories]
     for seed in seeds:
         for row, (name, shape) in zip(rows, memories.items()):
             result = teacher.run("shape", name, WAY, seed, shape)
             row["trained"].append(result["trained"])
-            row["ends"].append(end_of(result["curve"]))
+            row["curves"].append(result["curve"])
         yield rows
