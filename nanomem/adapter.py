@@ -3,7 +3,7 @@ The memory that retrofit.py adds to a pretrained model: one product-key lookup, 
 
     q   = W (x - mean), each half scaled to norm sqrt(k_dim)   for each head
     I   = the slots i of the k highest <q, K_i>                of each head, as in memory.py
-    s   = softmax of these scores / number of heads
+    s   = softmax(these scores) / number of heads
     y_l = c_l + sum of s_i V_l[i]                              over the slots of I that hold facts
 
 x is the input of a low layer's feed-forward module, and y_l is added to the output of layer l's. W and K are

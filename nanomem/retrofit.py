@@ -74,7 +74,8 @@ class Settings:
         if self.lookup and not self.lookup.strip().isdecimal():
             raise UserError(f"--lookup must be a number such as 2; got {self.lookup!r}")
         if self.knn > self.n_keys:
-            raise UserError(f"--knn must be at most n_keys = {self.n_keys}, got {self.knn}")
+            raise UserError(f"--knn={self.knn} is more than --n_keys={self.n_keys}; raise --n_keys to {self.knn} "
+                            f"or lower --knn to {self.n_keys}")
         if self.k_dim % 2:
             raise UserError(f"--k_dim must be an even number, got {self.k_dim}")
         if self.silence >= 1:
@@ -552,8 +553,9 @@ def what_to_teach(model: nn.Module, memory: Memory, statements: list[Statement],
     with console.status("choosing slots"):
         teachable, again = adapter.choose_slots(model, memory, statements, text)
     if len(teachable) < len(statements):
-        reason = (f"{len(statements) - len(teachable)} of {len(statements)} wordings can't be taught: nearly "
-                  "all their slots are read by other facts or ordinary text, too, or belong to earlier facts")
+        reason = (f"{len(statements) - len(teachable)} of {len(statements)} wordings can't be taught: too few "
+                  "of their slots are read by the fact's other wordings, too, and not by other facts or "
+                  "ordinary text")
         if not teachable:
             raise UserError(f"{reason}; a new memory with a smaller --silence or a larger --n_keys may help")
         console.print(reason)
@@ -583,8 +585,8 @@ def open_memory(model, settings, given, folder, text, console) -> Memory:
         memory = add_memory(model, layers, lookup, settings.n_keys**2, settings.heads, settings.knn,
                             settings.k_dim, settings.silence, settings.target, settings.seed, all_slots=False)
     except ValueError as error:
-        places = ("lookup", "layers", "target")
-        named = [f"--{name}={getattr(settings, name)}" for name in places if getattr(settings, name)]
+        named = [f"--{name}={given[name]}" for name in ("lookup", "layers", "target") if name in given]
+        named = named or [f"--target={settings.target}"]
         raise UserError(f"{' '.join(named)}: {error}") from None
     adapter.centre_queries(model, memory, text)
     console.print(f"a memory looked up at {memory.lookup.place}, read by {', '.join(memory.places)}")
