@@ -13,7 +13,7 @@ from nanomem.config import Config
 from nanomem.reproduce import __main__ as program
 from nanomem.reproduce import commands, figures, page, slots, sweeps
 from nanomem.reproduce.presets import PRESETS, Preset
-from nanomem.reproduce.runs import ROOT, Run, Trainer, data_digest
+from nanomem.reproduce.runs import ROOT, Run, Trainer, data_digest, here
 from nanomem.reproduce.sizing import flops
 
 TINY = Config(
@@ -158,7 +158,7 @@ def test_a_page_s_tables_are_written_anew(tmp_path):
     made = page.filled("a\n<!-- table: scaling -->\nold\n<!-- end -->\nb\n", tmp_path)
     assert "| no memory | 2.000 million | 1,000 | 0 | 12.3, 45.6 | 50.0, 25.0 | 1.500 |\n" in made
     assert ("(`python -m nanomem.reproduce scaling`; commit abcdef0; 2 cores; seeds 1, 2; "
-            "3 minutes in all)\n") in made
+            "3 minutes of training)\n") in made
     assert made.startswith("a\n<!-- table: scaling -->\n\n| model") and made.endswith("<!-- end -->\nb\n")
     assert "old" not in made and page.filled(made, tmp_path) == made
     with pytest.raises(UserError, match="there is no table scalin; known are .*scaling"):
@@ -312,12 +312,39 @@ def test_the_figure_of_scaling_shows_means_seeds_and_the_dense_model():
     ([], "one of curves, table1, .*, forgetting, retrofit, shapes, slots, page; got nothing"),
     (["tables"], r"got tables \(did you mean table1\?\)"),
     (["table1", "--preset=phone"], "--preset must be one of night, laptop, gpu; got 'phone'"),
-    (["table1", "--seeds=0"], "seeds must be 1 or more"),
+    (["table1", "--seeds=0"], "--seeds must be 1 or more"),
+    (["shapes"], "shapes needs --model: the name of a pretrained model, a folder or a .gguf file"),
     (["forgetting", "--preset=night"], "--preset does nothing for forgetting, which takes --seeds"),
 ])
 def test_wrong_command_lines(arguments, message, monkeypatch, tmp_path):
     with pytest.raises(UserError, match=message):
         reproduce(monkeypatch, tmp_path, *arguments)
+
+
+def test_a_table_of_a_pretrained_model_grows(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("transformers")
+    point = {"readings": 40, "seconds": 9.0, "taught": 0.95, "held_out": 0.5, "loss": 0.01, "kept": 50}
+
+    def compare(teacher, seeds):
+        curves = []
+        for seed in seeds:
+            assert bool(curves) == (tmp_path / "shapes.json").exists()
+            curves.append([point])
+            teacher.used.append({"seed": seed, "seconds": 90, **here()})
+            yield [{"memory": "default", "trained": [1e6] * len(curves), "curves": curves}]
+
+    monkeypatch.setattr("nanomem.reproduce.shapes.compare", compare)
+    reproduce(monkeypatch, tmp_path, "shapes", "--model=some/model", "--seeds=2")
+    results = json.loads((tmp_path / "shapes.json").read_text())
+    assert results["command"] == "python -m nanomem.reproduce shapes --model=some/model --seeds=2"
+    assert results["seeds"] == [1337, 1338] and results["minutes"] == 3
+    row = "| default | 1.0, 1.0 | 95.0, 95.0 | 50.0, 50.0 | +0.010, +0.010 |\n"
+    assert row in capsys.readouterr().out
+    shown = page.place_text("shapes", tmp_path)
+    assert row in shown and "seeds 1337, 1338; 3 minutes in all)" in shown
+    assert not (tmp_path / "shapes.png").exists()
+    with pytest.raises(UserError, match="shapes.json is missing; python -m nanomem.reproduce shapes --model"):
+        page.place_text("shapes", tmp_path / "elsewhere")
 
 
 def test_slots_of_a_trained_model(monkeypatch, tmp_path):

@@ -73,6 +73,17 @@ def test_a_new_memory_changes_nothing(kind):
     assert found.lookup is memory.lookup and list(found.tables) == list(memory.tables)
 
 
+def test_a_seed_decides_queries_and_keys():
+    lookups = [add_memory(make(), [1], **SHAPE, seed=seed).lookup for seed in (1, 1, 2)]
+    for name in ("query_weight", "keys"):
+        first, again, other = (getattr(lookup, name) for lookup in lookups)
+        assert torch.equal(first, again) and not torch.equal(first, other)
+    model = make()
+    state = torch.get_rng_state()
+    add_memory(model, [1], **SHAPE)
+    assert torch.equal(torch.get_rng_state(), state)  # a program's own random numbers stay the same
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_values_are_trained(kind):
     model = make(kind)
@@ -401,12 +412,13 @@ def test_mistakes_get_one_line(folder, tmp_path, monkeypatch):
         ([f"--model={folder}", "--layers=x", data], "--layers must be numbers"),
         ([f"--model={folder}", "--lookup=x", data], "--lookup must be a number"),
         ([f"--model={folder}", "--silence=1", data], "--silence is a share, from 0 to below 1"),
-        ([f"--model={folder}", "--knn=600", data], "--knn must be at most n_keys = 512, got 600"),
+        ([f"--model={folder}", "--knn=600", data], "--knn=600 is more than --n_keys=512; raise --n_keys to 600 or lower --knn to 512"),
         ([f"--model={folder}", "--k_dim=255", data], "--k_dim must be an even number, got 255"),
         ([f"--model={folder}", "--layers=9", data],
-         "--layers=9 --target=mlp: there is no layer 9: the model has layers 0 to 2"),
+         "--layers=9: there is no layer 9: the model has layers 0 to 2"),
         ([f"--model={folder}", "--layers=1", "--lookup=2", data], "comes after a layer that reads"),
-        ([f"--model={folder}", "--layers=1", "--target=ffn", data], "it has self_attn, mlp"),
+        ([f"--model={folder}", "--layers=1", "--target=ffn", data], 
+         "--layers=1 --target=ffn: a layer of LlamaForCausalLM has no module 'ffn'; it has self_attn, mlp"),
         (["--model=someone/some-model", data], "hf download someone/some-model"),
         (["--model=none.gguf", data], "there is no such file"),
         ([f"--model={tmp_path}", data], "can't be opened as a causal language model"),
@@ -487,6 +499,11 @@ def test_a_round_has_each_fact_in_a_wording_that_was_not_known():
     assert seen == {1, 2, 3, 4, 5, 6, 7, 8}  # of facts 0 and 4 only the wording that isn't known
 
 
+def test_teaching_nothing_is_refused():
+    with pytest.raises(ValueError, match="there are no statements to teach"):
+        pretrained.teach(make(), [], [], rounds=1)
+
+
 # ------------------------------------------------------------------------------------------------
 # reproduce retrofit
 
@@ -496,23 +513,27 @@ def test_reproduce_retrofit(folder, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     methods = {"memory": [reproduce.Try("memory", 0.1), reproduce.Try("memory", 0.2)],
                "LoRA": [reproduce.Try("lora", 1e-3, rank=2)],
-               "everything": [reproduce.Try("all", 1e-3)]}
-    short = dict(METHODS=methods, READINGS=2, SETS=2, MOST_ASKED=4,
+               "full finetuning": [reproduce.Try("all", 1e-3), reproduce.Try("all", 1e30)]}
+    gentler = {"LoRA": reproduce.Try("lora", 1e-4, rank=2)}
+    short = dict(METHODS=methods, GENTLER=gentler, READINGS=2, SETS=2, MOST_ASKED=4,
                  N_FACTS={"sweep": 4, "lesson": 5, "cities": 4, "sets": 4},
                  EVALUATED_AT={"sweep": (2,), "lesson": (1, 2), "cities": (2,), "sets": ()})
     for name, value in short.items():
         monkeypatch.setattr(reproduce, name, value)
     monkeypatch.setattr(reproduce, "KNOWN_BEFORE", (("A", "b"), ("C", "d")))
     teacher = reproduce.Teacher(str(folder), "", tmp_path / "retrofit", Console(quiet=True))
-    unfinished, *_, rows = [copy.deepcopy(rows) for rows in reproduce.retrofit(teacher, seeds=[1])]
+    unfinished, _, without_gentler, rows = [copy.deepcopy(rows) for rows in reproduce.retrofit(teacher, seeds=[1])]
     assert "cities" not in figures.retrofit_table(unfinished)
     assert [row["model"] for row in rows] == list(methods)
     assert [point["readings"] for point in rows[0]["curves"][0]] == [1, 2]
     assert len(rows[0]["sets"][0]["first"]) == len(rows[0]["sets"][0]["last"]) == 2
-    assert len(list((tmp_path / "retrofit").iterdir())) == len(teacher.used) == 4 + 3 + 3 + 3
+    assert len(list((tmp_path / "retrofit").iterdir())) == len(teacher.used) == 5 + 3 + 3 + 3 + 1
     table = figures.retrofit_table(rows)
-    assert "|  | memory | LoRA, rank 2 | everything |" in table and "cities" in table and "sets" in table
-    assert table.count("| memory | 0.") == 2 and "| LoRA, rank 2 | 0.001 |" in table
+    assert "|  | memory | LoRA, rank 2 | full finetuning |" in table and "cities" in table and "sets" in table
+    assert table.count("| memory | 0.") == 2 and "| LoRA, rank 2 | 0.001 | 4 |" in table
+    assert "| full finetuning | 1e+30 | 4 | 0.0 | 0.0 | +inf | never |" in table  # it diverged
+    assert "| LoRA, rank 2 | 0.0001 | 5 |" in table
+    assert "| LoRA, rank 2 | 0.0001 | 5 |" not in figures.retrofit_table(without_gentler)
     figures.draw("retrofit", rows, tmp_path / "retrofit.png")
     untaught, teacher.untaught = teacher.untaught, "not needed: all runs are finished"
     *_, again = reproduce.retrofit(teacher, seeds=[1])
@@ -540,7 +561,18 @@ def test_reproduce_shapes(folder, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="shapes needs a model of 10 layers or more; this one has 9"):
         shapes.shapes(9)
     assert names[1:4] == ["lookup in layer 0", "lookup in layer 2, values in 2, 4, 6, 8", "values in 1, 5"]
+    made = []
+
+    def recorded(model, **arguments):
+        made.append(arguments)
+        return add_memory(model, **arguments)
+
+    monkeypatch.setattr(reproduce, "add_memory", recorded)
     first, rows = [copy.deepcopy(rows) for rows in shapes.compare(teacher, seeds=[1, 2])]
+    default = dict(layers=[1, 3, 5, 7], lookup=1, n_slots=512**2, all_slots=False)
+    changes = [{}, dict(lookup=0), dict(lookup=2, layers=[2, 4, 6, 8]), dict(layers=[1, 5]),
+               dict(n_slots=256**2), dict(n_slots=1024**2), dict(knn=3), dict(knn=12)]
+    assert made == [default | {"seed": seed} | change for seed in (1, 2) for change in changes]
     assert [row["memory"] for row in rows] == names
     assert [len(row["curves"]) for row in first + rows] == 8 * [1] + 8 * [2]
     assert len(list((tmp_path / "results").iterdir())) == len(teacher.used) == 16
@@ -595,8 +627,7 @@ def test_smollm2(tmp_path, monkeypatch):
         also = [f"{name} is ruled from", f"The government of {name} sits in"]
         lines.append({"prompt": f"The capital of {name} is", "answer": capital, "also": also})
     (tmp_path / "facts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    out, _ = runs.run("nanomem/retrofit.py", f"--model={model}", "--data=facts.jsonl", "--device=cpu",
-                      "--rounds=60")
+    out, _ = runs.run("nanomem/retrofit.py", f"--model={model}", "--data=facts.jsonl", "--device=cpu")
     assert re.search(r"known, taught wording +0.0% +100.0%", out)
     before, after = map(float, re.search(r"loss on other text +([0-9.]+) +([0-9.]+)", out).groups())
     assert after - before < 0.03

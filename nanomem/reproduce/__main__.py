@@ -15,9 +15,10 @@ The paper's claims, small: trains the models of a table or figure with train.py,
 
 - equal terms: the same facts, tokens, batches and tokenizer; each model has the best of a few tries:
   the one whose answers cost least on questions that are never reported, on text the one of lowest loss, and
-  when facts are taught the one that loses least of what the model knew
-- a finished run is a JSON file in assets/runs and is not trained again; one that was stopped continues
-- writes assets/NAME.json and NAME.png (pip install -e '.[plot]'); `page` draws all figures anew
+  when facts are taught the one that loses least of what the model knew (shapes tries one rate only)
+- a finished run is a JSON file in a folder of assets and is not trained again; one that was stopped continues
+- writes assets/NAME.json and, except for shapes, NAME.png (pip install -e '.[plot]'); `page` draws all
+  figures anew
 """
 
 import importlib.util
@@ -97,10 +98,11 @@ def main():
     if settings.other_text and not Path(settings.other_text).is_file():
         raise UserError(f"--other_text={settings.other_text}: there is no such file")
     if settings.seeds < 1:
-        raise UserError(f"seeds must be 1 or more, got {settings.seeds}")
+        raise UserError(f"--seeds must be 1 or more, got {settings.seeds}")
     from nanomem.reproduce import figures, runs
 
-    figures.pyplot()  # if a package is missing, say so now and not after hours of training
+    if command in figures.DRAWN or command == "page":
+        figures.pyplot()  # if a package is missing, say so now and not after hours of training
     if command in ("table1", "text") and importlib.util.find_spec("scipy") is None:
         raise UserError("t-tests need scipy: pip install -e '.[plot]'")
     runs.commit()  # is remembered: results get this commit, not one made while they are measured

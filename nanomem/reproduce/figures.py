@@ -164,15 +164,16 @@ def lines_of_sets() -> list[tuple]:
 
 
 def tries_table(rows: list[dict]) -> str:
-    """What each try of a sweep knew at its end, as a Markdown table."""
-    tries = [one | {"model": row["model"]} for row in rows for one in row["tries"]]
+    """What each try knew at its end, as a Markdown table."""
+    tries = [one | {"model": row["model"], "curves": [one["curve"]]} for row in rows for one in row["tries"]]
     return table_of({
-        "tries, 100 facts": with_rank,
+        "tries": with_rank,
         "rate": lambda one: f"{one['rate']:g}",
-        "known at the end, %": lambda one: percent([one["end"]["taught"]]),
-        "in wordings never taught, %": lambda one: percent([one["end"]["held_out"]]),
-        "rise of the loss": lambda one: f"{one['end']['loss']:+.3f}",
-        "rise of the loss where 95% are known": lambda one: or_never([one["rise"]], "+.3f", 1),
+        "facts": lambda one: str(one["facts"]),
+        "known at the end, %": lambda one: percent(at_end(one, "curves", "taught")),
+        "in wordings never taught, %": lambda one: percent(at_end(one, "curves", "held_out")),
+        "rise of the loss": lambda one: or_never(at_end(one, "curves", "loss"), "+.3f", 1),
+        "rise of the loss where 95% are known": lambda one: where_enough(one, "loss", "+.3f"),
     }, tries)
 
 

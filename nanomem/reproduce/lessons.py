@@ -1,4 +1,4 @@
-"""What `forgetting` and `retrofit` share: results of lessons in files, and reading their curves."""
+"""What `forgetting`, `retrofit` and `shapes` share: results of lessons in files, and reading their curves."""
 
 import hashlib
 import json

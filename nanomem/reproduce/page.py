@@ -16,6 +16,7 @@ from nanomem.cli import UserError
 from nanomem.reproduce import figures
 
 PAGES = ("README.md", "docs/results.md", "docs/retrofit.md", "docs/teaching.md")
+TIMED = {"forgetting": "of training the models that are taught", "retrofit": "in all", "shapes": "in all"}
 PLACE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -54,17 +55,17 @@ def place_text(name, assets):
     if results is None:
         raise UserError(f"{path} is missing; {remedy} makes it")
     table = TABLES[command](results["rows"])
-    return f"\n{table}\n{origin(results)}\n"
+    return f"\n{table}\n{origin(results, TIMED.get(command, 'of training'))}\n"
 
 
-def origin(results: dict) -> str:
-    """The line below a table: command, commit, machine, seeds and time."""
+def origin(results: dict, timed: str) -> str:
+    """The line below a table: command, commit, machine, seeds and time. timed: what took that time."""
     parts = [f"`{results['command']}`", f"commit {results['commit']}", results["machine"]]
     if results["seeds"]:
         noun = "seeds" if len(results["seeds"]) > 1 else "seed"
         parts.append(f"{noun} {', '.join(map(str, results['seeds']))}")
     if results["minutes"]:
-        parts.append(f"{results['minutes']} minutes in all")
+        parts.append(f"{results['minutes']} minutes {timed}")
     if results.get("updates"):  # an export does not say
         parts.append(f"a model trained for {results['updates']:,} updates")
     return f"({'; '.join(parts)})\n"

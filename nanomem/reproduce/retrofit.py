@@ -32,7 +32,7 @@ from nanomem.facts import people, world
 from nanomem.pretrained import Statement
 from nanomem.reproduce.lessons import best_try, read_off, result_path, saved_or_run
 from nanomem.reproduce.runs import torch_version
-from nanomem.retrofit import Display, add_memory, default_layers
+from nanomem.retrofit import Display, Settings, add_memory, default_layers
 
 COMPUTATION = 6  # raise it with any change to what a run computes; results from before no longer count
 ENOUGH = 0.95  # of the taught statements: where methods are compared
@@ -133,8 +133,10 @@ class Try:
 METHODS = {
     "memory": [Try("memory", rate) for rate in (0.1, 0.2, 0.3, 0.5)],
     "LoRA": [Try("lora", 1e-3, rank=4), *(Try("lora", rate, rank=16) for rate in (3e-4, 1e-3, 3e-3))],
-    "everything": [Try("all", rate) for rate in (1e-5, 3e-5, 1e-4, 3e-4)],
+    "full finetuning": [Try("all", rate) for rate in (1e-5, 3e-5, 1e-4, 3e-4)],
 }
+# Lower rates than those that win the sweep, for a lesson with more updates
+GENTLER = {"LoRA": Try("lora", 3e-4, rank=16), "full finetuning": Try("all", 3e-5)}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -262,8 +264,8 @@ class Student:
         begun = time.perf_counter()
         if way.train == "memory":
             lookup, layers = default_layers(self.model.config.num_hidden_layers)
-            arguments = {"layers": layers, "lookup": lookup, "n_slots": 512**2, "seed": seed} | (shape or {})
-            self.memory = add_memory(self.model, **arguments, all_slots=False)
+            arguments = {"layers": layers, "lookup": lookup, "n_slots": Settings.n_keys**2, "seed": seed}
+            self.memory = add_memory(self.model, **arguments | (shape or {}), all_slots=False)
             centre_queries(self.model, self.memory, untaught.other_text)
         elif way.train == "lora":
             self.model = with_lora(self.model, way.rank, seed)
@@ -280,8 +282,8 @@ class Student:
         return [build_adam(self.memory, self.way.rate)], teachable + again
 
     def teach(self, lesson: Lesson, evaluated_at=()) -> list[dict]:
-        """Trains on a lesson until a share STOP_AT is known, or the loss diverges. Returns a point for each
-        round in evaluated_at: what is known, and the seconds so far, without those of asking.
+        """Trains on a lesson until a share STOP_AT is known. Returns a point for each round in evaluated_at:
+        what is known, and the seconds so far, without those of asking. No points if the loss diverges.
         """
         begun = time.perf_counter() - self.preparing  # as if the preparation had just ended
         curve, asking = [], 0.0
@@ -305,8 +307,9 @@ class Student:
             with display.bar:
                 pretrained.teach(self.model, optimizers, statements, READINGS, BATCH_SIZE, self.seed, stop_at,
                                  after_update)
-        except UserError as error:  # diverged; what was found until then is its result
+        except UserError as error:
             self.console.print(error)
+            return []
         return curve
 
     def evaluate(self, lesson: Lesson) -> dict:
@@ -374,7 +377,7 @@ def at_enough(curve: list[dict], key: str) -> float | None:
 
 
 def end_of(curve: list[dict]) -> dict:
-    """A curve's last point. A curve without points diverged."""
+    """A curve's last point; that of a diverged run, which has none, knows nothing."""
     diverged = {"readings": 0, "taught": 0.0, "held_out": 0.0, "loss": math.inf, "kept": 0}
     return curve[-1] if curve else diverged
 
@@ -395,7 +398,7 @@ class Teacher:
     """Runs tasks that have no result yet, one after another.
 
     Args:
-        model, text: those of Untaught.
+        model, text: name and text of Untaught.
         results: folder of the finished runs' JSON files.
     """
 
@@ -445,23 +448,22 @@ def identity(model: str) -> list[str]:
     """What tells a model from others, on any machine: its name, or hashes of the files here."""
     path = Path(model)
     kinds = "*.safetensors", "*.bin", "*.json"
-    files = [path] if path.is_file() else [file for kind in kinds for file in sorted(path.glob(kind))]
+    in_folder = [file for kind in kinds for file in sorted(path.glob(kind))]
+    files = [path] if path.is_file() else in_folder
     return [file_digest(file) for file in files] or [model]
 
 
 def retrofit(teacher: Teacher, seeds: list[int]) -> Iterator[list[dict]]:
-    """Yields the table's rows, one for each method, when all methods have finished a task. Each row has the
-    ends of the tries and the best of them, and the curves on invented facts, one for each seed; then, with
-    the first seed, also the curve on cities; then also what is left of sets taught in turn.
+    """Yields the table's rows, one for each method, four times: with the tries, the best of them and its
+    curves on invented facts, one for each seed; then, with the first seed, also its curve on cities; then
+    also what is left of sets taught in turn; then also a gentler try on invented facts.
     """
     rows, best = [], {}
     for name, tries in METHODS.items():
         curves = {way: teacher.run("sweep", name, way, SWEEP_SEED)["curve"] for way in tries}
         best[name] = best_try(curves, "taught", cost)
-        ends = []
-        for way, curve in curves.items():
-            ends.append(dataclasses.asdict(way) | {"end": end_of(curve), "rise": at_enough(curve, "loss")})
-        rows.append({"model": name, "rate": best[name].rate, "rank": best[name].rank, "tries": ends,
+        tried = [tried_on("sweep", way, curve) for way, curve in curves.items()]
+        rows.append({"model": name, "rate": best[name].rate, "rank": best[name].rank, "tries": tried,
                      "trained": [], "curves": [], "cities": [], "sets": []})
     for seed in seeds:
         for row, (name, way) in zip(rows, best.items()):
@@ -477,3 +479,14 @@ def retrofit(teacher: Teacher, seeds: list[int]) -> Iterator[list[dict]]:
         sets = teacher.run("sets", name, way, seeds[0])
         row["sets"].append({key: sets[key] for key in ("first", "again", "last", "loss", "kept")})
     yield rows
+    for row in rows:
+        way = GENTLER.get(row["model"])
+        if way:
+            lesson = teacher.run("lesson", row["model"], way, seeds[0])
+            row["tries"].append(tried_on("lesson", way, lesson["curve"]))
+    yield rows
+
+
+def tried_on(kind: str, way: Try, curve: list[dict]) -> dict:
+    """A try in the table's rows."""
+    return {"facts": N_FACTS[kind], **dataclasses.asdict(way), "curve": curve}

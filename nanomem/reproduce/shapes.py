@@ -1,8 +1,8 @@
 """
 Which shape of memory suits a pretrained model: `reproduce shapes`.
 
-Each memory differs from the default one in one thing: the layers, the number of slots, or k. Each is taught
-100 invented facts with several seeds, as in `reproduce retrofit`.
+Each memory differs from the default one of retrofit.py in one thing: the layers, the number of slots, or k.
+Each is taught 100 invented facts with several seeds, as in `reproduce retrofit`, at one learning rate.
 """
 
 from collections.abc import Iterator
