@@ -11,7 +11,8 @@ token reads only a few dozen of its rows, so the layer adds many parameters to a
     out = W_out (y * silu(W_gate x))         Memory+'s input-dependent gate
 
 Each projection W also adds a bias. Memory+ also normalises both halves of queries and keys (qk-norm) and
-multiplies the scores by a learned number. naive.py has the core of it in 15 lines, with every slot scored.
+multiplies each head's queries by a learned number. naive.py has the core of it in 15 lines, with every slot
+scored.
 
 In shapes, n is the number of tokens, batch * time, and lookups = heads * knn is the number of rows read per
 token, counting a row again if several heads choose it.
@@ -19,12 +20,12 @@ token, counting a row again if several heads choose it.
 Here follow:
     ProductKeyMemory    the layer
     product_key_topk    finds the k best of N slots with 2 sqrt(N) scores
-    memory_read         the weighted sum of the chosen values, and its gradients
+    memory_read         the weighted sum of the chosen values
     MemoryTable         the values; several layers may share one table
-The gradients are written out: autograd would gather all (n, lookups, v_dim) values read, and make a gradient
-as large as the table. ops.py's decorators make a function an operation of autograd's, and register_gradient
-gives its backward pass; skip ops.py and the backward passes at first reading. On a GPU, kernels.py computes
-the same.
+    *_gradient          the backward passes; skip them and ops.py at first reading
+We write the gradients by hand: autograd would store all (n, lookups, v_dim) values read, and a gradient as
+large as the table. ops.py's decorators turn a function into an operation of autograd, and register_gradient
+gives it a backward pass. On a GPU, kernels.py computes the same.
 """
 
 import functools
@@ -43,8 +44,9 @@ from nanomem.ops import use_kernels
 class ProductKeyMemory(nn.Module):
     """The memory layer: (batch, time, dim) -> (batch, time, dim). Raises ValueError for an invalid setting.
 
-    The defaults are the paper's Memory+ (section 3.3); qk_norm=False, gated=False is Lample et al.'s (2019).
-    Layers given the same table share its values, but not keys and projections.
+    The defaults are the paper's Memory+ (section 3.3); qk_norm=False, gated=False is close to Lample et
+    al.'s (2019), which also has batch norm. Layers given the same table share its values, but not keys and
+    projections.
 
     Args:
         dim: width of the model.
@@ -53,7 +55,7 @@ class ProductKeyMemory(nn.Module):
         knn: slots read by each head, k in the formulas.
         k_dim: length of a query and of a key, an even number; None for dim.
         qk_norm: scale both halves of queries and keys to length 1, and queries by a learned factor per head.
-        gated: multiply what was read by silu(W_gate x).
+        gated: multiply what was read by silu(W_gate x). Without it, W_out is left out, too, if v_dim is dim.
         dropout: share of a token's lookups dropped while training. A fact then has to lie in several slots,
             so other wordings, which read only some of them, find it too.
     """
@@ -73,7 +75,8 @@ class ProductKeyMemory(nn.Module):
         self.gate_proj = ops.Linear(dim, table.v_dim, init=normal) if gated else None
         self.out_proj = ops.Linear(table.v_dim, dim, init=normal) if gated or table.v_dim != dim else None
         self.observer = None  # set by observe_lookups
-        # The number of training tokens before x, () int64. It seeds dropout: a resumed run drops the same.
+        # The number of training tokens before x, a scalar int64 tensor. It seeds dropout, so that a resumed
+        # run drops the same lookups.
         self.first_token = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -86,7 +89,7 @@ class ProductKeyMemory(nn.Module):
             self.observer(indices, weights)
         if self.training and self.dropout:
             weights = ops.drop_lookups(weights, self.dropout, self.first_token)
-        # The heads' sums are added up, so one read of heads * knn rows does for all heads.
+        # The heads' sums are added up, so one read of heads * knn rows serves all heads.
         y = self.table(indices.flatten(1), weights.flatten(1)).to(x.dtype)   # (n, v_dim)
         if self.gate_proj is not None:
             y = y * F.silu(self.gate_proj(tokens))
@@ -131,15 +134,16 @@ def product_key_topk(queries: Tensor, keys: Tensor, knn: int) -> tuple[Tensor, T
 
     Slot (i, j), numbered i * n_keys + j, has the key [keys[h, 0, i] ; keys[h, 1, j]]. Its score is the sum of
     two half scores, so the best slots combine the best half keys, found with 2 * n_keys scores. The result
-    is that of naive.py's product_keys and topk. For example, with knn = 2, first half scores 5, 2, 1 and
+    equals a topk over all slots, as in naive.py. For example, with knn = 2, first half scores 5, 2, 1 and
     second ones 4, 3, 0, only three pairs can win: 5 + 4, 5 + 3 and 2 + 4. Slots (0, 0) and (0, 1) do.
 
-    queries (n, heads, 2, k_dim / 2) and keys (heads, 2, n_keys, k_dim / 2), of one dtype
+    queries (n, heads, 2, k_dim / 2) and keys (heads, 2, n_keys, k_dim / 2), of the same dtype
     -> scores (n, heads, knn), from high to low, float32 at least, differentiable; and distinct slots, int64.
     Raises ValueError for shapes or dtypes that don't fit each other and for a knn outside 1..n_keys.
     """
     chunks = queries.split(ops.tokens_at_once(keys))  # so that half scores stay in the cache
-    scores, slots = zip(*[merge_halves(score_halves(chunk, keys), knn) for chunk in chunks])
+    found = [merge_halves(score_halves(chunk, keys), knn) for chunk in chunks]
+    scores, slots = zip(*found)
     return torch.cat(scores), torch.cat(slots)
 
 
@@ -155,15 +159,15 @@ def merge_halves(half_scores, knn):
 
     half_scores (heads, 2, n, n_keys) -> scores (n, heads, knn) and slots (n, heads, knn) int64
     """
-    a, b = candidate_pairs(knn, half_scores.device)                          # (n_pairs,) each
+    a, b = candidate_pairs(knn, half_scores.device)                          # ranks, (n_pairs,) each
     if use_kernels(half_scores):
         return kernels.merge_halves(half_scores, knn, (a, b))
-    best, ids = cpu.topk(half_scores, knn)                                   # (heads, 2, n, knn) each, sorted
+    best, half_keys = cpu.topk(half_scores, knn)                             # (heads, 2, n, knn) each, sorted
     sums = best[:, 0].index_select(-1, a) + best[:, 1].index_select(-1, b)   # (heads, n, n_pairs)
     scores, winners = cpu.topk(sums, knn)                                    # (heads, n, knn) each
-    # a[winners] are the ranks of the winners' first halves, and ids has the half key of each rank.
-    i = ids[:, 0].gather(-1, a[winners].long())                              # (heads, n, knn)
-    j = ids[:, 1].gather(-1, b[winners].long())
+    # a[winners] are the ranks of the winners' first halves; half_keys has the half key of each rank.
+    i = half_keys[:, 0].gather(-1, a[winners].long())                        # (heads, n, knn)
+    j = half_keys[:, 1].gather(-1, b[winners].long())
     return scores.transpose(0, 1), (i * half_scores.shape[-1] + j).transpose(0, 1)
 
 
@@ -179,69 +183,20 @@ def candidate_pairs(knn: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return torch.tensor(pairs, dtype=torch.int32, device=device).T.contiguous().unbind(0)
 
 
-@product_key_topk.register_gradient
-def search_gradient(
-        grad_scores: Tensor, queries: Tensor, keys: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-    """dq[t, h, p] = sum over l of dscores[t, h, l] keys[h, p, c(l)] and
-    dkeys[h, p, i] = sum over (t, l) with c(l) = i of dscores[t, h, l] q[t, h, p],
-    for token t, head h and half p, where c(l) is the number of half key p of the l-th slot chosen.
-
-    These are the two sums of memory_read and its gradient, below, with the half keys as the table.
-    """
-    (n, heads, _, half_dim), n_keys, knn = queries.shape, keys.shape[2], grad_scores.shape[-1]
-    chosen = torch.stack([slots // n_keys, slots % n_keys], dim=2)           # (n, heads, 2, knn)
-    # All half keys are rows of one table, in which those of (h, p) begin at (2 h + p) n_keys.
-    start = torch.arange(heads * 2, device=keys.device).view(heads, 2, 1) * n_keys
-    rows = (chosen + start).view(n * heads * 2, knn)
-    weights = grad_scores.to(keys.dtype).unsqueeze(2).expand(n, heads, 2, knn).reshape(rows.shape)
-    grad_queries = embedding_bag(keys.reshape(-1, half_dim), rows, weights).view(queries.shape)
-    if use_kernels(keys):
-        return grad_queries, key_gradient(chosen, grad_scores, queries, keys)
-    rows, sums = segment_sum(rows, weights, queries.reshape(-1, half_dim), heads * 2 * n_keys)
-    grad_keys = keys.new_zeros(heads * 2 * n_keys, half_dim).index_copy_(0, rows, sums).view(keys.shape)
-    return grad_queries, grad_keys
-
-
-def key_gradient(chosen, grad_scores, queries, keys):
-    """dkeys on a GPU, as matrix products: multiplying mostly zeros there is faster than sorting.
-
-    dkeys[h, p] = W[h, p]^T q[:, h, p], where row t of W[h, p] (n, n_keys) has token t's dscores in the
-    columns of the half keys chosen (n, heads, 2, knn).
-    """
-    total, size = torch.zeros_like(keys, dtype=torch.float32).flatten(0, 1), ops.tokens_at_once(keys)
-    for slots, grad, q in zip(chosen.split(size), grad_scores.split(size), queries.split(size)):
-        matrix = kernels.spread_weights(slots, grad, keys.shape[2], keys.dtype)  # (heads, 2, n, n_keys)
-        q = q.flatten(1, 2).transpose(0, 1)                                      # (heads * 2, n, k_dim / 2)
-        total += ops.bmm_float32(matrix.flatten(0, 1).transpose(1, 2), q)
-    return total.view(keys.shape).to(keys.dtype)
-
-
 # ---------------------------------- Reading the chosen values ----------------------------------
-#     out[t]   = sum over l of  w[t, l] V[indices[t, l]]                          an embedding bag
-#     dw[t, l] = <V[indices[t, l]], dout[t]>                     an SDDMM, a sampled dense-dense product
-#     dV[i]    = sum over (t, l) with indices[t, l] = i of  w[t, l] dout[t]       a sort, then a segment sum
 
 
 @ops.reads_table(ops.read_shape)
 def memory_read(values: Tensor, indices: Tensor, weights: Tensor, sparse_grad: bool = False) -> Tensor:
     """The weighted sum of the rows each token looks up, differentiable in values and weights.
 
-    values (n_slots, v_dim), indices (n, lookups) int64, weights (n, lookups) of one dtype -> (n, v_dim).
+    values (n_slots, v_dim), indices (n, lookups) int64, weights (n, lookups) of the values' dtype
+    -> (n, v_dim).
     sparse_grad: make the gradient of values a sparse tensor of the rows that were read, whose cost does not
-    grow with n_slots (off by default, as in F.embedding). The kernels make a dense one all the same if there
-    are at least half as many lookups as slots. Raises ValueError for shapes that don't fit.
+    grow with n_slots (off by default, as in F.embedding). With at least half as many lookups as slots, the
+    kernels return a dense one anyway. Raises ValueError for shapes that don't fit.
     """
     return embedding_bag(values, indices, weights)
-
-
-@memory_read.register_gradient
-def read_gradients(grad, values, indices, weights, values_need_it, weights_need_it):
-    """dV as its rows (u,) and their gradients (u, v_dim), and dw (n, lookups); None where not needed."""
-    if use_kernels(values) and values_need_it and weights_need_it:  # both in one pass
-        return kernels.segment_sum(indices, weights, grad, len(values), dot_with=values)
-    rows, sums = segment_sum(indices, weights, grad, len(values)) if values_need_it else (None, None)
-    grad_weights = sddmm(values, indices, grad) if weights_need_it else None
-    return rows, sums, grad_weights
 
 
 def embedding_bag(table, indices, weights):
@@ -249,31 +204,6 @@ def embedding_bag(table, indices, weights):
     if use_kernels(table):
         return kernels.embedding_bag(table, indices, weights)
     return F.embedding_bag(indices, table, per_sample_weights=weights, mode="sum")
-
-
-def sddmm(table, indices, x):
-    """out[t, l] = <table[indices[t, l]], x[t]>: (n_rows, dim), (n, lookups), (n, dim) -> (n, lookups)"""
-    if use_kernels(table):
-        return kernels.sddmm(table, indices, x)
-    return cpu.sddmm(table, indices, x)
-
-
-def segment_sum(indices, weights, x, n_rows):
-    """sums[i] = sum over (t, l) with indices[t, l] == rows[i] of weights[t, l] * x[t].
-
-    indices (n, lookups) below n_rows, weights (n, lookups), x (n, dim)
-    -> rows (u,) that occur, sums (u, dim). The kernels may add rows that don't occur, whose sums are 0.
-    """
-    if use_kernels(x):
-        return kernels.segment_sum(indices, weights, x, n_rows)[:2]
-    # A sort and bags of fixed order: no atomics, so the result is the same every time.
-    rows, order = torch.sort(indices.flatten().to(ops.narrowest_integer(n_rows)), stable=True)
-    rows, counts = torch.unique_consecutive(rows, return_counts=True)        # one segment per row
-    starts = counts.cumsum(0) - counts
-    tokens = torch.arange(len(x), device=x.device).repeat_interleave(indices.shape[1]).index_select(0, order)
-    weights = weights.flatten().index_select(0, order)
-    sums = F.embedding_bag(tokens, x, offsets=starts, per_sample_weights=weights, mode="sum")  # of x's rows
-    return rows.long(), sums
 
 
 class MemoryTable(nn.Module):
@@ -294,8 +224,89 @@ class MemoryTable(nn.Module):
 
     def reset_parameters(self):
         """Initialises the values: normal, with a standard deviation of v_dim ** -0.5."""
-        ops.draw_rows(self.values, self.v_dim, range(self.v_dim))
+        ops.draw_rows(self.values, self.v_dim, range(self.v_dim))  # all columns
 
     @ops.not_compiled  # so that a compiled model has one graph break per memory layer, here
     def forward(self, indices: Tensor, weights: Tensor) -> Tensor:
         return memory_read(self.values, indices, weights.to(self.values.dtype), self.sparse_grad)
+
+
+# ------------------------------- The gradients: skip them at first ------------------------------
+# Of the read, out[t] = sum over l of w[t, l] V[indices[t, l]]:
+#     dw[t, l] = <V[indices[t, l]], dout[t]>                     an SDDMM, a sampled dense-dense product
+#     dV[i]    = sum over (t, l) with indices[t, l] = i of  w[t, l] dout[t]       a sort, then a segment sum
+
+
+@memory_read.register_gradient
+def read_gradients(grad, values, indices, weights, values_need_it, weights_need_it):
+    """dV as its rows (u,) and their gradients (u, v_dim), and dw (n, lookups); None where not needed."""
+    if use_kernels(values) and values_need_it and weights_need_it:  # both in one pass
+        return kernels.segment_sum(indices, weights, grad, len(values), dot_with=values)
+    rows, sums = segment_sum(indices, weights, grad, len(values)) if values_need_it else (None, None)
+    grad_weights = sddmm(values, indices, grad) if weights_need_it else None
+    return rows, sums, grad_weights
+
+
+def sddmm(table, indices, x):
+    """out[t, l] = <table[indices[t, l]], x[t]>: (n_rows, dim), (n, lookups), (n, dim) -> (n, lookups)"""
+    if use_kernels(table):
+        return kernels.sddmm(table, indices, x)
+    return cpu.sddmm(table, indices, x)
+
+
+def segment_sum(indices, weights, x, n_rows):
+    """sums[i] = sum over (t, l) with indices[t, l] == rows[i] of weights[t, l] * x[t].
+
+    indices (n, lookups) below n_rows, weights (n, lookups), x (n, dim)
+    -> rows (u,) that occur, sums (u, dim). The kernels may add rows that don't occur, whose sums are 0.
+    """
+    if use_kernels(x):
+        return kernels.segment_sum(indices, weights, x, n_rows)[:2]
+    # Sort by row, then sum each row's segment in order: without atomics, results are reproducible.
+    rows, order = torch.sort(indices.flatten().to(ops.narrowest_integer(n_rows)), stable=True)
+    rows, counts = torch.unique_consecutive(rows, return_counts=True)        # one segment per row
+    starts = counts.cumsum(0) - counts
+    tokens = torch.arange(len(x), device=x.device).repeat_interleave(indices.shape[1]).index_select(0, order)
+    weights = weights.flatten().index_select(0, order)
+    # Here x is the table: bag i sums the x of the tokens that read rows[i].
+    sums = F.embedding_bag(tokens, x, offsets=starts, per_sample_weights=weights, mode="sum")
+    return rows.long(), sums
+
+
+@product_key_topk.register_gradient
+def search_gradient(
+        grad_scores: Tensor, queries: Tensor, keys: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+    """dq[t, h, p] = sum over l of dscores[t, h, l] keys[h, p, c(t, h, p, l)] and
+    dkeys[h, p, i] = sum over (t, l) with c(t, h, p, l) = i of dscores[t, h, l] q[t, h, p],
+    for token t, head h and half p, where c is the number of the half key in the l-th slot chosen.
+
+    These are an embedding bag and a segment sum, as in the read and its gradient, with the half keys as the
+    table.
+    """
+    (n, heads, _, half_dim), n_keys, knn = queries.shape, keys.shape[2], grad_scores.shape[-1]
+    chosen = torch.stack([slots // n_keys, slots % n_keys], dim=2)           # (n, heads, 2, knn)
+    # All half keys are rows of one table: key i of head h and half p is row (2 h + p) n_keys + i.
+    start = torch.arange(heads * 2, device=keys.device).view(heads, 2, 1) * n_keys
+    rows = (chosen + start).view(n * heads * 2, knn)
+    weights = grad_scores.to(keys.dtype).unsqueeze(2).expand(n, heads, 2, knn).reshape(rows.shape)
+    grad_queries = embedding_bag(keys.reshape(-1, half_dim), rows, weights).view(queries.shape)
+    if use_kernels(keys):
+        return grad_queries, key_gradient(chosen, grad_scores, queries, keys)
+    used, sums = segment_sum(rows, weights, queries.reshape(-1, half_dim), heads * 2 * n_keys)
+    grad_keys = keys.new_zeros(heads * 2 * n_keys, half_dim).index_copy_(0, used, sums)
+    return grad_queries, grad_keys.view(keys.shape)
+
+
+def key_gradient(chosen, grad_scores, queries, keys):
+    """dkeys on a GPU, as matrix products: multiplying mostly zeros there is faster than sorting.
+
+    dkeys[h, p] = W[h, p]^T q[:, h, p]. Row t of W[h, p] (n, n_keys) is zero except at the half keys that
+    token t chose, chosen (n, heads, 2, knn), where it holds their dscores.
+    """
+    total = torch.zeros_like(keys, dtype=torch.float32).flatten(0, 1)
+    size = ops.tokens_at_once(keys)
+    for half_keys, grad, q in zip(chosen.split(size), grad_scores.split(size), queries.split(size)):
+        matrix = kernels.spread_weights(half_keys, grad, keys.shape[2], keys.dtype)  # (heads, 2, n, n_keys)
+        q = q.flatten(1, 2).transpose(0, 1)                                      # (heads * 2, n, k_dim / 2)
+        total += ops.bmm_float32(matrix.flatten(0, 1).transpose(1, 2), q)
+    return total.view(keys.shape).to(keys.dtype)
