@@ -2,18 +2,19 @@
 The memory that retrofit.py adds to a pretrained model: one product-key lookup, values for several layers.
 
     q   = W (x - mean), each half scaled to norm sqrt(k_dim)   for each head
-    I   = the slots i of the k highest <q, K_i>                of each head, as in memory.py
-    s   = softmax(these scores) / number of heads
-    y_l = c_l + sum of s_i V_l[i]                              over the slots of I that hold facts
-
+    I   = the k slots i with the highest <q, K_i>              of each head, as in memory.py
+    s   = softmax(<q, K_I>) / number of heads
+    S   = the set of facts whose slots have most of the weights s
+    y_l = c_l[S] + sum of s_i V_l[S, i]                        over the slots of I in S; 0 if they have too
+                                                               little weight
 x is the input of a low layer's feed-forward module, and y_l is added to the output of layer l's. W and K are
 random and fixed: they hash the hidden state, so that tokens with similar states read the same slots. In a low
 layer, the state where a name ends hardly depends on the words around it. So a fact that is stored there is
 found in new wordings, too, and the layers above choose from it what a prompt asks for.
 
 Only slots chosen for some facts have values. A token with too little weight in them reads nothing, so nearly
-all other text is left as it was. Facts taught at one time are a set, with rows of their own and a row c_l for
-what they have in common. A token reads one set only, the one that has most of its weight.
+all other text is left as it was. Facts taught at one time are a set, with rows of values of its own and a row
+c_l for what its facts have in common. A token reads one set only.
 
 New facts get new rows. But where names are similar, tokens of an earlier name may switch to the new set. So a
 memory keeps all statements that it was given, and those that new facts affect are taught again.
@@ -66,7 +67,7 @@ class Lookup(nn.Module):
         self.register_buffer("row_of", torch.zeros(0, n_slots, dtype=torch.int32))
         self.register_buffer("first_row", torch.zeros(0, dtype=torch.int32))
         self.statements: list[Statement] = []  # all it was given; no two facts have the same number
-        self.found = None  # what the tokens of the pass under way read
+        self.current = None  # what the tokens of the forward pass under way read, as read() returns it
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The slots to read and their weights: x (n, width) -> (n, heads * knn) int64 and float."""
@@ -77,14 +78,15 @@ class Lookup(nn.Module):
         return slots.flatten(1), F.softmax(scores, dim=-1).flatten(1) / self.heads
 
     def best_set(self, is_in: Tensor, weights: Tensor) -> Tensor:
-        """The number of the set that each token reads, (n,) int64: the one with the largest share of its
-        weights, the first if several are equal; -1 for a silent token.
+        """The set that each token reads, (n,) int64, or -1 for a silent token: the one with the largest share
+        of the token's weights, the first if several are equal.
 
         is_in: which slots of each token are in each set, (n_sets, n, lookups) bool; weights (n, lookups).
         """
         shares = (weights * is_in).sum(dim=2)                                   # (n_sets, n)
-        silent = torch.full_like(weights[None, :, 0], self.silence)             # (1, n): number -1
-        return torch.cat([silent, shares]).argmax(dim=0) - 1
+        # The threshold comes first: it wins, as set -1, if no set exceeds it, or if there are no sets.
+        threshold = torch.full_like(weights[None, :, 0], self.silence)          # (1, n)
+        return torch.cat([threshold, shares]).argmax(dim=0) - 1
 
     def read(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The tokens of x (n, width) that aren't silent, (m,) int64; rows and weights, (m, 1 + lookups) each.
@@ -105,7 +107,7 @@ class Lookup(nn.Module):
     @torch.no_grad()
     def keep(self, module, args, kwargs):
         """A hook before the module at `place`: keeps what its tokens read for the layers above."""
-        self.found = self.read(input_of(args, kwargs).reshape(-1, self.width))
+        self.current = self.read(input_of(args, kwargs).reshape(-1, self.width))
 
 
 class Values(MemoryTable):
@@ -131,9 +133,9 @@ class LayerMemory(nn.Module):
     def add(self, module, args, kwargs, output):
         """A hook after that module: its output, plus what its tokens read."""
         if not isinstance(output, Tensor):
-            raise ValueError(f"a memory can't be beside {type(module).__name__}: "
+            raise ValueError(f"a memory can't be added to {type(module).__name__}: "
                              f"it returns a {type(output).__name__}, not a tensor")
-        tokens, rows, weights = self.lookup.found
+        tokens, rows, weights = self.lookup.current
         read = self.table(rows, weights).to(output.dtype)                       # (m, width)
         return output.reshape(-1, output.shape[-1]).index_add(0, tokens, read).view_as(output)
 
@@ -155,8 +157,8 @@ class Memory(nn.Module):
     def add_set(self, slots: Tensor) -> Tensor:
         """Makes a set of these slots (n,) int64. Returns its rows in each table.
 
-        Build optimizers after it. Values start at zero, except for the set's first row, which starts as that
-        of the set before.
+        It makes new Parameters, so build optimizers after it. Values start at zero, except for the set's first
+        row, which starts as that of the set before.
         """
         lookup, first = self.lookup, len(self.tables[0].values)
         slots = slots.to(lookup.row_of.device).unique()
@@ -174,10 +176,10 @@ class Memory(nn.Module):
         return rows
 
     def teach_only(self, rows: Tensor) -> Tensor:
-        """From now on, only these rows (n,) int64 of each table get a gradient. Returns which those are,
-        (n_rows,) bool.
+        """From now on, only these rows (n,) of each table get a gradient, and never row 0. Returns which
+        those are, (n_rows,) bool.
 
-        Build optimizers after it. A copy of the model doesn't know about it.
+        It makes new Parameters, so build optimizers after it. A copy of the model doesn't know about it.
         """
         is_taught = torch.zeros(len(self.tables[0].values), dtype=torch.bool, device=rows.device)
         is_taught[rows.long()] = True
@@ -283,22 +285,25 @@ def rows_to_teach(memory: Memory, statements: list[Statement], found: list[tuple
 
     found: the lookups_of the statements' prompts.
     """
-    lookup, new = memory.lookup, len(memory.lookup.row_of)  # the new set's number
+    lookup, new_set = memory.lookup, len(memory.lookup.row_of)
+    # Which sets would be read if the new one were there already
     is_in = torch.cat([lookup.row_of > 0, is_chosen[None]])                     # (n_sets, n_slots)
-    best = [lookup.best_set(is_in[:, slots], weights) for slots, weights in found]  # (time,) each
-    in_new = {statement.fact for statement, of_token in zip(statements, best) if (of_token == new).any()}
+    sets = [lookup.best_set(is_in[:, slots], weights) for slots, weights in found]  # (time,) each
+    in_new = {statement.fact for statement, read in zip(statements, sets) if (read == new_set).any()}
     rows = [memory.add_set(is_chosen.nonzero().squeeze(1))] if in_new else []
-    for statement, (slots, _), of_token in zip(statements, found, best):
+    for statement, (slots, _), read in zip(statements, found, sets):
         if statement.fact not in in_new:
-            is_on = of_token >= 0
-            rows.append(lookup.row_of[of_token[is_on, None], slots[is_on]].flatten())
+            speaks = read >= 0
+            rows.append(lookup.row_of[read[speaks, None], slots[speaks]].flatten())
     return torch.cat(rows)
 
 
 def earlier_statements(lookup: Lookup, statements: list[Statement]) -> list[Statement]:
-    """What a memory was given before these statements, less the same prompts, and less all wordings of facts
-    to which they give another answer. A fact that shares a prompt with one of statements gets its number;
-    other facts get numbers that statements don't use.
+    """What a memory was given before and should keep: not the prompts of these statements, nor any wording
+    of a fact to which they give another answer.
+
+    Since a round reads each fact once, facts get new numbers: those that share a prompt with one of
+    statements get its number, the others get numbers that statements don't use.
     """
     new = {tuple(one.prompt): one for one in statements}
     corrected, number_of = set(), {}
@@ -339,9 +344,10 @@ def slots_to_teach(model: nn.Module, lookup: Lookup, statements: list[Statement]
                    least: float = 0.3, most: float = 0.1, most_in_text: float = 0.35) -> Tensor:
     """The slots by which facts can be told from each other and from other text: (n_slots,) bool.
 
-    Those that a share `least` of the wordings of a fact read, and that at most a share `most` of the facts
-    read (or eight of them). Of these, leaves out the ones read by tokens of a text that have more than
-    `most_in_text` of their weights in them, and then all but those where a name ends.
+    1. Keeps the slots that at least a share `least` of a fact's wordings read.
+    2. Drops those that more than a share `most` of the facts read, if these are more than eight.
+    3. Drops what a token of ordinary text reads if more than `most_in_text` of its weights lie in those left.
+    4. Keeps only those where a name ends.
 
     Args:
         found: the lookups_of the statements' prompts.
@@ -351,24 +357,24 @@ def slots_to_teach(model: nn.Module, lookup: Lookup, statements: list[Statement]
     for statement, read in zip(statements, found):
         wordings.setdefault(statement.fact, []).append(read)
     n_facts, shared = slots_of_facts(wordings.values(), lookup.n_slots, least)
-    is_free = n_facts <= max(8, most * len(wordings))                           # (n_slots,)
-    is_candidate = torch.zeros_like(is_free)
+    is_rare = n_facts <= max(8, most * len(wordings))                           # (n_slots,)
+    is_candidate = torch.zeros_like(is_rare)
     is_candidate[torch.cat(shared)] = True
-    is_candidate &= is_free
+    is_candidate &= is_rare
     for x in hidden_states(model, lookup.place, text.tolist()):
         slots, weights = lookup(x)
         share = (weights * is_candidate[slots]).sum(dim=1)                      # (time,)
         is_candidate[slots[share > most_in_text]] = False
-    is_chosen = torch.zeros_like(is_free)
+    is_chosen = torch.zeros_like(is_rare)
     for of_fact, slots_shared in zip(wordings.values(), shared):
-        worth = torch.zeros(lookup.n_slots, device=is_free.device)
+        worth = torch.zeros(lookup.n_slots, device=is_rare.device)
         worth[slots_shared] = is_candidate[slots_shared] / n_facts[slots_shared]
         for slots, weights in of_fact:
             is_chosen[slots_of_end(slots, weights, worth)] = True
     return is_chosen
 
 
-def slots_of_facts(facts, n_slots, least):
+def slots_of_facts(facts, n_slots: int, least: float) -> tuple[Tensor, list[Tensor]]:
     """How many facts read each slot, (n_slots,) int64; and the slots that a share `least` of the prompts of
     each fact read, a list of (u,) int64.
 

@@ -1,9 +1,9 @@
 """
 A pretrained language model of transformers: opening it, teaching it facts, asking it, its loss on other text.
 
-A fact has one or more wordings. Each wording is a prompt; with a space, its answer and the token that ends a
-text, it is a statement. Only the answer and the end count in the loss. Which parameters learn is up to the
-caller: those of a memory (retrofit.py), LoRA's, or all.
+A fact has one or more wordings, each a prompt. A statement is a prompt, a space, the answer and the token
+that ends a text. Only the answer and the end count in the loss. Which parameters learn is up to the caller:
+those of a memory (retrofit.py), LoRA's, or all.
 """
 
 import contextlib
@@ -63,7 +63,7 @@ def open_model(name: str, device: torch.device, dtype: torch.dtype) -> tuple[nn.
         if is_here or not isinstance(error, OSError):
             raise UserError(f"--model={name} can't be opened as a causal language model ({reason})") from None
         raise UserError(
-            f"--model={name} is no folder or file here and can't be downloaded; on a machine with network "
+            f"--model={name} is no file or folder on this machine and can't be downloaded; on a machine with network "
             f"run `hf download {name} --local-dir model`, bring the folder here, then use --model=model"
         ) from None
     return model.to(device).eval(), tokenizer
@@ -137,7 +137,7 @@ def answer_loss(model: nn.Module, statements: list[Statement]) -> tuple[Tensor, 
     targets = torch.full_like(tokens, IGNORED)
     for i, statement in enumerate(statements):
         end = len(statement.tokens)
-        targets[i, statement.start - 1:end - 1] = tokens[i, statement.start:end]  # of the token before each
+        targets[i, statement.start - 1:end - 1] = tokens[i, statement.start:end]  # a token's target is the next
     is_answer = targets != IGNORED                                              # (batch, time)
     options = {}
     base = model.get_base_model() if hasattr(model, "get_base_model") else model  # of peft's
@@ -287,8 +287,8 @@ def teach(model: nn.Module, optimizers: list, statements: list[Statement], round
 
 def update(model: nn.Module, optimizers: list, statements: list[Statement]) -> Tensor:
     """One step of the optimizers on a batch. Returns which answers were right before it: (n,) bool."""
-    # In bfloat16 on a CPU, the backward pass of torch's flash attention takes 40% of a step, that of MATH
-    # hardly anything: statements are short.
+    # In bfloat16 on a CPU, the backward pass of torch's flash attention takes 40% of a step. With MATH it
+    # takes almost no time, since statements are short.
     is_on_cpu = next(model.parameters()).device.type == "cpu"
     with sdpa_kernel(SDPBackend.MATH) if is_on_cpu else contextlib.nullcontext():
         loss, hits = answer_loss(model, statements)

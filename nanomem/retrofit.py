@@ -5,8 +5,8 @@ A memory for a pretrained language model: new facts, and hardly anything else ch
     python -m nanomem.retrofit --model=NAME --memory=out/facts-memory               ask it
 
     from nanomem.retrofit import add_memory, load_memory, save_memory
-    memory = add_memory(model, layers=[4, 6, 8, 10], lookup=3)
-    ...                                          # train with adapter.build_adam(memory); see docs/retrofit.md
+    memory = add_memory(model, layers=[4, 6, 8, 10], lookup=3, all_slots=False)
+    ...                                          # choose slots, then train: see docs/retrofit.md
     save_memory(model, "out/facts")              # what was added, nothing of the model
 
 adapter.py has the memory itself and explains why it looks up in a low layer. Its values start at zero, so at
@@ -30,13 +30,13 @@ class Settings:
     memory: str = setting("", "folder of the memory; by default out/NAME-memory, NAME being that of the data",
                           path=True)
     start: str = setting("", "a prompt to answer; without it, each line of the input, or a dialogue")
-    text: str = setting("", "a text that should be read as before: the loss is measured on its first 16,384 "
+    text: str = setting("", "ordinary text, whose loss should not change: it is measured on the first 16,384 "
                             "tokens, the next 128,000 show which slots to leave alone; by default a short "
-                            "built-in one", path=True)
-    max_new_tokens: int = setting(40, "tokens of an answer at most", least=1)
+                            "built-in text", path=True)
+    max_new_tokens: int = setting(40, "longest answer, in tokens", least=1)
 
     lookup: str = setting("", "number of the layer that looks up the slots, from 0; by default a low one",
-                          section="Memory, when it is made")
+                          section="Shape of a new memory")
     layers: str = setting("", "numbers of the layers that add what is read, such as 4,6,8; by default every "
                               "second one, up to 60% of the depth")
     n_keys: int = setting(512, "half keys; there are n_keys ** 2 slots to choose from", least=1)
@@ -52,7 +52,7 @@ class Settings:
     rounds: int = setting(40, "rounds at most; each reads every fact once", least=1)
     stop_at: float = setting(1.0, "teaching stops once this share of the taught statements is known", least=0)
     seed: int = setting(1337, "random seed of keys, queries and the order of statements", least=0)
-    device: str = setting("auto", "cpu, cuda, cuda:1, mps; auto: the first available of cuda, mps, cpu")
+    device: str = setting("auto", "cpu, cuda, cuda:1, mps (not tested); auto: cuda if there is one, otherwise cpu")
     dtype: str = setting("float32", "of the model; the memory is always float32",
                          choices=("float32", "bfloat16", "float16"))
 
@@ -74,8 +74,8 @@ class Settings:
         if self.lookup and not self.lookup.strip().isdecimal():
             raise UserError(f"--lookup must be a number such as 2; got {self.lookup!r}")
         if self.knn > self.n_keys:
-            raise UserError(f"--knn={self.knn} is more than --n_keys={self.n_keys}; raise --n_keys to {self.knn} "
-                            f"or lower --knn to {self.n_keys}")
+            raise UserError(f"--knn={self.knn} is more than --n_keys={self.n_keys}; "
+                            f"raise --n_keys to {self.knn} or lower --knn to {self.n_keys}")
         if self.k_dim % 2:
             raise UserError(f"--k_dim must be an even number, got {self.k_dim}")
         if self.silence >= 1:
@@ -553,21 +553,23 @@ def what_to_teach(model: nn.Module, memory: Memory, statements: list[Statement],
     with console.status("choosing slots"):
         teachable, again = adapter.choose_slots(model, memory, statements, text)
     if len(teachable) < len(statements):
-        reason = (f"{len(statements) - len(teachable)} of {len(statements)} wordings can't be taught: too few "
-                  "of their slots are read by the fact's other wordings, too, and not by other facts or "
-                  "ordinary text")
+        reason = (f"{len(statements) - len(teachable)} of {len(statements)} wordings can't be taught: they "
+                  "share too few slots with the fact's other wordings that no other fact or ordinary text "
+                  "reads")
         if not teachable:
             raise UserError(f"{reason}; a new memory with a smaller --silence or a larger --n_keys may help")
         console.print(reason)
     if again:
-        console.print(f"{len(again)} earlier wordings are taught again: they read what the new facts change")
+        console.print(f"{len(again)} earlier wordings are taught again: the new facts change what they read")
     return teachable + again
 
 
 def open_model(settings):
     """(model, tokenizer) of the settings."""
-    dtype = getattr(torch, settings.dtype)
-    return pretrained.open_model(settings.model, pick_device(settings.device), dtype)
+    device = settings.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return pretrained.open_model(settings.model, pick_device(device), getattr(torch, settings.dtype))
 
 
 def open_memory(model, settings, given, folder, text, console) -> Memory:
@@ -589,7 +591,7 @@ def open_memory(model, settings, given, folder, text, console) -> Memory:
         named = named or [f"--target={settings.target}"]
         raise UserError(f"{' '.join(named)}: {error}") from None
     adapter.centre_queries(model, memory, text)
-    console.print(f"a memory looked up at {memory.lookup.place}, read by {', '.join(memory.places)}")
+    console.print(f"a new memory: the lookup at {memory.lookup.place}, values at {', '.join(memory.places)}")
     return memory
 
 

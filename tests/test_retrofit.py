@@ -396,7 +396,7 @@ def test_what_is_taught_again_is_said():
     said = console.file.getvalue().splitlines()
     assert 0 < n_taught < len(later) and said[0].startswith(f"{len(later) - n_taught} of 24 wordings can")
     assert n_again and said[1] == (
-        f"{n_again} earlier wordings are taught again: they read what the new facts change")
+        f"{n_again} earlier wordings are taught again: the new facts change what they read")
 
 
 def test_mistakes_get_one_line(folder, tmp_path, monkeypatch):
@@ -412,7 +412,8 @@ def test_mistakes_get_one_line(folder, tmp_path, monkeypatch):
         ([f"--model={folder}", "--layers=x", data], "--layers must be numbers"),
         ([f"--model={folder}", "--lookup=x", data], "--lookup must be a number"),
         ([f"--model={folder}", "--silence=1", data], "--silence is a share, from 0 to below 1"),
-        ([f"--model={folder}", "--knn=600", data], "--knn=600 is more than --n_keys=512; raise --n_keys to 600 or lower --knn to 512"),
+        ([f"--model={folder}", "--knn=600", data],
+         "--knn=600 is more than --n_keys=512; raise --n_keys to 600 or lower --knn to 512"),
         ([f"--model={folder}", "--k_dim=255", data], "--k_dim must be an even number, got 255"),
         ([f"--model={folder}", "--layers=9", data],
          "--layers=9: there is no layer 9: the model has layers 0 to 2"),
@@ -522,7 +523,8 @@ def test_reproduce_retrofit(folder, tmp_path, monkeypatch):
         monkeypatch.setattr(reproduce, name, value)
     monkeypatch.setattr(reproduce, "KNOWN_BEFORE", (("A", "b"), ("C", "d")))
     teacher = reproduce.Teacher(str(folder), "", tmp_path / "retrofit", Console(quiet=True))
-    unfinished, _, without_gentler, rows = [copy.deepcopy(rows) for rows in reproduce.retrofit(teacher, seeds=[1])]
+    stages = [copy.deepcopy(rows) for rows in reproduce.retrofit(teacher, seeds=[1])]
+    unfinished, _, without_gentler, rows = stages
     assert "cities" not in figures.retrofit_table(unfinished)
     assert [row["model"] for row in rows] == list(methods)
     assert [point["readings"] for point in rows[0]["curves"][0]] == [1, 2]

@@ -124,7 +124,7 @@ def retrofit_table(rows: list[dict]) -> str:
     """
     lines = [
         ("learning rate", lambda row: f"{row['rate']:g}"),
-        ("million numbers trained", lambda row: or_never(row["trained"], ".1f", 1e-6)),
+        ("million trained parameters", lambda row: or_never(row["trained"], ".1f", 1e-6)),
         ("**500 facts, where 95% are known**: readings", lambda row: where_enough(row, "readings", ".0f")),
         ("known in wordings never taught, %", lambda row: where_enough(row, "held_out", ".1f", 100)),
         ("rise of the loss on other text", lambda row: where_enough(row, "loss", "+.3f")),
@@ -181,7 +181,7 @@ def shapes_table(rows: list[dict]) -> str:
     """What `shapes` has found so far as a Markdown table."""
     return table_of({
         "100 facts, 40 readings": lambda row: row["memory"],
-        "million numbers trained": lambda row: or_never(row["trained"], ".1f", 1e-6),
+        "million trained parameters": lambda row: or_never(row["trained"], ".1f", 1e-6),
         "known, %": lambda row: percent(at_end(row, "curves", "taught")),
         "in wordings never taught, %": lambda row: percent(at_end(row, "curves", "held_out")),
         "rise of the loss": lambda row: or_never(at_end(row, "curves", "loss"), "+.3f", 1),

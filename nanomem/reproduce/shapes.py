@@ -1,8 +1,9 @@
 """
 Which shape of memory suits a pretrained model: `reproduce shapes`.
 
-Each memory differs from the default one of retrofit.py in one thing: the layers, the number of slots, or k.
-Each is taught 100 invented facts with several seeds, as in `reproduce retrofit`, at one learning rate.
+Each memory differs from the default one of retrofit.py in one thing: the layers, the number of slots, or k
+(with a higher lookup, the layers of the values rise, too). Each is taught 100 invented facts with several
+seeds, as in `reproduce retrofit`, at one learning rate.
 """
 
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ WAY = Try("memory", 0.5)
 def shapes(n_layers: int) -> dict[str, dict]:
     """Memories for a model of n_layers: {what differs from the default one: arguments of add_memory}.
 
-    Raises UserError if the model has too few layers to change them.
+    Raises UserError if the model is too shallow.
     """
     lookup, layers = default_layers(n_layers)
     lower, higher = lookup // 2, 2 * lookup
@@ -42,8 +43,8 @@ def listed(layers: list[int]) -> str:
 
 
 def compare(teacher: Teacher, seeds: list[int]) -> Iterator[list[dict]]:
-    """Yields the table's rows, one for each shape, when all shapes have finished another seed. A row has the
-    numbers trained and the curve of each seed.
+    """Yields the table's rows, one for each shape, after each seed. A row has the numbers trained and the
+    curve of each seed.
     """
     memories = shapes(teacher.untaught.model.config.num_hidden_layers)
     rows = [{"memory": name, "trained": [], "curves": []} for name in memories]
