@@ -52,7 +52,7 @@ class Settings:
     rounds: int = setting(40, "rounds at most; each reads every fact once", least=1)
     stop_at: float = setting(1.0, "teaching stops once this share of the taught statements is known", least=0)
     seed: int = setting(1337, "random seed of keys, queries and the order of statements", least=0)
-    device: str = setting("auto", "cpu, cuda, cuda:1, mps (not tested); auto: cuda if there is one, otherwise cpu")
+    device: str = setting("auto", "cpu, cuda, cuda:1, mps (not tested); auto: cuda if there is one, else cpu")
     dtype: str = setting("float32", "of the model; the memory is always float32",
                          choices=("float32", "bfloat16", "float16"))
 
@@ -524,7 +524,7 @@ def teach_file(settings: Settings, given: dict, folder: Path, console: Console):
     if before[TAUGHT] >= settings.stop_at:
         console.print(f"{before[TAUGHT]:.1%} of {settings.data} is known already; there is nothing to teach")
         return
-    to_teach = what_to_teach(model, memory, statements, other, console)
+    to_teach = what_to_teach(model, tokenizer, memory, statements, other, console)
     optimizers = [adapter.build_adam(memory, settings.mem_lr)]
     display, interrupt = Display(console), Interrupt()
 
@@ -547,15 +547,17 @@ def teach_file(settings: Settings, given: dict, folder: Path, console: Console):
     console.print(f"Ask it: python -m nanomem.retrofit {quoted}")
 
 
-def what_to_teach(model: nn.Module, memory: Memory, statements: list[Statement], text: Tensor,
+def what_to_teach(model: nn.Module, tokenizer, memory: Memory, statements: list[Statement], text: Tensor,
                   console: Console) -> list[Statement]:
     """Chooses slots for statements. Returns those that can be taught, and earlier ones to teach again."""
     with console.status("choosing slots"):
         teachable, again = adapter.choose_slots(model, memory, statements, text)
-    if len(teachable) < len(statements):
-        reason = (f"{len(statements) - len(teachable)} of {len(statements)} wordings can't be taught: they "
-                  "share too few slots with the fact's other wordings that no other fact or ordinary text "
-                  "reads")
+    taught = {tuple(one.prompt) for one in teachable}
+    missing = [tokenizer.decode(one.prompt) for one in statements if tuple(one.prompt) not in taught]
+    if missing:
+        reason = (f"{len(missing)} of {len(statements)} wordings can't be taught, such as {missing[0]!r}: "
+                  "they share too few slots with the fact's other wordings that no other fact or ordinary "
+                  "text reads")
         if not teachable:
             raise UserError(f"{reason}; a new memory with a smaller --silence or a larger --n_keys may help")
         console.print(reason)

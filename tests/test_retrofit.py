@@ -6,6 +6,7 @@ import io
 import json
 import re
 import shutil
+import types
 from pathlib import Path
 
 import pytest
@@ -386,15 +387,18 @@ def test_teaching_asking_and_teaching_again(folder, tmp_path, monkeypatch):
 def test_what_is_taught_again_is_said():
     model = make()
     memory = add_memory(model, [0, 1], n_slots=64**2, heads=2, knn=8, k_dim=8, silence=0.2, all_slots=False)
-    text, console = torch.tensor([[31, 32]]), Console(file=io.StringIO(), width=200)
+    text, console = torch.tensor([[31, 32]]), Console(file=io.StringIO(), width=300)
+    tokenizer = types.SimpleNamespace(decode=str)
     earlier = facts_of_names(range(100, 112), [[20, 21, 22], [23, 24, 25]])
-    assert what_to_teach(model, memory, earlier, text, console) == earlier
+    assert what_to_teach(model, tokenizer, memory, earlier, text, console) == earlier
     assert console.file.getvalue() == ""
     later = facts_of_names([103, 104, *range(120, 130)], [[30, 33, 34], [35, 36, 37]])
-    to_teach = what_to_teach(model, memory, later, text, console)
+    to_teach = what_to_teach(model, tokenizer, memory, later, text, console)
     n_taught, n_again = sum(one in later for one in to_teach), sum(one not in later for one in to_teach)
     said = console.file.getvalue().splitlines()
-    assert 0 < n_taught < len(later) and said[0].startswith(f"{len(later) - n_taught} of 24 wordings can")
+    missing = [one.prompt for one in later if one not in to_teach]
+    assert 0 < len(missing) == len(later) - n_taught
+    assert said[0].startswith(f"{len(missing)} of 24 wordings can't be taught, such as '{missing[0]}': they")
     assert n_again and said[1] == (
         f"{n_again} earlier wordings are taught again: the new facts change what they read")
 
