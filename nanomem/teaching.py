@@ -156,7 +156,9 @@ def inverse_document_frequency(counts: dict[str, torch.Tensor], name: str) -> to
 
 def spare_slots(model: torch.nn.Module, optimizers: list, counts: dict[str, torch.Tensor], power: float):
     """Makes RowAdam multiply each slot's learning rate by idf ** power."""
-    row_adam = next(optimizer for optimizer in optimizers if isinstance(optimizer, RowAdam))
+    row_adam = next((optimizer for optimizer in optimizers if isinstance(optimizer, RowAdam)), None)
+    if row_adam is None:
+        raise UserError("--mem_idf needs RowAdam for the tables; use --mem_idf=0")
     for name, table in named_tables(model):
         scale = inverse_document_frequency(counts, name) ** power
         row_adam.row_scale[table.values] = scale.to(table.values.device)

@@ -42,6 +42,10 @@ def test_a_layer_kind_and_a_data_set(extended):
     out = python(extended, "train.py", *tiny, *extension)
     assert "\n4 facts\n" in out and "1.00" in out.split("compared with")[1]
     assert '"mem_usage"' not in (extended / "run" / "metrics.jsonl").read_text()
+    (extended / "more.jsonl").write_text('{"prompt": "The moon of Pluto is", "answer": "Charon"}\n')
+    taught = ["--init_from=run", "--data=more.jsonl", "--max_iters=2", "--out_dir=taught", "--device=cpu"]
+    python(extended, "train.py", *taught)
+    assert '"train": "values"' in (extended / "taught" / "config.json").read_text()
 
 
 def test_an_optimizer_and_a_kernel(extended):

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import zipfile
@@ -69,6 +70,15 @@ def values_of(layer):
 
 # ------------------------------------------------------------------------------------------------
 # What works
+
+
+def test_the_block_of_the_page():
+    page = (runs.ROOT / "docs" / "own-programs.md").read_text(encoding="utf-8")
+    code, = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names = {}
+    exec(code, names)
+    assert names["blocks"](torch.zeros(2, 3, 512)).shape == (2, 3, 512)
+    assert names["row_adam"].param_groups[0]["params"] == [names["table"].values]
 
 
 @pytest.mark.parametrize("kind", [ProductKeyMemory, PEER])
