@@ -165,7 +165,8 @@ def lines_of_sets() -> list[tuple]:
 
 def tries_table(rows: list[dict]) -> str:
     """What each try knew at its end, as a Markdown table."""
-    tries = [one | {"model": row["model"], "curves": [one["curve"]]} for row in rows for one in row["tries"]]
+    tries = [one | {"model": row["model"], "curves": [one["curve"]]}
+             for row in rows for one in row["tries"] + row["gentler"]]
     return table_of({
         "tries": with_rank,
         "rate": lambda one: f"{one['rate']:g}",
@@ -306,22 +307,31 @@ def draw_forgetting(rows):
 
 
 def draw_retrofit(rows):
-    """The rise of the loss on other text against facts known, in taught and in other wordings."""
+    """The rise of the loss on other text against facts known, in taught and in other wordings: a line for
+    each seed, a dotted one for a gentler try.
+    """
     figure, axes = pyplot().subplots(1, 2, figsize=(11, 4.4), sharey=True, layout="constrained")
     for axis, key, words in zip(axes, ("taught", "held_out"), ("taught wordings", "wordings never taught")):
         for row, color in zip(rows, pyplot().cm.tab10.colors):
             for number, curve in enumerate(row["curves"]):
-                known = [0.0] + [point[key] for point in curve]
-                loss = [0.0] + [point["loss"] for point in curve]
                 label = with_rank(row) if number == 0 else None
-                axis.plot(known, loss, ".-", color=color, label=label, alpha=0.8)
+                axis.plot(*trade_off(curve, key), ".-", color=color, label=label, alpha=0.8)
+            for one in row["gentler"]:
+                label = f"{with_rank(row)}, rate {one['rate']:g}"
+                axis.plot(*trade_off(one["curve"], key), ".:", color=color, label=label)
         axis.set_xlabel(f"facts known in {words}")
         axis.grid(alpha=0.3)
         in_percent(axis.xaxis)
     axes[0].set_yscale("symlog", linthresh=0.01)  # the memory's rise is a hundredth of the others'
     axes[0].set_ylabel("rise of the loss on other text, nats per token")
-    axes[0].legend(fontsize=7)
+    lines, labels = axes[0].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside lower center", ncols=len(labels), fontsize=8)
     return figure
+
+
+def trade_off(curve, key):
+    """What is known, and the rise of the loss, from nothing on."""
+    return [0.0] + [point[key] for point in curve], [0.0] + [point["loss"] for point in curve]
 
 
 def draw_scaling(rows):

@@ -464,7 +464,7 @@ def retrofit(teacher: Teacher, seeds: list[int]) -> Iterator[list[dict]]:
         best[name] = best_try(curves, "taught", cost)
         tried = [tried_on("sweep", way, curve) for way, curve in curves.items()]
         rows.append({"model": name, "rate": best[name].rate, "rank": best[name].rank, "tries": tried,
-                     "trained": [], "curves": [], "cities": [], "sets": []})
+                     "trained": [], "curves": [], "cities": [], "sets": [], "gentler": []})
     for seed in seeds:
         for row, (name, way) in zip(rows, best.items()):
             lesson = teacher.run("lesson", name, way, seed)
@@ -483,7 +483,7 @@ def retrofit(teacher: Teacher, seeds: list[int]) -> Iterator[list[dict]]:
         way = GENTLER.get(row["model"])
         if way:
             lesson = teacher.run("lesson", row["model"], way, seeds[0])
-            row["tries"].append(tried_on("lesson", way, lesson["curve"]))
+            row["gentler"].append(tried_on("lesson", way, lesson["curve"]))
     yield rows
 
 
