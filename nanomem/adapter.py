@@ -5,8 +5,8 @@ The memory that retrofit.py adds to a pretrained model: one product-key lookup, 
     I   = the k slots i with the highest <q, K_i>              of each head, as in memory.py
     s   = softmax(<q, K_I>) / number of heads
     S   = the set of facts whose slots have most of the weights s
-    y_l = c_l[S] + sum of s_i V_l[S, i]                        over the slots of I in S; 0 if they have too
-                                                               little weight
+    y_l = c_l[S] + sum of s_i V_l[S, i]                        over the slots of I in S
+
 x is the input of a low layer's feed-forward module, and y_l is added to the output of layer l's. W and K are
 random and fixed: they hash the hidden state, so that tokens with similar states read the same slots. In a low
 layer, the state where a name ends hardly depends on the words around it. So a fact that is stored there is
