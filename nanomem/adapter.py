@@ -254,9 +254,10 @@ def choose_slots(model: nn.Module, memory: Memory, statements: list[Statement],
     """Adds rows for these facts and makes only them trainable. Returns (new statements that read a trainable
     row, earlier ones that do). Train on both, or the earlier ones may be lost. Build optimizers after it.
 
-    The rows are a new set. If no wording of a fact reads the new set, the fact is taught in the rows that its
-    wordings already read: it is about the same name as an earlier fact, or was taught before. If a statement
-    gives an earlier fact another answer, the earlier one is dropped from what is taught again.
+    New facts get a new set of rows. Wordings of a fact that was taught before are taught in the rows that they
+    already read, if any, or else those would go on giving the old answer. So is a fact of which no wording
+    reads the new set, since an earlier fact is about the same name. If a statement gives an earlier fact
+    another answer, the earlier one is dropped from what is taught again.
 
     Raises ValueError without statements, and if the memory has values for all slots.
 
@@ -268,8 +269,11 @@ def choose_slots(model: nn.Module, memory: Memory, statements: list[Statement],
     if (lookup.row_of > 0).all(dim=1).any():
         raise ValueError("this memory has values for all slots; make it with all_slots=False")
     found = lookups_of(model, lookup, [one.prompt for one in statements])
-    is_chosen = slots_to_teach(model, lookup, statements, found, text)
-    is_taught = memory.teach_only(rows_to_teach(memory, statements, found, is_chosen))
+    reads_row = [len(lookup.rows_read(slots, weights)[0]) > 0 for slots, weights in found]
+    taught = taught_before(lookup, statements, reads_row)
+    new = [i for i, one in enumerate(statements) if one.fact not in taught or not reads_row[i]]
+    is_chosen = slots_to_teach(model, lookup, [statements[i] for i in new], [found[i] for i in new], text)
+    is_taught = memory.teach_only(rows_to_teach(memory, statements, found, is_chosen, taught))
     earlier = earlier_statements(lookup, statements)
     lookup.statements = earlier + statements
     # Of an earlier statement, the answer's tokens count, too, except for the last, which predicts nothing.
@@ -278,10 +282,16 @@ def choose_slots(model: nn.Module, memory: Memory, statements: list[Statement],
             those_reading(lookup, earlier, found_earlier, is_taught))
 
 
+def taught_before(lookup: Lookup, statements: list[Statement], reads_row: list[bool]) -> set[int]:
+    """The facts of which a prompt was taught before and reads some row; reads_row: which prompts do."""
+    prompts = {tuple(one.prompt) for one in lookup.statements}
+    return {one.fact for one, reads in zip(statements, reads_row) if reads and tuple(one.prompt) in prompts}
+
+
 def rows_to_teach(memory: Memory, statements: list[Statement], found: list[tuple[Tensor, Tensor]],
-                  is_chosen: Tensor) -> Tensor:
+                  is_chosen: Tensor, taught: set[int]) -> Tensor:
     """Makes a set of the chosen slots, (n_slots,) bool, if some token would read it. Returns the rows to
-    teach: the new set's, and the old rows of facts that don't read it.
+    teach: the new set's, and the old rows of facts that don't read it or were taught before.
 
     found: the lookups_of the statements' prompts.
     """
@@ -292,7 +302,7 @@ def rows_to_teach(memory: Memory, statements: list[Statement], found: list[tuple
     in_new = {statement.fact for statement, read in zip(statements, sets) if (read == new_set).any()}
     rows = [memory.add_set(is_chosen.nonzero().squeeze(1))] if in_new else []
     for statement, (slots, _), read in zip(statements, found, sets):
-        if statement.fact not in in_new:
+        if statement.fact in taught or statement.fact not in in_new:
             speaks = read >= 0
             rows.append(lookup.row_of[read[speaks, None], slots[speaks]].flatten())
     return torch.cat(rows)
@@ -353,6 +363,8 @@ def slots_to_teach(model: nn.Module, lookup: Lookup, statements: list[Statement]
         found: the lookups_of the statements' prompts.
         text: ordinary text, (n, time) int64.
     """
+    if not statements:
+        return torch.zeros(lookup.n_slots, dtype=torch.bool, device=lookup.keys.device)
     wordings = {}  # fact -> for each of its prompts, the slots and weights of its tokens
     for statement, read in zip(statements, found):
         wordings.setdefault(statement.fact, []).append(read)

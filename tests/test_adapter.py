@@ -1,5 +1,6 @@
 """nanomem/adapter.py on tiny random models of transformers."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -210,6 +211,33 @@ def test_a_new_answer_replaces_the_old_one():
     tokens = [one.tokens for one in memory.lookup.statements]
     assert tokens == [one.tokens for one in statements[:6] + statements[9:] + corrected]
     assert not any(one.tokens[3] == 102 for one in again)
+
+
+def test_a_correction_reaches_every_wording():
+    model, memory = able_to_learn()
+    text = torch.tensor([[31, 32]])
+    statements = facts_of_names(range(100, 140), WORDINGS, range(50, 55))
+    teachable, _ = adapter.choose_slots(model, memory, statements, text)
+    n_rows, grown = len(memory.tables[0].values), []
+    for fact in range(40):
+        old = [one for one in statements if one.fact == fact]
+        corrected = [dataclasses.replace(one, fact=0, tokens=[*one.prompt, 56, 2]) for one in old]
+        changed = copy.deepcopy(memory)
+        assert adapter.choose_slots(model, changed, corrected, text)[0] == corrected
+        grown.append(len(changed.tables[0].values) > n_rows)
+        assert grown[-1] == any(one not in teachable for one in old)  # the others keep their rows
+    assert any(grown) and not all(grown)
+
+
+def test_a_correction_is_learnt_beside_new_facts():
+    model, memory = able_to_learn()
+    statements = facts_of_names(range(100, 112), WORDINGS, range(50, 55))
+    learn(model, memory, statements)
+    corrected = [dataclasses.replace(one, fact=4, tokens=[*one.prompt, 57, 2]) for one in statements[:3]]
+    new = facts_of_names(range(120, 124), WORDINGS, range(50, 55))
+    teachable, _ = learn(model, memory, new + corrected)
+    assert teachable == new + corrected
+    assert pretrained.ask(model, [[one] for one in corrected]).all()
 
 
 def test_a_fact_that_is_taught_again_in_one_wording_stays_one_fact():
