@@ -130,6 +130,7 @@ from nanomem.run import Interrupt
 FILE, ABOUT = "memory.safetensors", "memory.json"
 FORMAT = 3
 TAUGHT = "known, taught wording"
+ENOUGH_TEXT = 100_000  # tokens that show which slots ordinary text reads
 MOST_EARLIER = 500  # of the statements taught before: how many are asked at most
 LOOKUP_SHAPE = ("n_slots", "heads", "knn", "k_dim", "silence")
 
@@ -390,6 +391,9 @@ def read_about(folder: Path) -> dict:
     """The JSON of a saved memory. Raises UserError if there is none, or it is damaged."""
     about = checkpoint.read_json(folder / ABOUT)
     if about is None:
+        if checkpoint.is_run_or_export(folder):
+            raise UserError(f"{folder} is a model of train.py's, not a memory; "
+                            f"python sample.py --out_dir={folder} asks it")
         raise UserError(f"there is no memory in {folder}: {folder / ABOUT} is missing")
     try:
         is_newer, is_older = about["format"] > FORMAT, about["format"] < FORMAT
@@ -512,6 +516,9 @@ def teach_file(settings: Settings, given: dict, folder: Path, console: Console):
     facts = from_jsonl(settings.data)
     model, tokenizer = open_model(settings)
     measured, other = pretrained.split_text(tokenizer, settings.text)
+    if settings.text and other.numel() < ENOUGH_TEXT:
+        console.print(f"--text={settings.text} is short: {other.numel():,} tokens show which slots to leave "
+                      f"alone; {ENOUGH_TEXT:,} or more are better")
     memory = open_memory(model, settings, given, folder, other, console)
     statements = pretrained.taught_statements(tokenizer, facts)
     asked = questions_of(tokenizer, facts)
@@ -541,7 +548,8 @@ def teach_file(settings: Settings, given: dict, folder: Path, console: Console):
     save_memory(model, folder, memory, taught)
     with console.status("asking it again"):
         after = measure(model, asked, measured)
-    console.print(f"{updates} updates in {seconds:.0f} s")
+    stopped = "interrupted after " if interrupt.requested else ""
+    console.print(f"{stopped}{updates} updates in {seconds:.0f} s; the memory is in {folder}")
     show(before, after, console)
     quoted = f"--model={shlex.quote(settings.model)} --memory={shlex.quote(str(folder))}"
     console.print(f"Ask it: python -m nanomem.retrofit {quoted}")

@@ -377,7 +377,10 @@ def test_teaching_asking_and_teaching_again(folder, tmp_path, monkeypatch):
     assert "100.0% of" in out and "nothing to teach" in out
     more = tmp_path / "more.jsonl"
     more.write_text('{"prompt": "Name the capital of Poseidon", "answer": "Lagado"}\n')
-    out, _ = runs.run("nanomem/retrofit.py", f"--model={folder}", f"--data={more}", memory, "--rounds=300")
+    text = f"--text={folder / 'facts.jsonl'}"
+    arguments = [f"--model={folder}", f"--data={more}", memory, text, "--rounds=300"]
+    out, _ = runs.run("nanomem/retrofit.py", *arguments)
+    assert "facts.jsonl is short: " in out and "the memory is in out/facts-memory" in out
     assert re.search(r"known, taught wording +0.0% +100.0%", out)
     assert re.search(r"known, taught before +100.0% +100.0%", out)
     _, err = retrofit_program(folder, data, code=2)
@@ -436,6 +439,8 @@ def test_mistakes_get_one_line(folder, tmp_path, monkeypatch):
         ([f"--model={folder}", data, f"--memory={folder / 'facts.jsonl'}"], "could not make the folder"),
         ([f"--model={folder}", data, f"--memory={folder}"], "holds a model; name another folder"),
         ([f"--model={run}", data], "is a model of train.py's; python train.py --init_from="),
+        ([f"--model={folder}", f"--memory={run}"],
+         f"{run} is a model of train.py's, not a memory; python sample.py --out_dir={run} asks it"),
     ]
     for arguments, message in cases:
         _, err = runs.run("nanomem/retrofit.py", *arguments, code=2)
