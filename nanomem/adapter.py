@@ -254,10 +254,10 @@ def choose_slots(model: nn.Module, memory: Memory, statements: list[Statement],
     """Adds rows for these facts and makes only them trainable. Returns (new statements that read a trainable
     row, earlier ones that do). Train on both, or the earlier ones may be lost. Build optimizers after it.
 
-    New facts get a new set of rows. Wordings of a fact that was taught before are taught in the rows that they
-    already read, if any, or else those would go on giving the old answer. So is a fact of which no wording
-    reads the new set, since an earlier fact is about the same name. If a statement gives an earlier fact
-    another answer, the earlier one is dropped from what is taught again.
+    New facts get a new set of rows. A fact that was taught before is taught in the rows that its wordings
+    already read, or else these would go on giving the old answer. So is a fact of which no wording reads the
+    new set, since an earlier fact is about the same name. If a statement gives an earlier fact another answer,
+    the earlier one is dropped from what is taught again.
 
     Raises ValueError without statements, and if the memory has values for all slots.
 
@@ -269,9 +269,8 @@ def choose_slots(model: nn.Module, memory: Memory, statements: list[Statement],
     if (lookup.row_of > 0).all(dim=1).any():
         raise ValueError("this memory has values for all slots; make it with all_slots=False")
     found = lookups_of(model, lookup, [one.prompt for one in statements])
-    reads_row = [len(lookup.rows_read(slots, weights)[0]) > 0 for slots, weights in found]
-    taught = taught_before(lookup, statements, reads_row)
-    new = [i for i, one in enumerate(statements) if one.fact not in taught or not reads_row[i]]
+    taught = taught_before(lookup, statements, found)
+    new = [i for i, statement in enumerate(statements) if statement.fact not in taught]
     is_chosen = slots_to_teach(model, lookup, [statements[i] for i in new], [found[i] for i in new], text)
     is_taught = memory.teach_only(rows_to_teach(memory, statements, found, is_chosen, taught))
     earlier = earlier_statements(lookup, statements)
@@ -282,10 +281,19 @@ def choose_slots(model: nn.Module, memory: Memory, statements: list[Statement],
             those_reading(lookup, earlier, found_earlier, is_taught))
 
 
-def taught_before(lookup: Lookup, statements: list[Statement], reads_row: list[bool]) -> set[int]:
-    """The facts of which a prompt was taught before and reads some row; reads_row: which prompts do."""
+def taught_before(lookup: Lookup, statements: list[Statement],
+                  found: list[tuple[Tensor, Tensor]]) -> set[int]:
+    """The facts of which a prompt was taught before and reads some row.
+
+    found: the lookups_of the statements' prompts.
+    """
     prompts = {tuple(one.prompt) for one in lookup.statements}
-    return {one.fact for one, reads in zip(statements, reads_row) if reads and tuple(one.prompt) in prompts}
+    facts = set()
+    for statement, (slots, weights) in zip(statements, found):
+        tokens, _, _ = lookup.rows_read(slots, weights)
+        if tuple(statement.prompt) in prompts and len(tokens):
+            facts.add(statement.fact)
+    return facts
 
 
 def rows_to_teach(memory: Memory, statements: list[Statement], found: list[tuple[Tensor, Tensor]],
