@@ -157,8 +157,8 @@ class Memory(nn.Module):
     def add_set(self, slots: Tensor) -> Tensor:
         """Makes a set of these slots (n,) int64. Returns its rows in each table.
 
-        It makes new Parameters, so build optimizers after it. Values start at zero, except for the set's first
-        row, which starts as that of the set before.
+        It makes new Parameters, so build optimizers after it. Values start at zero, except for the set's
+        first row, which starts as that of the set before.
         """
         lookup, first = self.lookup, len(self.tables[0].values)
         slots = slots.to(lookup.row_of.device).unique()
@@ -256,8 +256,8 @@ def choose_slots(model: nn.Module, memory: Memory, statements: list[Statement],
 
     New facts get a new set of rows. A fact that was taught before is taught in the rows that its wordings
     already read, or else these would go on giving the old answer. So is a fact of which no wording reads the
-    new set, since an earlier fact is about the same name. If a statement gives an earlier fact another answer,
-    the earlier one is dropped from what is taught again.
+    new set, since an earlier fact is about the same name. If a statement gives an earlier fact another
+    answer, the earlier one is dropped from what is taught again.
 
     Raises ValueError without statements, and if the memory has values for all slots.
 

@@ -63,7 +63,7 @@ def open_model(name: str, device: torch.device, dtype: torch.dtype) -> tuple[nn.
         if is_here or not isinstance(error, OSError):
             raise UserError(f"--model={name} can't be opened as a causal language model ({reason})") from None
         raise UserError(
-            f"--model={name} is no file or folder on this machine and can't be downloaded; on a machine with network "
+            f"--model={name} is no file or folder here and can't be downloaded; on a machine with network "
             f"run `hf download {name} --local-dir model`, bring the folder here, then use --model=model"
         ) from None
     return model.to(device).eval(), tokenizer
@@ -137,7 +137,7 @@ def answer_loss(model: nn.Module, statements: list[Statement]) -> tuple[Tensor, 
     targets = torch.full_like(tokens, IGNORED)
     for i, statement in enumerate(statements):
         end = len(statement.tokens)
-        targets[i, statement.start - 1:end - 1] = tokens[i, statement.start:end]  # a token's target is the next
+        targets[i, statement.start - 1:end - 1] = tokens[i, statement.start:end]  # of the token before each
     is_answer = targets != IGNORED                                              # (batch, time)
     options = {}
     base = model.get_base_model() if hasattr(model, "get_base_model") else model  # of peft's

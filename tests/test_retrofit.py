@@ -425,7 +425,7 @@ def test_mistakes_get_one_line(folder, tmp_path, monkeypatch):
         ([f"--model={folder}", "--layers=9", data],
          "--layers=9: there is no layer 9: the model has layers 0 to 2"),
         ([f"--model={folder}", "--layers=1", "--lookup=2", data], "comes after a layer that reads"),
-        ([f"--model={folder}", "--layers=1", "--target=ffn", data], 
+        ([f"--model={folder}", "--layers=1", "--target=ffn", data],
          "--layers=1 --target=ffn: a layer of LlamaForCausalLM has no module 'ffn'; it has self_attn, mlp"),
         (["--model=someone/some-model", data], "hf download someone/some-model"),
         (["--model=none.gguf", data], "there is no such file"),
