@@ -64,6 +64,9 @@ def find(folder: str | Path, name: str) -> SavedModel:
         return SavedModel(folder, folder, "", export.read_config(folder), None, {})
     files, header, refused = checkpoint.newest(folder)
     if header is None:
+        if (folder / "memory.json").exists():
+            raise UserError(f"{folder} is a memory for a pretrained model; "
+                            f"python -m nanomem.retrofit --model=NAME --memory={folder} asks it")
         raise UserError(
             f"{checkpoint.none_in(folder)}; {name} must name the folder of a run or an export")
     config = Config.from_saved(header["config"], folder)

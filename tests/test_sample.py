@@ -164,6 +164,12 @@ def test_mistakes_get_one_line(arguments, message):
     assert err.startswith("sample.py: ") and message in err and err.count("\n") == 1
 
 
+def test_a_memory_for_a_pretrained_model_is_named_as_such(tmp_path):
+    (tmp_path / "memory.json").write_text("{}")
+    _, err = runs.run("sample.py", f"--out_dir={tmp_path}", code=2)
+    assert f"python -m nanomem.retrofit --model=NAME --memory={tmp_path} asks it" in err
+
+
 def test_the_latest_run_is_the_default_and_none_is_said(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     _, err = runs.run("sample.py", code=2)
