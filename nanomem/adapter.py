@@ -254,10 +254,10 @@ def choose_slots(model: nn.Module, memory: Memory, statements: list[Statement],
     """Adds rows for these facts and makes only them trainable. Returns (new statements that read a trainable
     row, earlier ones that do). Train on both, or the earlier ones may be lost. Build optimizers after it.
 
-    New facts get a new set of rows. A fact that was taught before is taught in the rows that its wordings
-    already read, or else these would go on giving the old answer. So is a fact of which no wording reads the
-    new set, since an earlier fact is about the same name. If a statement gives an earlier fact another
-    answer, the earlier one is dropped from what is taught again.
+    New facts get a new set of rows. A fact that was given before is taught in the rows that its wordings
+    already read, or else these would go on giving the old answer. A fact also stays in old rows if none of
+    its wordings reads the new set: then an earlier fact is about the same name. If a statement gives an
+    earlier fact another answer, the earlier one is dropped from what is taught again.
 
     Raises ValueError without statements, and if the memory has values for all slots.
 
@@ -270,8 +270,7 @@ def choose_slots(model: nn.Module, memory: Memory, statements: list[Statement],
         raise ValueError("this memory has values for all slots; make it with all_slots=False")
     found = lookups_of(model, lookup, [one.prompt for one in statements])
     taught = taught_before(lookup, statements, found)
-    new = [i for i, statement in enumerate(statements) if statement.fact not in taught]
-    is_chosen = slots_to_teach(model, lookup, [statements[i] for i in new], [found[i] for i in new], text)
+    is_chosen = slots_to_teach(model, lookup, statements, found, text, taught)
     is_taught = memory.teach_only(rows_to_teach(memory, statements, found, is_chosen, taught))
     earlier = earlier_statements(lookup, statements)
     lookup.statements = earlier + statements
@@ -283,23 +282,19 @@ def choose_slots(model: nn.Module, memory: Memory, statements: list[Statement],
 
 def taught_before(lookup: Lookup, statements: list[Statement],
                   found: list[tuple[Tensor, Tensor]]) -> set[int]:
-    """The facts of which a prompt was taught before and reads some row.
+    """The facts of which a prompt was given before and reads some row.
 
     found: the lookups_of the statements' prompts.
     """
     prompts = {tuple(one.prompt) for one in lookup.statements}
-    facts = set()
-    for statement, (slots, weights) in zip(statements, found):
-        tokens, _, _ = lookup.rows_read(slots, weights)
-        if tuple(statement.prompt) in prompts and len(tokens):
-            facts.add(statement.fact)
-    return facts
+    given = [i for i, one in enumerate(statements) if tuple(one.prompt) in prompts]
+    return {statements[i].fact for i in given if len(lookup.rows_read(*found[i])[0])}
 
 
 def rows_to_teach(memory: Memory, statements: list[Statement], found: list[tuple[Tensor, Tensor]],
                   is_chosen: Tensor, taught: set[int]) -> Tensor:
     """Makes a set of the chosen slots, (n_slots,) bool, if some token would read it. Returns the rows to
-    teach: the new set's, and the old rows of facts that don't read it or were taught before.
+    teach: the new set's, and the old rows of facts that don't read it or are among those taught before.
 
     found: the lookups_of the statements' prompts.
     """
@@ -358,7 +353,7 @@ def lookups_of(model: nn.Module, lookup: Lookup, sequences: list[list[int]]) -> 
 
 @torch.no_grad()
 def slots_to_teach(model: nn.Module, lookup: Lookup, statements: list[Statement],
-                   found: list[tuple[Tensor, Tensor]], text: Tensor,
+                   found: list[tuple[Tensor, Tensor]], text: Tensor, taught: set[int] = frozenset(),
                    least: float = 0.3, most: float = 0.1, most_in_text: float = 0.35) -> Tensor:
     """The slots by which facts can be told from each other and from other text: (n_slots,) bool.
 
@@ -370,8 +365,9 @@ def slots_to_teach(model: nn.Module, lookup: Lookup, statements: list[Statement]
     Args:
         found: the lookups_of the statements' prompts.
         text: ordinary text, (n, time) int64.
+        taught: facts that have rows already. They only count as other facts, and get no slots.
     """
-    if not statements:
+    if all(statement.fact in taught for statement in statements):
         return torch.zeros(lookup.n_slots, dtype=torch.bool, device=lookup.keys.device)
     wordings = {}  # fact -> for each of its prompts, the slots and weights of its tokens
     for statement, read in zip(statements, found):
@@ -386,7 +382,9 @@ def slots_to_teach(model: nn.Module, lookup: Lookup, statements: list[Statement]
         share = (weights * is_candidate[slots]).sum(dim=1)                      # (time,)
         is_candidate[slots[share > most_in_text]] = False
     is_chosen = torch.zeros_like(is_rare)
-    for of_fact, slots_shared in zip(wordings.values(), shared):
+    for fact, of_fact, slots_shared in zip(wordings, wordings.values(), shared):
+        if fact in taught:
+            continue
         worth = torch.zeros(lookup.n_slots, device=is_rare.device)
         worth[slots_shared] = is_candidate[slots_shared] / n_facts[slots_shared]
         for slots, weights in of_fact:

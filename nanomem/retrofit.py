@@ -517,8 +517,8 @@ def teach_file(settings: Settings, given: dict, folder: Path, console: Console):
     model, tokenizer = open_model(settings)
     measured, other = pretrained.split_text(tokenizer, settings.text)
     if settings.text and other.numel() < ENOUGH_TEXT:
-        console.print(f"--text={settings.text} is short: {other.numel():,} tokens show which slots to leave "
-                      f"alone; {ENOUGH_TEXT:,} or more are better")
+        console.print(f"--text={settings.text} is short: its first 16,384 tokens measure the loss; "
+                      f"{ENOUGH_TEXT:,} more or so should show which slots to leave alone")
     memory = open_memory(model, settings, given, folder, other, console)
     statements = pretrained.taught_statements(tokenizer, facts)
     asked = questions_of(tokenizer, facts)
@@ -565,7 +565,7 @@ def what_to_teach(model: nn.Module, tokenizer, memory: Memory, statements: list[
     if missing:
         reason = (f"{len(missing)} of {len(statements)} wordings can't be taught, such as {missing[0]!r}: "
                   "they share too few slots with the fact's other wordings that no other fact or ordinary "
-                  "text reads")
+                  "text reads, or don't read the rows of a fact that was taught before")
         if not teachable:
             raise UserError(f"{reason}; a new memory with a smaller --silence or a larger --n_keys may help")
         console.print(reason)

@@ -228,6 +228,29 @@ def test_a_correction_is_taught_in_the_rows_that_its_wordings_read():
         assert len(changed.tables[0].values) == len(memory.tables[0].values)
 
 
+def test_new_facts_beside_facts_that_have_rows_choose_no_common_words():
+    model, memory = able_to_learn()
+    text = torch.tensor([[31, 32]])
+    old = facts_of_names(range(100, 140), WORDINGS, range(50, 55))
+    adapter.choose_slots(model, memory, old, text)
+    both = facts_of_names(range(100, 143), WORDINGS, range(50, 55))
+    adapter.choose_slots(model, memory, both, text)
+    is_in = memory.lookup.row_of > 0
+    found = adapter.lookups_of(model, memory.lookup, [one.prompt for one in both])
+    sets = [memory.lookup.best_set(is_in[:, slots], weights) for slots, weights in found]
+    reads_new = [(read == 1).any().item() for read in sets]
+    assert len(is_in) == 2 and sum(reads_new[120:]) >= 6  # of 9 statements about the new names
+    assert sum(reads_new[:120]) < 12
+
+
+def test_a_fact_that_was_given_but_has_no_rows_is_new():
+    model, memory = able_to_learn()
+    statements = facts_of_names(range(100, 112), WORDINGS, range(50, 55))
+    memory.lookup.statements = statements
+    teachable, _ = adapter.choose_slots(model, memory, statements, torch.tensor([[31, 32]]))
+    assert len(memory.lookup.row_of) == 1 and len(teachable) > 30
+
+
 def test_a_correction_is_learnt_beside_new_facts():
     model, memory = able_to_learn()
     statements = facts_of_names(range(100, 112), WORDINGS, range(50, 55))

@@ -387,6 +387,22 @@ def test_teaching_asking_and_teaching_again(folder, tmp_path, monkeypatch):
     assert "has a memory already" in err and "--layers" in err
 
 
+def test_a_correction_stays_in_the_rows_of_the_old_answer(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    retrofit_program(folder, f"--data={folder / 'facts.jsonl'}", "--rounds=300")
+    lines = [json.dumps(fact) for fact in (FACTS[0], FACTS[1] | {"answer": "Atlantis"})]
+    (tmp_path / "corrected.jsonl").write_text("\n".join(lines))
+    memory = "--memory=out/facts-memory"
+    out, _ = retrofit_program(folder, "--data=corrected.jsonl", memory, "--rounds=300")
+    assert re.search(r"known, taught wording +50.0% +(75|100).0%", out)  # so small a model may learn only one
+    assert "can't be taught" not in out and "known, taught before" not in out
+    model, tokenizer = pretrained.open_model(str(folder), torch.device("cpu"), torch.float32)
+    lookup = load_memory(model, "out/facts-memory").lookup
+    assert len(lookup.first_row) == 1
+    answers = [tokenizer.decode(one.tokens[one.start:-1]) for one in lookup.statements]
+    assert answers == ["Poseidonis"] * 2 + ["Atlantis"] * 2
+
+
 def test_what_is_taught_again_is_said():
     model = make()
     memory = add_memory(model, [0, 1], n_slots=64**2, heads=2, knn=8, k_dim=8, silence=0.2, all_slots=False)
