@@ -330,7 +330,7 @@ def draw_retrofit(rows):
 
 
 def trade_off(curve, key):
-    """What is known, and the rise of the loss, from nothing on."""
+    """The points of a curve, starting at zero: the shares known, and how much the loss has risen."""
     return [0.0] + [point[key] for point in curve], [0.0] + [point["loss"] for point in curve]
 
 
